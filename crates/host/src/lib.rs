@@ -1,1 +1,14 @@
-//! host
+//! The real world: sockets, taps, disk images, arbiters, terminals, packages.
+//!
+//! *In*: what people and networks do. *Out*: values the rooms above the door understand (frames, bytes, verdicts).
+//! *Invariant*: nothing here decides what a machine does; it only carries things to it and from it. Whatever comes from
+//! outside (a peer on a socket, a package, a file) may be broken, late or hostile, so every queue has a bound and every
+//! length is checked before it is believed.
+
+#![forbid(unsafe_op_in_unsafe_fn)]
+
+pub mod error;
+pub mod guest;
+pub mod packages;
+
+pub use error::{Error, Result};
