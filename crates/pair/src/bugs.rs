@@ -1,0 +1,79 @@
+//! Seeded bugs: the mistakes that the simulator must be able to find, each as a switch.
+//!
+//! In: with the feature `mutations` (which nothing that ships enables), one [`Bug`]. Out: `true` at the one place where the
+//! mistake would be made. Invariant: without the feature every switch is the constant `false` and the code behind it is gone.
+
+/// A mistake somebody could have made in this crate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Bug {
+    /// The primary lets an output leave before its note is acknowledged.
+    ReleaseBeforeAck,
+    /// The secondary goes live without asking the arbiter.
+    LiveWithoutArbiter,
+    /// The secondary goes live and does not send again what may not have left.
+    ForgetReissue,
+    /// The secondary acknowledges records that it has not received yet.
+    AckBeforeReceive,
+    /// The secondary goes live before it has consumed the log.
+    LiveBeforeConsuming,
+    /// The primary releases held outputs after it has lost the epoch.
+    ReleaseAfterLosing,
+    /// The primary goes on alone without asking the arbiter although protection had started.
+    AloneWithoutArbiter,
+    /// The primary starts protection without having sent the records of outputs that have left already.
+    ProtectBeforeFlush,
+    /// The secondary thinks itself entitled as soon as it has the image.
+    EntitledByImage,
+    /// Either side takes an arbiter that does not answer for one that said yes.
+    SilenceIsConsent,
+    /// The primary says that outputs have left when it has only asked the host to send them.
+    ReleasedBeforeLeft,
+    /// The primary never throttles the guest.
+    NeverThrottle,
+    /// A primary whose arbiter does not answer does not ask again.
+    AskOnce,
+}
+
+impl Bug {
+    /// All of them.
+    pub const ALL: [Bug; 13] = [
+        Bug::ReleaseBeforeAck,
+        Bug::LiveWithoutArbiter,
+        Bug::ForgetReissue,
+        Bug::AckBeforeReceive,
+        Bug::LiveBeforeConsuming,
+        Bug::ReleaseAfterLosing,
+        Bug::AloneWithoutArbiter,
+        Bug::ProtectBeforeFlush,
+        Bug::EntitledByImage,
+        Bug::SilenceIsConsent,
+        Bug::ReleasedBeforeLeft,
+        Bug::NeverThrottle,
+        Bug::AskOnce,
+    ];
+}
+
+/// Which bug is on. None, outside of the simulator's own tests.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Bugs {
+    #[cfg(feature = "mutations")]
+    on: Option<Bug>,
+}
+
+impl Bugs {
+    /// Switches one bug on.
+    #[cfg(feature = "mutations")]
+    pub fn only(bug: Bug) -> Bugs {
+        Bugs { on: Some(bug) }
+    }
+
+    #[cfg(feature = "mutations")]
+    pub(crate) fn has(self, bug: Bug) -> bool {
+        self.on == Some(bug)
+    }
+
+    #[cfg(not(feature = "mutations"))]
+    pub(crate) const fn has(self, _bug: Bug) -> bool {
+        false
+    }
+}

@@ -1,0 +1,109 @@
+//! The bounds and times of a pair, in one place, with the reasons for their defaults.
+//!
+//! In: what the administrator set. Out: a checked [`Config`]. Invariant: after [`Config::check`] the numbers fit each other:
+//! several heartbeats fit into a timeout, every soft bound lies below its hard bound.
+
+use crate::types::Nanos;
+
+/// The bounds and times of a pair. Both sides have their own; they need not be equal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// How often a side lets the other hear from it.
+    pub heartbeat_interval: Nanos,
+    /// A peer silent for so long is suspected dead. Silence that a stall of our own explains is not counted.
+    pub peer_timeout: Nanos,
+    /// The same until protection starts. Longer, since a wrong suspicion throws the copy away, and waiting costs nothing:
+    /// outputs are not held yet.
+    pub copy_timeout: Nanos,
+    /// A secondary that answers but makes no progress for so long while the primary is throttled is given up.
+    pub stall_timeout: Nanos,
+    /// At most so often the secondary reports replay progress on its own account.
+    pub replay_report_interval: Nanos,
+    /// How long to wait for the arbiter's answer before the question counts as unanswered.
+    pub arbiter_timeout: Nanos,
+    /// The pause before the second question to the arbiter; it doubles up to `arbiter_retry_max`.
+    pub arbiter_retry_min: Nanos,
+    /// The longest pause between two questions to the arbiter.
+    pub arbiter_retry_max: Nanos,
+    /// The primary is throttled when more bytes of log than this are not acknowledged as received.
+    pub max_unacked_bytes: u64,
+    /// The primary is throttled when more bytes of log than this are not replayed. Bounds the secondary's memory.
+    pub max_unreplayed_bytes: u64,
+    /// The primary is throttled when the secondary is more instructions than this behind. Bounds the time to go live.
+    pub max_replay_lag: u64,
+    /// The primary is throttled when more outputs than this are held.
+    pub max_held_outputs: u64,
+    /// A soft bound above may be passed by this factor before the secondary is given up: a throttled guest needs a moment to stop.
+    pub hard_bound_factor: u64,
+    /// At most so many bytes of image are on their way to the secondary.
+    pub image_window_bytes: u64,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            heartbeat_interval: Nanos::from_millis(20),
+            peer_timeout: Nanos::from_millis(300),
+            copy_timeout: Nanos::from_millis(30_000),
+            stall_timeout: Nanos::from_millis(10_000),
+            replay_report_interval: Nanos::from_millis(2),
+            arbiter_timeout: Nanos::from_millis(1_000),
+            arbiter_retry_min: Nanos::from_millis(50),
+            arbiter_retry_max: Nanos::from_millis(2_000),
+            // A log of 1 Gbit/s for a quarter of a second.
+            max_unacked_bytes: 32 << 20,
+            max_unreplayed_bytes: 64 << 20,
+            // About a quarter of a second of guest time at 1 GHz: what a failover may cost in replay.
+            max_replay_lag: 250_000_000,
+            max_held_outputs: 16_384,
+            hard_bound_factor: 4,
+            image_window_bytes: 16 << 20,
+        }
+    }
+}
+
+/// What is wrong with a [`Config`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct ConfigError {
+    /// Which field.
+    pub field: &'static str,
+    /// What it would have to be.
+    pub problem: &'static str,
+}
+
+impl Config {
+    /// Says what does not fit, if anything.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let rules: [(bool, &'static str, &'static str); 9] = [
+            (self.heartbeat_interval.0 > 0, "heartbeat_interval", "must not be zero"),
+            (
+                self.peer_timeout.0 / 4 >= self.heartbeat_interval.0,
+                "peer_timeout",
+                "must be at least four heartbeat intervals, or a single late one looks like a death",
+            ),
+            (self.copy_timeout >= self.peer_timeout, "copy_timeout", "must not be below peer_timeout"),
+            (self.stall_timeout >= self.peer_timeout, "stall_timeout", "must not be below peer_timeout"),
+            (self.arbiter_timeout.0 > 0, "arbiter_timeout", "must not be zero"),
+            (
+                self.arbiter_retry_min.0 > 0 && self.arbiter_retry_min <= self.arbiter_retry_max,
+                "arbiter_retry_min",
+                "must lie between one nanosecond and arbiter_retry_max",
+            ),
+            (
+                self.max_unacked_bytes > 0
+                    && self.max_unreplayed_bytes > 0
+                    && self.max_replay_lag > 0
+                    && self.max_held_outputs > 0,
+                "max_*",
+                "must not be zero, or the guest could never run",
+            ),
+            (self.hard_bound_factor >= 2, "hard_bound_factor", "must be at least two"),
+            (self.image_window_bytes > 0, "image_window_bytes", "must not be zero"),
+        ];
+        match rules.iter().find(|(holds, ..)| !holds) {
+            None => Ok(()),
+            Some((_, field, problem)) => Err(ConfigError { field, problem }),
+        }
+    }
+}

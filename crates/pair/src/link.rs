@@ -1,0 +1,75 @@
+//! One connection of the logging channel, as either side sees it: framing, version, heartbeats, silence.
+//!
+//! In: bytes, messages, time. Out: messages, frames, the moment of the next heartbeat, a suspicion. Invariant: nothing survives
+//! a connection; the next one starts with a new `Link`, so a half-received frame or an old version can't leak into it.
+
+use crate::config::Config;
+use crate::detector::Detector;
+use crate::types::Nanos;
+use crate::wire::{Decoder, MAX_VERSION, Message, WireError, encode};
+
+/// One connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Link {
+    decoder: Decoder,
+    detector: Detector,
+    version: u16,
+    beat_at: Nanos,
+}
+
+impl Link {
+    /// A connection that was made now.
+    pub(crate) fn new(now: Nanos, config: &Config) -> Link {
+        Link {
+            decoder: Decoder::new(),
+            detector: Detector::new(now),
+            version: MAX_VERSION,
+            beat_at: now.plus(config.heartbeat_interval),
+        }
+    }
+
+    /// The greeting is over.
+    pub(crate) fn agree(&mut self, version: u16) {
+        self.version = version;
+        self.decoder.agree(version);
+    }
+
+    /// Bytes came in; take the messages out with [`Link::next_message`].
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
+        self.decoder.push(bytes);
+    }
+
+    /// The next message, if it is complete. Only whole, sound messages are signs of life: a peer whose machine is
+    /// failing may well go on sending noise.
+    pub(crate) fn next_message(&mut self, now: Nanos) -> Result<Option<Message>, WireError> {
+        let message = self.decoder.next_message()?;
+        if message.is_some() {
+            self.detector.heard(now);
+        }
+        Ok(message)
+    }
+
+    /// The frame of a message on this connection.
+    pub(crate) fn frame(&self, message: &Message) -> Vec<u8> {
+        encode(message, self.version)
+    }
+
+    /// Whether a heartbeat is due; if so, the next one is due an interval from now.
+    pub(crate) fn beat_due(&mut self, now: Nanos, config: &Config) -> bool {
+        let due = now >= self.beat_at;
+        if due {
+            self.beat_at = now.plus(config.heartbeat_interval);
+        }
+        due
+    }
+
+    /// How long the peer has been silent, if that is too long.
+    pub(crate) fn silence(&mut self, now: Nanos, timeout: Nanos) -> Option<Nanos> {
+        self.detector.look(now, timeout)
+    }
+
+    /// When time alone makes something happen here.
+    pub(crate) fn deadline(&self, timeout: Nanos) -> Nanos {
+        self.beat_at.min(self.detector.deadline(timeout))
+    }
+}

@@ -1,0 +1,101 @@
+//! The primary's door: all that goes in, all that comes out.
+
+use crate::arbiter::{Claim, Verdict};
+use crate::notice::{Notice, StopReason};
+use crate::types::{Epoch, OutputId, Record};
+
+/// Something that happened to the primary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PrimaryEvent {
+    /// A connection to a standby was made. Any earlier one must have been closed.
+    PeerConnected,
+    /// Bytes arrived on the connection.
+    Bytes(Vec<u8>),
+    /// The connection is gone, after everything that could be read from it was given in as `Bytes`.
+    PeerClosed {
+        /// What the socket said.
+        reason: String,
+    },
+    /// The log grew by an input (or anything else that is not the note of an output).
+    Record(Record),
+    /// The machine made an output, and the log grew by the note that says so. The host keeps the data until
+    /// [`PrimaryAction::Release`].
+    Output {
+        /// The machine's running number of the output.
+        id: OutputId,
+        /// The note. A secondary that has it replays at least so far before it goes live, and so makes the output itself.
+        note: Record,
+    },
+    /// The host has really sent all outputs up to this one: the system call has returned.
+    OutputsLeft {
+        /// The last one.
+        up_to: OutputId,
+    },
+    /// More bytes of the image; no more than [`PrimaryAction::WantImage`] has asked for.
+    ImageChunk(Vec<u8>),
+    /// The image holds the machine as it is at this position: every record from here on goes to the secondary. May come before,
+    /// between or after the chunks, but exactly once; the last output so far is `last_output`.
+    ImageCut {
+        /// The position.
+        position: u64,
+    },
+    /// The image is complete; the cut has been made.
+    ImageEnd,
+    /// The guest has come so far.
+    Progress {
+        /// Its position.
+        position: u64,
+    },
+    /// The arbiter's answer to [`PrimaryAction::AskArbiter`].
+    ArbiterAnswer {
+        /// Of the claim.
+        epoch: Epoch,
+        /// The answer.
+        verdict: Verdict,
+    },
+    /// The guest is over (powered off, crashed) or the administrator wants an end. The secondary is told, so that it does not go live,
+    /// once no output is held any more.
+    Shutdown {
+        /// For people.
+        reason: String,
+    },
+    /// Time has passed; due at [`super::Primary::deadline`].
+    Tick,
+}
+
+/// Something the host has to do for the primary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PrimaryAction {
+    /// Send these bytes on the connection, in order.
+    Send(Vec<u8>),
+    /// Close the connection, after sending what is queued, and forget it: no event of it is wanted any more.
+    Disconnect,
+    /// The standby can replay this machine. Begin to produce the image.
+    StartImage,
+    /// Feed up to so many further bytes of the image.
+    WantImage {
+        /// In addition to earlier wishes.
+        bytes: u64,
+    },
+    /// Outputs up to this one may leave, in order. Report with [`PrimaryEvent::OutputsLeft`].
+    Release {
+        /// The last one.
+        up_to: OutputId,
+    },
+    /// Put the claim to the arbiter and report with [`PrimaryEvent::ArbiterAnswer`]. The same claim may come again when the
+    /// answer is late; a host that still waits for the first may ignore it.
+    AskArbiter(Claim),
+    /// The VM runs without a secondary from now on, by right. Held outputs follow as `Release`.
+    GoAlone {
+        /// The epoch, which is ours.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
+    },
+    /// Stop the guest for good. Outputs that are still held must never leave.
+    Stop(StopReason),
+    /// The guest must not run while this is on.
+    Throttle(bool),
+    /// For people.
+    Notice(Notice),
+}

@@ -1,0 +1,664 @@
+//! The primary: the side whose outputs the world sees.
+//!
+//! In: [`PrimaryEvent`]s with the time. Out: [`PrimaryAction`]s. Invariants:
+//!
+//! - **Output rule.** From the moment protection starts until the primary goes alone by right, an output leaves only when the
+//!   secondary has acknowledged the record that notes it, and with it all records before.
+//! - **No split brain.** Once protection has started the primary goes on alone only as the winner of the next epoch, or after
+//!   the secondary has said that it has stopped for good.
+//! - **Bounds.** Image, log and held outputs each have a limit; the guest is throttled before, the secondary given up beyond.
+//!
+//! ```text
+//!             PeerConnected          HelloReply            ImageReady
+//! Unprotected ─────────────▶ Greeting ─────────▶ Copying ────────────▶ Protected
+//!     ▲  ▲                      │                   │                     │ peer lost
+//!     │  └──────────────────────┴───────────────────┘                     ▼
+//!     │        peer lost or refused: no arbiter                       Deciding ──▶ Stopped
+//!     └───────────────────────────────────────────────────────────────────┘  Lost
+//!                       Won: GoAlone in the next epoch
+//! ```
+//!
+//! When outputs are held, exactly: outputs made in `Unprotected`, `Greeting` and `Copying` leave at once. Protection starts in the
+//! step that handles `ImageReady`: every output made afterwards is held. In the same step, behind all records of outputs that
+//! have left already, the primary sends `ProtectionStart`; a secondary is entitled to go live only after it has read that.
+//! So a secondary that is entitled has every record that the world may have seen an effect of.
+//!
+//! Why no arbiter before that: a secondary that has not read `ProtectionStart` never goes live, so as long as the primary has not sent it, it
+//! has no rival and needs nobody's leave, not even that of an arbiter which is away. From the
+//! moment it has sent it the primary can't know whether it was read, and must win the epoch.
+
+mod backlog;
+mod door;
+mod outputs;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use crate::arbiter::{Arbitration, Claim, Next, Verdict};
+use crate::bugs::{Bug, Bugs};
+use crate::config::{Config, ConfigError};
+use crate::link::Link;
+use crate::notice::{Notice, StopReason};
+use crate::types::{Epoch, Nanos, OutputId, OwnerId, Record, Seq};
+use crate::wire::{
+    Ack, Hello, HelloReply, HostIdentity, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message, VmIdentity,
+};
+
+use backlog::Backlog;
+pub use door::{PrimaryAction, PrimaryEvent};
+use outputs::HeldOutputs;
+
+/// Where a primary stands. See the diagram at the head of the module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PrimaryState {
+    /// No secondary. Outputs leave at once.
+    Unprotected,
+    /// Connected, greeting sent. Outputs leave at once.
+    Greeting,
+    /// The image is on its way. Outputs leave at once.
+    Copying,
+    /// Outputs are held until the secondary has what it needs to make them itself.
+    Protected,
+    /// The secondary is lost, the arbiter is asked, the guest is throttled, outputs are held.
+    Deciding,
+    /// Over.
+    Stopped,
+}
+
+impl PrimaryState {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            PrimaryState::Unprotected => "unprotected",
+            PrimaryState::Greeting => "greeting",
+            PrimaryState::Copying => "copying",
+            PrimaryState::Protected => "protected",
+            PrimaryState::Deciding => "deciding",
+            PrimaryState::Stopped => "stopped",
+        }
+    }
+}
+
+/// The figures of a primary, for people and metrics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrimaryStatus {
+    /// Where it stands.
+    pub state: PrimaryState,
+    /// In which epoch.
+    pub epoch: Epoch,
+    /// Whether the guest is held back.
+    pub throttled: bool,
+    /// Log bytes that the secondary has not acknowledged.
+    pub unacked_bytes: u64,
+    /// Log bytes that the secondary has not replayed.
+    pub unreplayed_bytes: u64,
+    /// Instructions that the secondary still has to replay.
+    pub lag_instructions: u64,
+    /// Outputs that are held.
+    pub held_outputs: u64,
+    /// Image bytes that the secondary has received.
+    pub image_bytes: u64,
+}
+
+/// Who the primary is and what it runs.
+#[derive(Debug, Clone)]
+pub struct PrimarySetup {
+    /// Bounds and times.
+    pub config: Config,
+    /// The machine.
+    pub vm: VmIdentity,
+    /// This host.
+    pub host: HostIdentity,
+    /// This process.
+    pub owner: OwnerId,
+    /// The epoch the machine runs in: [`Epoch::FIRST`] after power-on.
+    pub epoch: Epoch,
+    /// The last output the machine has made: 0 after power-on.
+    pub last_output: OutputId,
+}
+
+/// The image on its way.
+#[derive(Debug, Clone, Default)]
+struct Image {
+    wanted_bytes: u64,
+    fed_bytes: u64,
+    acked_bytes: u64,
+    cut: Option<u64>,
+    ended: bool,
+}
+
+/// The primary of a pair; see the head of the module.
+#[derive(Debug, Clone)]
+pub struct Primary {
+    setup: PrimarySetup,
+    bugs: Bugs,
+    state: PrimaryState,
+    epoch: Epoch,
+    position: u64,
+    link: Option<Link>,
+    image: Image,
+    /// There is one from the image's cut until the secondary is lost.
+    backlog: Option<Backlog>,
+    outputs: HeldOutputs,
+    arbitration: Option<Arbitration>,
+    lost_reason: String,
+    throttled: bool,
+    last_progress: Nanos,
+    ending: Option<String>,
+    actions: VecDeque<PrimaryAction>,
+}
+
+/// More actions than this between two calls of `poll` mean that the host does not call it.
+const MAX_ACTIONS: usize = 1 << 20;
+
+impl Primary {
+    /// A machine that runs without a secondary so far: just powered on, or just gone live.
+    pub fn new(setup: PrimarySetup) -> Result<Primary, ConfigError> {
+        setup.config.check()?;
+        Ok(Primary {
+            bugs: Bugs::default(),
+            state: PrimaryState::Unprotected,
+            epoch: setup.epoch,
+            position: 0,
+            link: None,
+            image: Image::default(),
+            backlog: None,
+            outputs: HeldOutputs::new(setup.last_output),
+            arbitration: None,
+            lost_reason: String::new(),
+            throttled: false,
+            last_progress: Nanos(0),
+            ending: None,
+            actions: VecDeque::new(),
+            setup,
+        })
+    }
+
+    /// Switches a seeded bug on.
+    #[cfg(feature = "mutations")]
+    #[must_use]
+    pub fn with_bugs(mut self, bugs: Bugs) -> Primary {
+        self.bugs = bugs;
+        self
+    }
+
+    /// Where it stands.
+    pub fn state(&self) -> PrimaryState {
+        self.state
+    }
+
+    /// In which epoch the machine runs.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The figures.
+    pub fn status(&self) -> PrimaryStatus {
+        let backlog = self.backlog.as_ref();
+        PrimaryStatus {
+            state: self.state,
+            epoch: self.epoch,
+            throttled: self.throttled,
+            unacked_bytes: backlog.map_or(0, Backlog::unacked_bytes),
+            unreplayed_bytes: backlog.map_or(0, Backlog::unreplayed_bytes),
+            lag_instructions: backlog.map_or(0, Backlog::lag_instructions),
+            held_outputs: self.outputs.held(),
+            image_bytes: self.image.acked_bytes,
+        }
+    }
+
+    /// When a [`PrimaryEvent::Tick`] is due, if nothing else happens before.
+    pub fn deadline(&self) -> Option<Nanos> {
+        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout()));
+        let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
+        let stall = self.may_stall().then(|| self.last_progress.plus(self.setup.config.stall_timeout));
+        [link, arbitration, stall].into_iter().flatten().min()
+    }
+
+    /// Takes the next thing to do. Call until `None` after each batch of events.
+    ///
+    /// Records given in since the last call go out together in one message when this is called, so the host decides by its own rhythm how
+    /// much is batched.
+    pub fn poll(&mut self) -> Option<PrimaryAction> {
+        if self.actions.is_empty() {
+            self.flush();
+        }
+        self.actions.pop_front()
+    }
+
+    /// Takes in what happened at `now`.
+    pub fn handle(&mut self, now: Nanos, event: PrimaryEvent) {
+        if self.state == PrimaryState::Stopped {
+            return;
+        }
+        match event {
+            PrimaryEvent::PeerConnected => self.on_connected(now),
+            PrimaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
+            PrimaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
+            PrimaryEvent::Record(record) => {
+                self.append(record);
+            }
+            PrimaryEvent::Output { id, note } => self.on_output(id, note),
+            PrimaryEvent::OutputsLeft { up_to } => self.outputs.has_left(up_to),
+            PrimaryEvent::ImageChunk(bytes) => self.on_image_chunk(&bytes),
+            PrimaryEvent::ImageCut { position } => self.on_image_cut(position),
+            PrimaryEvent::ImageEnd => self.on_image_end(),
+            PrimaryEvent::Progress { position } => self.position = self.position.max(position),
+            PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
+            PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),
+            PrimaryEvent::Tick => self.on_tick(now),
+        }
+        self.settle(now);
+    }
+
+    // ---- the connection ----
+
+    fn on_connected(&mut self, now: Nanos) {
+        assert_eq!(self.state, PrimaryState::Unprotected, "a primary has one secondary at a time");
+        self.link = Some(Link::new(now, &self.setup.config));
+        self.send(&Message::Hello(Hello {
+            min_version: MIN_VERSION,
+            max_version: MAX_VERSION,
+            vm: self.setup.vm.clone(),
+            epoch: self.epoch,
+            owner: self.setup.owner,
+            host: self.setup.host.clone(),
+        }));
+        self.enter(PrimaryState::Greeting, "a standby is connected");
+    }
+
+    fn on_bytes(&mut self, now: Nanos, bytes: &[u8]) {
+        // Bytes of a connection we gave up may still come in; nobody wants them.
+        if let Some(link) = &mut self.link {
+            link.push(bytes);
+        }
+        loop {
+            let Some(link) = &mut self.link else { return };
+            match link.next_message(now) {
+                Ok(None) => return,
+                Ok(Some(message)) => self.on_message(now, message),
+                Err(error) => self.lose_peer(now, &error.to_string()),
+            }
+        }
+    }
+
+    fn on_closed(&mut self, now: Nanos, reason: &str) {
+        if self.link.take().is_some() {
+            self.lose_peer(now, &format!("connection closed ({reason})"));
+        }
+    }
+
+    fn on_message(&mut self, now: Nanos, message: Message) {
+        use PrimaryState::{Copying, Greeting, Protected};
+        match (self.state, message) {
+            (Greeting, Message::HelloReply(reply)) => self.on_hello_reply(now, reply),
+            (Greeting, Message::Refuse { reason }) => self.refuse(now, reason),
+            (Copying | Protected, Message::Ack(ack)) => self.on_ack(now, &ack),
+            (Copying, Message::ImageReady { position }) => self.on_image_ready(now, position),
+            (Copying | Protected, Message::Heartbeat { .. }) => {}
+            (_, Message::Goodbye { reason }) => self.on_goodbye(now, &reason),
+            (state, message) => {
+                let (kind, state) = (message.kind(), state.name());
+                self.lose_peer(now, &format!("the standby sent {kind:?} while the primary was {state}"));
+            }
+        }
+    }
+
+    fn on_hello_reply(&mut self, now: Nanos, reply: HelloReply) {
+        let mut wrong = self.setup.host.differences(&reply.host);
+        if reply.vm != self.setup.vm.vm || reply.epoch != self.epoch {
+            wrong.push(format!("the standby answers for VM {} in epoch {}", reply.vm, reply.epoch));
+        }
+        if reply.owner == self.setup.owner {
+            wrong.push("the standby has the primary's own process identity".to_owned());
+        }
+        if !(MIN_VERSION..=MAX_VERSION).contains(&reply.version) {
+            wrong.push(format!("the standby picked protocol version {}, which was not offered", reply.version));
+        }
+        if !wrong.is_empty() {
+            let reason = wrong.join("; ");
+            self.send(&Message::Refuse { reason: reason.clone() });
+            return self.refuse(now, reason);
+        }
+        let link = self.link.as_mut().expect("the reply came over it");
+        link.agree(reply.version);
+        self.image = Image::default();
+        self.enter(PrimaryState::Copying, "the standby can replay this machine");
+        self.actions.push_back(PrimaryAction::StartImage);
+        self.want_image();
+    }
+
+    fn refuse(&mut self, now: Nanos, reason: String) {
+        self.actions.push_back(PrimaryAction::Notice(Notice::Refused { reason: reason.clone() }));
+        self.lose_peer(now, &format!("refused: {reason}"));
+    }
+
+    fn on_goodbye(&mut self, now: Nanos, reason: &str) {
+        let reason = format!("the standby said goodbye: {reason}");
+        if self.state != PrimaryState::Protected {
+            return self.lose_peer(now, &reason);
+        }
+        // It has stopped for good, so there is nobody to win an epoch against.
+        self.drop_link();
+        self.go_alone(self.epoch, reason);
+    }
+
+    // ---- the image ----
+
+    fn want_image(&mut self) {
+        let window = self.image.acked_bytes + self.setup.config.image_window_bytes;
+        if window > self.image.wanted_bytes && !self.image.ended {
+            let bytes = window - self.image.wanted_bytes;
+            self.image.wanted_bytes = window;
+            self.actions.push_back(PrimaryAction::WantImage { bytes });
+        }
+    }
+
+    fn on_image_chunk(&mut self, bytes: &[u8]) {
+        if self.state != PrimaryState::Copying {
+            return; // The standby was lost while the host read the image.
+        }
+        assert!(!self.image.ended, "the image goes on after its end");
+        self.image.fed_bytes += bytes.len() as u64;
+        assert!(self.image.fed_bytes <= self.image.wanted_bytes, "more image was fed than was asked for");
+        for chunk in bytes.chunks(MAX_IMAGE_CHUNK_BYTES) {
+            self.send(&Message::ImageChunk(chunk.to_vec()));
+        }
+    }
+
+    fn on_image_cut(&mut self, position: u64) {
+        if self.state != PrimaryState::Copying {
+            return;
+        }
+        assert!(self.image.cut.is_none(), "an image has one cut");
+        self.image.cut = Some(position);
+        self.position = self.position.max(position);
+        self.backlog = Some(Backlog::new(position));
+    }
+
+    fn on_image_end(&mut self) {
+        if self.state != PrimaryState::Copying {
+            return;
+        }
+        assert!(!self.image.ended, "the image ends once");
+        let position = self.image.cut.expect("the cut is made before the image ends");
+        self.image.ended = true;
+        self.send(&Message::ImageEnd { position, total_bytes: self.image.fed_bytes });
+    }
+
+    fn on_image_ready(&mut self, now: Nanos, position: u64) {
+        if !self.image.ended || self.image.cut != Some(position) {
+            return self.lose_peer(now, &format!("the standby has restored another image, at position {position}"));
+        }
+        // All records of outputs that have left already must precede the message that entitles the secondary.
+        if !self.bugs.has(Bug::ProtectBeforeFlush) {
+            self.flush();
+        }
+        let last_seq = self.backlog.as_ref().expect("there is one since the cut").sent();
+        self.send(&Message::ProtectionStart { last_seq });
+        self.last_progress = now;
+        self.enter(PrimaryState::Protected, "the standby has the whole machine");
+    }
+
+    // ---- the log and the outputs ----
+
+    fn append(&mut self, record: Record) -> Seq {
+        self.position = self.position.max(record.position);
+        match &mut self.backlog {
+            Some(backlog) => backlog.append(record),
+            // Nobody is there to acknowledge it, ever.
+            None => Seq::MAX,
+        }
+    }
+
+    fn on_output(&mut self, id: OutputId, note: Record) {
+        let note = self.append(note);
+        self.outputs.produce(id, note);
+        if self.state < PrimaryState::Protected || self.bugs.has(Bug::ReleaseBeforeAck) {
+            self.release_all();
+        }
+    }
+
+    fn release_all(&mut self) {
+        let up_to = self.outputs.release_all();
+        self.release(up_to);
+    }
+
+    fn release(&mut self, up_to: Option<OutputId>) {
+        let Some(up_to) = up_to else { return };
+        if self.bugs.has(Bug::ReleasedBeforeLeft) {
+            self.outputs.has_left(up_to);
+        }
+        if let Some(PrimaryAction::Release { up_to: last }) = self.actions.back_mut() {
+            *last = up_to;
+        } else {
+            self.actions.push_back(PrimaryAction::Release { up_to });
+        }
+    }
+
+    fn on_ack(&mut self, now: Nanos, ack: &Ack) {
+        if ack.image_bytes > self.image.fed_bytes || ack.image_bytes < self.image.acked_bytes {
+            return self.lose_peer(now, "the standby acknowledges an image that was not sent");
+        }
+        let image_news = ack.image_bytes > self.image.acked_bytes;
+        self.image.acked_bytes = ack.image_bytes;
+        if self.state == PrimaryState::Copying {
+            self.want_image();
+        }
+        let log_news = match &mut self.backlog {
+            None if ack.received_seq > 0 => Err("it acknowledges records that were not sent"),
+            None => Ok(false),
+            Some(backlog) => backlog.acknowledge(ack),
+        };
+        match log_news {
+            Err(problem) => return self.lose_peer(now, &format!("the standby's acknowledgement is wrong: {problem}")),
+            Ok(log_news) if log_news || image_news => self.last_progress = now,
+            Ok(_) => {}
+        }
+        if self.state == PrimaryState::Protected {
+            let received = self.backlog.as_ref().expect("there is one under protection").received();
+            let up_to = self.outputs.release_acked(received);
+            self.release(up_to);
+        }
+    }
+
+    /// Sends what is pending.
+    fn flush(&mut self) {
+        if self.link.is_none() {
+            return;
+        }
+        let Some(backlog) = &mut self.backlog else { return };
+        if let Some((first_seq, records)) = backlog.take_batch() {
+            self.send(&Message::Log { first_seq, records });
+        }
+        // Behind the log, so that the secondary never hears of an output it has no note of.
+        if let Some(up_to) = self.outputs.tell() {
+            self.send(&Message::Released { up_to });
+        }
+    }
+
+    fn send(&mut self, message: &Message) {
+        if let Some(link) = &self.link {
+            self.actions.push_back(PrimaryAction::Send(link.frame(message)));
+        }
+    }
+
+    // ---- failure ----
+
+    fn drop_link(&mut self) {
+        if self.link.take().is_some() {
+            self.actions.push_back(PrimaryAction::Disconnect);
+        }
+    }
+
+    fn lose_peer(&mut self, now: Nanos, reason: &str) {
+        self.drop_link();
+        // Nobody will acknowledge these records any more.
+        self.backlog = None;
+        match self.state {
+            PrimaryState::Greeting | PrimaryState::Copying => {
+                self.set_throttle(None);
+                self.enter(PrimaryState::Unprotected, reason);
+            }
+            PrimaryState::Protected if self.bugs.has(Bug::AloneWithoutArbiter) => {
+                self.go_alone(self.epoch.next(), reason.to_owned());
+            }
+            PrimaryState::Protected => {
+                self.lost_reason = reason.to_owned();
+                self.enter(PrimaryState::Deciding, reason);
+                self.set_throttle(Some("the standby is lost and the arbiter is asked"));
+                let claim =
+                    Claim { vm: self.setup.vm.vm, epoch: self.epoch.next(), owner: self.setup.owner };
+                let (arbitration, claim) = Arbitration::begin(now, claim, &self.setup.config);
+                self.arbitration = Some(arbitration);
+                self.actions.push_back(PrimaryAction::AskArbiter(claim));
+            }
+            PrimaryState::Unprotected | PrimaryState::Deciding | PrimaryState::Stopped => {}
+        }
+    }
+
+    fn on_arbiter_answer(&mut self, now: Nanos, epoch: Epoch, verdict: Verdict) {
+        let Some(arbitration) = &mut self.arbitration else { return };
+        let next = arbitration.answer(now, epoch, verdict, &self.setup.config);
+        self.pursue(next);
+    }
+
+    fn pursue(&mut self, next: Next) {
+        let Some(arbitration) = &self.arbitration else { return };
+        let (epoch, attempts) = (arbitration.epoch(), arbitration.attempts);
+        match next {
+            Next::Wait => {}
+            Next::Ask(_) if self.bugs.has(Bug::AskOnce) => {}
+            Next::Ask(claim) => self.actions.push_back(PrimaryAction::AskArbiter(claim)),
+            Next::RetryAt(_) if self.bugs.has(Bug::SilenceIsConsent) => {
+                self.go_alone(epoch, self.lost_reason.clone());
+            }
+            Next::RetryAt(retry_at) => {
+                let notice = Notice::ArbiterUnreachable { epoch, attempts, retry_at };
+                self.actions.push_back(PrimaryAction::Notice(notice));
+            }
+            Next::Won => self.go_alone(epoch, self.lost_reason.clone()),
+            Next::Lost => {
+                if self.bugs.has(Bug::ReleaseAfterLosing) {
+                    self.release_all();
+                }
+                self.stop(StopReason::LostArbitration { epoch });
+            }
+        }
+    }
+
+    fn go_alone(&mut self, epoch: Epoch, reason: String) {
+        assert!(matches!(self.state, PrimaryState::Protected | PrimaryState::Deciding));
+        self.epoch = epoch;
+        self.backlog = None;
+        self.arbitration = None;
+        self.enter(PrimaryState::Unprotected, &reason);
+        self.actions.push_back(PrimaryAction::GoAlone { epoch, reason });
+        self.release_all();
+        self.set_throttle(None);
+    }
+
+    fn stop(&mut self, reason: StopReason) {
+        self.drop_link();
+        self.backlog = None;
+        self.arbitration = None;
+        self.enter(PrimaryState::Stopped, &reason.to_string());
+        self.actions.push_back(PrimaryAction::Stop(reason));
+    }
+
+    // ---- time and bounds ----
+
+    fn peer_timeout(&self) -> Nanos {
+        let config = &self.setup.config;
+        if self.state == PrimaryState::Protected { config.peer_timeout } else { config.copy_timeout }
+    }
+
+    /// Whether a secondary without progress holds the guest back.
+    fn may_stall(&self) -> bool {
+        self.throttled && self.link.is_some()
+    }
+
+    fn on_tick(&mut self, now: Nanos) {
+        let timeout = self.peer_timeout();
+        if let Some(link) = &mut self.link {
+            let greeted = self.state != PrimaryState::Greeting;
+            if link.beat_due(now, &self.setup.config) && greeted {
+                let position = self.position;
+                self.send(&Message::Heartbeat { time: now, position });
+            }
+        }
+        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout)) {
+            self.lose_peer(now, &format!("nothing was heard from the standby for {silence}"));
+        }
+        if self.may_stall() && now.since(self.last_progress) >= self.setup.config.stall_timeout {
+            self.lose_peer(now, "the standby answers but makes no progress, and holds the guest back");
+        }
+        if let Some(arbitration) = &mut self.arbitration {
+            let next = arbitration.tick(now, &self.setup.config);
+            self.pursue(next);
+        }
+    }
+
+    /// What follows from the new state, whatever the event was.
+    fn settle(&mut self, now: Nanos) {
+        if self.backlog.as_ref().is_some_and(Backlog::batch_full) {
+            self.flush();
+        }
+        if self.link.is_some() {
+            if let Some(what) = self.beyond(self.setup.config.hard_bound_factor, 1) {
+                self.lose_peer(now, &format!("the standby is too slow: {what}, although the guest is throttled"));
+            } else if !self.throttled && let Some(what) = self.beyond(1, 1) {
+                if !self.bugs.has(Bug::NeverThrottle) {
+                    self.last_progress = now;
+                    self.set_throttle(Some(what));
+                }
+            } else if self.throttled && self.beyond(1, 2).is_none() {
+                // Half the bound, so that the guest is not stopped and started for every record.
+                self.set_throttle(None);
+            }
+        }
+        if self.ending.is_some() && self.outputs.held() == 0 && self.state != PrimaryState::Deciding {
+            let reason = self.ending.take().expect("just seen");
+            self.flush();
+            self.send(&Message::Goodbye { reason: reason.clone() });
+            self.stop(StopReason::Ended { reason });
+        }
+        assert!(self.actions.len() <= MAX_ACTIONS, "the host does not poll");
+    }
+
+    /// Which bound, times `multiplier / divisor`, is passed.
+    fn beyond(&self, multiplier: u64, divisor: u64) -> Option<&'static str> {
+        let Some(backlog) = &self.backlog else { return None };
+        let config = &self.setup.config;
+        let passes = |value: u64, bound: u64| value > bound.saturating_mul(multiplier) / divisor;
+        if passes(backlog.unacked_bytes(), config.max_unacked_bytes) {
+            return Some("too much log is not acknowledged");
+        }
+        if passes(backlog.unreplayed_bytes(), config.max_unreplayed_bytes) {
+            return Some("too much log is not replayed");
+        }
+        if self.state != PrimaryState::Protected {
+            // The secondary can't replay before it has the image, and outputs are not held yet.
+            return None;
+        }
+        if multiplier == 1 && passes(backlog.lag_instructions(), config.max_replay_lag) {
+            return Some("the standby is too far behind");
+        }
+        passes(self.outputs.held(), config.max_held_outputs).then_some("too many outputs are held")
+    }
+
+    fn set_throttle(&mut self, reason: Option<&'static str>) {
+        if self.throttled != reason.is_some() {
+            self.throttled = reason.is_some();
+            self.actions.push_back(PrimaryAction::Throttle(self.throttled));
+            self.actions.push_back(PrimaryAction::Notice(Notice::Throttle { reason }));
+        }
+    }
+
+    fn enter(&mut self, state: PrimaryState, reason: &str) {
+        let (from, to) = (self.state.name(), state.name());
+        self.state = state;
+        self.actions.push_back(PrimaryAction::Notice(Notice::State { from, to, reason: reason.to_owned() }));
+    }
+}

@@ -1,0 +1,102 @@
+//! The secondary's door: all that goes in, all that comes out.
+
+use std::ops::Range;
+
+use crate::arbiter::{Claim, Verdict};
+use crate::notice::{Notice, StopReason};
+use crate::types::{Epoch, OutputId, Record, Seq};
+use crate::wire::Hello;
+
+/// Something that happened to the secondary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SecondaryEvent {
+    /// A primary has connected.
+    PeerConnected,
+    /// Bytes arrived on the connection.
+    Bytes(Vec<u8>),
+    /// The connection is gone, after everything that could be read from it was given in as `Bytes`.
+    PeerClosed {
+        /// What the socket said.
+        reason: String,
+    },
+    /// The machine is restored from the image; replay can begin.
+    ImageRestored {
+        /// The position of the machine.
+        position: u64,
+        /// The last output it had made.
+        last_output: OutputId,
+    },
+    /// Replay made an output. The host keeps its data until [`SecondaryAction::Discard`] or until it has gone live and sent it again.
+    Output {
+        /// The machine's running number of the output.
+        id: OutputId,
+    },
+    /// Replay has consumed all records up to `seq`. The note of an output is consumed when the output is made, so its
+    /// `Output` comes first.
+    Replayed {
+        /// The last one; 0 for none.
+        seq: Seq,
+        /// Where the machine is.
+        position: u64,
+    },
+    /// The arbiter's answer to [`SecondaryAction::AskArbiter`].
+    ArbiterAnswer {
+        /// Of the claim.
+        epoch: Epoch,
+        /// The answer.
+        verdict: Verdict,
+    },
+    /// The administrator (or a failure of this host, such as a broken replay) wants an end. The primary is told.
+    Shutdown {
+        /// For people.
+        reason: String,
+    },
+    /// Time has passed; due at [`super::Secondary::deadline`].
+    Tick,
+}
+
+/// Something the host has to do for the secondary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SecondaryAction {
+    /// Send these bytes on the connection, in order.
+    Send(Vec<u8>),
+    /// Close the connection, after sending what is queued, and forget it: no event of it is wanted any more.
+    Disconnect,
+    /// A primary was accepted: make room for its machine.
+    Prepare(Hello),
+    /// The next bytes of the image.
+    ImageChunk(Vec<u8>),
+    /// The image is complete: restore the machine and report with [`SecondaryEvent::ImageRestored`].
+    Restore {
+        /// The position the machine must be at.
+        position: u64,
+    },
+    /// Replay these records, once the machine is restored; report with [`SecondaryEvent::Output`] and
+    /// [`SecondaryEvent::Replayed`]. Between them the machine may run as far as the last record's position and no further.
+    Replay {
+        /// The number of the first.
+        first_seq: Seq,
+        /// In order.
+        records: Vec<Record>,
+    },
+    /// Outputs up to this one have certainly left the primary; their data is not needed any more.
+    Discard {
+        /// The last one.
+        up_to: OutputId,
+    },
+    /// Put the claim to the arbiter and report with [`SecondaryEvent::ArbiterAnswer`]. The same claim may come again when the
+    /// answer is late; a host that still waits for the first may ignore it. Replay goes on meanwhile.
+    AskArbiter(Claim),
+    /// The log is consumed and the epoch ours: announce the MAC address, send the outputs `reissue` (first to one past the last; the world may not have
+    /// seen them), then run. [`super::Secondary::into_primary`] makes what drives the machine from here on.
+    GoLive {
+        /// The epoch.
+        epoch: Epoch,
+        /// Which outputs to send again.
+        reissue: Range<OutputId>,
+    },
+    /// Give the machine up.
+    Stop(StopReason),
+    /// For people.
+    Notice(Notice),
+}

@@ -1,0 +1,578 @@
+//! The secondary: the side that replays, and goes live when the primary is lost.
+//!
+//! In: [`SecondaryEvent`]s with the time. Out: [`SecondaryAction`]s. Invariants:
+//!
+//! - **Entitled.** It goes live only if the primary has said `ProtectionStart`, that is, only if it has every record whose effects
+//!   the world may have seen.
+//! - **No split brain.** It goes live only as the winner of the next epoch. It takes no silence for a yes.
+//! - **Nothing lost.** It acknowledges a record only when it has handed it to replay, consumes every record it has handed over
+//!   before it goes live, and then sends again every output that it does not know to have left.
+//!
+//! ```text
+//!            Hello           ImageRestored             peer lost, entitled          Won             log consumed
+//! Listening ───────▶ Copying ─────────────▶ Following ───────────────────▶ Deciding ─────▶ Consuming ───────────▶ Live
+//!     │                 │                      │ not entitled, goodbye         │ Lost
+//!     └─────────────────┴──────────────────────┴──────────────▶ Stopped ◀──────┘
+//! ```
+//!
+//! One `Secondary` serves one connection. A standby that is to wait for the next primary makes a new one.
+
+mod door;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use crate::arbiter::{Arbitration, Claim, Next, Verdict};
+use crate::bugs::{Bug, Bugs};
+use crate::config::{Config, ConfigError};
+use crate::link::Link;
+use crate::notice::{Notice, StopReason};
+use crate::primary::{Primary, PrimarySetup};
+use crate::types::{Epoch, Nanos, OutputId, OwnerId, Record, Seq};
+use crate::wire::{Ack, Expectation, Hello, HelloReply, HostIdentity, Message, greeting_version};
+
+pub use door::{SecondaryAction, SecondaryEvent};
+
+/// Where a secondary stands. See the diagram at the head of the module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SecondaryState {
+    /// No greeting yet.
+    Listening,
+    /// The image comes in.
+    Copying,
+    /// The machine is restored and replays.
+    Following,
+    /// The primary is lost, the arbiter is asked; replay goes on to the end of the log.
+    Deciding,
+    /// The epoch is ours; the rest of the log is consumed.
+    Consuming,
+    /// The machine is ours.
+    Live,
+    /// Over.
+    Stopped,
+}
+
+impl SecondaryState {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            SecondaryState::Listening => "listening",
+            SecondaryState::Copying => "copying",
+            SecondaryState::Following => "following",
+            SecondaryState::Deciding => "deciding",
+            SecondaryState::Consuming => "consuming",
+            SecondaryState::Live => "live",
+            SecondaryState::Stopped => "stopped",
+        }
+    }
+}
+
+/// The figures of a secondary, for people and metrics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SecondaryStatus {
+    /// Where it stands.
+    pub state: SecondaryState,
+    /// The epoch of the primary, or ours once we are live.
+    pub epoch: Option<Epoch>,
+    /// Whether it may go live if the primary is lost.
+    pub entitled: bool,
+    /// The newest record received.
+    pub received_seq: Seq,
+    /// The newest record replayed.
+    pub replayed_seq: Seq,
+    /// Where the machine is.
+    pub replayed_position: u64,
+    /// Where the primary was when it was last heard.
+    pub primary_position: u64,
+    /// Outputs made here that are not known to have left the primary.
+    pub unconfirmed_outputs: u64,
+    /// Image bytes received.
+    pub image_bytes: u64,
+}
+
+/// Who the secondary is and what it may accept.
+#[derive(Debug, Clone)]
+pub struct SecondarySetup {
+    /// Bounds and times.
+    pub config: Config,
+    /// This host.
+    pub host: HostIdentity,
+    /// This process.
+    pub owner: OwnerId,
+    /// Which machines it may accept.
+    pub expect: Expectation,
+}
+
+/// The secondary of a pair; see the head of the module.
+#[derive(Debug, Clone)]
+pub struct Secondary {
+    setup: SecondarySetup,
+    bugs: Bugs,
+    state: SecondaryState,
+    link: Option<Link>,
+    hello: Option<Hello>,
+    /// The epoch we have won.
+    won: Option<Epoch>,
+    entitled: bool,
+    image_bytes: u64,
+    /// The cut, once the image is complete.
+    image_position: Option<u64>,
+    received_seq: Seq,
+    replayed_seq: Seq,
+    replayed_position: u64,
+    primary_position: u64,
+    /// Outputs that the machine has made, its life before the cut included.
+    produced: OutputId,
+    /// Outputs that have certainly left, as far as we were told.
+    confirmed: OutputId,
+    discarded: OutputId,
+    ack_due: bool,
+    /// When progress of replay is reported at the latest, if there is any.
+    report_at: Option<Nanos>,
+    last_ack_at: Nanos,
+    arbitration: Option<Arbitration>,
+    lost_reason: String,
+    /// Only for [`Bug::AckBeforeReceive`].
+    staged: Option<(Seq, Vec<Record>)>,
+    actions: VecDeque<SecondaryAction>,
+}
+
+/// More actions than this between two calls of `poll` mean that the host does not call it.
+const MAX_ACTIONS: usize = 1 << 20;
+
+impl Secondary {
+    /// A standby that waits for a primary.
+    pub fn new(setup: SecondarySetup) -> Result<Secondary, ConfigError> {
+        setup.config.check()?;
+        Ok(Secondary {
+            setup,
+            bugs: Bugs::default(),
+            state: SecondaryState::Listening,
+            link: None,
+            hello: None,
+            won: None,
+            entitled: false,
+            image_bytes: 0,
+            image_position: None,
+            received_seq: 0,
+            replayed_seq: 0,
+            replayed_position: 0,
+            primary_position: 0,
+            produced: 0,
+            confirmed: 0,
+            discarded: 0,
+            ack_due: false,
+            report_at: None,
+            last_ack_at: Nanos(0),
+            arbitration: None,
+            lost_reason: String::new(),
+            staged: None,
+            actions: VecDeque::new(),
+        })
+    }
+
+    /// Switches a seeded bug on.
+    #[cfg(feature = "mutations")]
+    #[must_use]
+    pub fn with_bugs(mut self, bugs: Bugs) -> Secondary {
+        self.bugs = bugs;
+        self
+    }
+
+    /// Where it stands.
+    pub fn state(&self) -> SecondaryState {
+        self.state
+    }
+
+    /// The figures.
+    pub fn status(&self) -> SecondaryStatus {
+        SecondaryStatus {
+            state: self.state,
+            epoch: self.won.or(self.hello.as_ref().map(|hello| hello.epoch)),
+            entitled: self.entitled,
+            received_seq: self.received_seq,
+            replayed_seq: self.replayed_seq,
+            replayed_position: self.replayed_position,
+            primary_position: self.primary_position,
+            unconfirmed_outputs: self.produced.saturating_sub(self.confirmed),
+            image_bytes: self.image_bytes,
+        }
+    }
+
+    /// When a [`SecondaryEvent::Tick`] is due, if nothing else happens before.
+    pub fn deadline(&self) -> Option<Nanos> {
+        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout()));
+        let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
+        [link, arbitration, self.report_at].into_iter().flatten().min()
+    }
+
+    /// Takes the next thing to do. Call until `None` after each batch of events; one acknowledgement answers the whole batch.
+    pub fn poll(&mut self) -> Option<SecondaryAction> {
+        if self.actions.is_empty() && self.ack_due {
+            self.acknowledge();
+        }
+        self.actions.pop_front()
+    }
+
+    /// Takes in what happened at `now`.
+    pub fn handle(&mut self, now: Nanos, event: SecondaryEvent) {
+        if matches!(self.state, SecondaryState::Live | SecondaryState::Stopped) {
+            return;
+        }
+        match event {
+            SecondaryEvent::PeerConnected => self.on_connected(now),
+            SecondaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
+            SecondaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
+            SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
+            SecondaryEvent::Output { id } => self.on_output(id),
+            SecondaryEvent::Replayed { seq, position } => self.on_replayed(now, seq, position),
+            SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
+            SecondaryEvent::Shutdown { reason } => {
+                self.send(&Message::Goodbye { reason: reason.clone() });
+                self.stop(StopReason::Ended { reason });
+            }
+            SecondaryEvent::Tick => self.on_tick(now),
+        }
+        assert!(self.actions.len() <= MAX_ACTIONS, "the host does not poll");
+    }
+
+    /// The primary that drives the machine after this secondary has gone live; it has no secondary itself yet.
+    ///
+    /// # Panics
+    /// If this secondary is not live.
+    pub fn into_primary(self) -> Primary {
+        assert_eq!(self.state, SecondaryState::Live, "only who is live becomes a primary");
+        let hello = self.hello.expect("it had a primary once");
+        let setup = PrimarySetup {
+            config: self.setup.config,
+            vm: hello.vm,
+            host: self.setup.host,
+            owner: self.setup.owner,
+            epoch: self.won.expect("it won an epoch"),
+            last_output: self.produced,
+        };
+        Primary::new(setup).expect("the configuration was checked before")
+    }
+
+    // ---- the connection ----
+
+    fn on_connected(&mut self, now: Nanos) {
+        assert!(self.state == SecondaryState::Listening && self.link.is_none(), "a secondary serves one connection");
+        self.link = Some(Link::new(now, &self.setup.config));
+    }
+
+    fn on_bytes(&mut self, now: Nanos, bytes: &[u8]) {
+        if let Some(link) = &mut self.link {
+            link.push(bytes);
+        }
+        loop {
+            let Some(link) = &mut self.link else { return };
+            match link.next_message(now) {
+                Ok(None) => return,
+                Ok(Some(message)) => self.on_message(now, message),
+                Err(error) => self.lose_peer(now, &error.to_string()),
+            }
+        }
+    }
+
+    fn on_closed(&mut self, now: Nanos, reason: &str) {
+        if self.link.take().is_some() {
+            self.lose_peer(now, &format!("connection closed ({reason})"));
+        }
+    }
+
+    fn on_message(&mut self, now: Nanos, message: Message) {
+        use SecondaryState::{Copying, Following, Listening};
+        match (self.state, message) {
+            (Listening, Message::Hello(hello)) => self.on_hello(hello),
+            (Copying, Message::Refuse { reason }) => self.on_refused(reason),
+            (Copying, Message::ImageChunk(bytes)) => self.on_image_chunk(now, bytes),
+            (Copying, Message::ImageEnd { position, total_bytes }) => self.on_image_end(now, position, total_bytes),
+            (Following, Message::ProtectionStart { last_seq }) => self.on_protection_start(now, last_seq),
+            (Copying | Following, Message::Log { first_seq, records }) => self.on_log(now, first_seq, records),
+            (Copying | Following, Message::Released { up_to }) => {
+                self.confirmed = self.confirmed.max(up_to);
+                self.discard();
+            }
+            (Copying | Following, Message::Heartbeat { position, .. }) => {
+                self.primary_position = self.primary_position.max(position);
+            }
+            (_, Message::Goodbye { reason }) => self.stop(StopReason::PeerEnded { reason }),
+            (state, message) => {
+                let (kind, state) = (message.kind(), state.name());
+                self.lose_peer(now, &format!("the primary sent {kind:?} while the secondary was {state}"));
+            }
+        }
+    }
+
+    fn on_hello(&mut self, hello: Hello) {
+        let mut wrong = self.setup.expect.differences(&hello.vm);
+        wrong.extend(self.setup.host.differences(&hello.host));
+        if hello.owner == self.setup.owner {
+            wrong.push("the primary has the standby's own process identity".to_owned());
+        }
+        let version = greeting_version(&hello).unwrap_or_else(|problem| {
+            wrong.push(problem);
+            0
+        });
+        if !wrong.is_empty() {
+            let reason = wrong.join("; ");
+            self.send(&Message::Refuse { reason: reason.clone() });
+            return self.on_refused(reason);
+        }
+        self.send(&Message::HelloReply(HelloReply {
+            version,
+            vm: hello.vm.vm,
+            epoch: hello.epoch,
+            owner: self.setup.owner,
+            host: self.setup.host.clone(),
+        }));
+        self.link.as_mut().expect("the hello came over it").agree(version);
+        self.actions.push_back(SecondaryAction::Prepare(hello.clone()));
+        self.enter(SecondaryState::Copying, &format!("VM {} in epoch {} is accepted", hello.vm.vm, hello.epoch));
+        self.hello = Some(hello);
+    }
+
+    fn on_refused(&mut self, reason: String) {
+        self.actions.push_back(SecondaryAction::Notice(Notice::Refused { reason: reason.clone() }));
+        self.stop(StopReason::Refused { reason });
+    }
+
+    // ---- the image ----
+
+    fn on_image_chunk(&mut self, now: Nanos, bytes: Vec<u8>) {
+        if self.image_position.is_some() {
+            return self.lose_peer(now, "the image goes on after its end");
+        }
+        self.image_bytes += bytes.len() as u64;
+        self.ack_due = true;
+        self.actions.push_back(SecondaryAction::ImageChunk(bytes));
+    }
+
+    fn on_image_end(&mut self, now: Nanos, position: u64, total_bytes: u64) {
+        if self.image_position.is_some() || self.image_bytes != total_bytes {
+            let received = self.image_bytes;
+            return self.lose_peer(now, &format!("the image has {received} bytes instead of {total_bytes}"));
+        }
+        self.image_position = Some(position);
+        self.actions.push_back(SecondaryAction::Restore { position });
+    }
+
+    fn on_restored(&mut self, now: Nanos, position: u64, last_output: OutputId) {
+        assert_eq!(self.state, SecondaryState::Copying, "a machine is restored once");
+        if self.image_position != Some(position) {
+            return self.lose_peer(now, &format!("the restored machine is at position {position}, not where its image was cut"));
+        }
+        self.replayed_position = position;
+        self.produced = last_output;
+        // Outputs before the cut left at once; they are the primary's.
+        self.confirmed = self.confirmed.max(last_output);
+        self.discarded = last_output;
+        if self.bugs.has(Bug::EntitledByImage) {
+            self.entitled = true;
+        }
+        self.send(&Message::ImageReady { position });
+        self.enter(SecondaryState::Following, "the machine is restored");
+    }
+
+    fn on_protection_start(&mut self, now: Nanos, last_seq: Seq) {
+        if self.entitled && !self.bugs.has(Bug::EntitledByImage) || last_seq != self.received_seq {
+            let received = self.received_seq;
+            return self.lose_peer(now, &format!("protection starts at record {last_seq}, but {received} were received"));
+        }
+        self.entitled = true;
+        self.ack_due = true;
+        self.enter(SecondaryState::Following, "protection has started");
+    }
+
+    // ---- the log ----
+
+    fn on_log(&mut self, now: Nanos, first_seq: Seq, records: Vec<Record>) {
+        if first_seq != self.received_seq + 1 {
+            let expected = self.received_seq + 1;
+            return self.lose_peer(now, &format!("the log goes on at record {first_seq} instead of {expected}"));
+        }
+        self.received_seq += records.len() as u64;
+        self.ack_due = true;
+        if let Some(last) = records.last() {
+            self.primary_position = self.primary_position.max(last.position);
+        }
+        let ready = if self.bugs.has(Bug::AckBeforeReceive) {
+            self.staged.replace((first_seq, records))
+        } else {
+            Some((first_seq, records))
+        };
+        if let Some((first_seq, records)) = ready {
+            self.actions.push_back(SecondaryAction::Replay { first_seq, records });
+        }
+    }
+
+    fn on_output(&mut self, id: OutputId) {
+        assert_eq!(id, self.produced + 1, "outputs are numbered without gaps");
+        self.produced = id;
+        self.discard();
+    }
+
+    fn discard(&mut self) {
+        let up_to = self.confirmed.min(self.produced);
+        if up_to > self.discarded {
+            self.discarded = up_to;
+            self.actions.push_back(SecondaryAction::Discard { up_to });
+        }
+    }
+
+    fn on_replayed(&mut self, now: Nanos, seq: Seq, position: u64) {
+        assert!(seq >= self.replayed_seq && position >= self.replayed_position, "replay goes forward");
+        assert!(seq <= self.received_seq, "replay has only what was received");
+        if seq == self.replayed_seq && position == self.replayed_position {
+            return;
+        }
+        self.replayed_seq = seq;
+        self.replayed_position = position;
+        let due_at = self.last_ack_at.plus(self.setup.config.replay_report_interval);
+        if now >= due_at {
+            self.last_ack_at = now;
+            self.ack_due = true;
+        } else if self.report_at.is_none() {
+            self.report_at = Some(due_at);
+        }
+        self.go_live_if_consumed();
+    }
+
+    fn acknowledge(&mut self) {
+        self.ack_due = false;
+        self.report_at = None;
+        let ack = Ack {
+            received_seq: self.received_seq,
+            replayed_seq: self.replayed_seq,
+            replayed_position: self.replayed_position,
+            image_bytes: self.image_bytes,
+        };
+        self.send(&Message::Ack(ack));
+    }
+
+    fn send(&mut self, message: &Message) {
+        if let Some(link) = &self.link {
+            self.actions.push_back(SecondaryAction::Send(link.frame(message)));
+        }
+    }
+
+    // ---- failure ----
+
+    fn drop_link(&mut self) {
+        if self.link.take().is_some() {
+            self.actions.push_back(SecondaryAction::Disconnect);
+        }
+        self.ack_due = false;
+        self.report_at = None;
+    }
+
+    fn lose_peer(&mut self, now: Nanos, reason: &str) {
+        assert!(self.state < SecondaryState::Deciding, "there is no peer to lose any more");
+        self.drop_link();
+        if !self.entitled {
+            return self.stop(StopReason::NotProtected { reason: reason.to_owned() });
+        }
+        let hello = self.hello.as_ref().expect("it is entitled, so it was greeted");
+        let claim = Claim { vm: hello.vm.vm, epoch: hello.epoch.next(), owner: self.setup.owner };
+        self.lost_reason = reason.to_owned();
+        if let Some((_, records)) = self.staged.take() {
+            self.received_seq -= records.len() as u64;
+        }
+        if self.bugs.has(Bug::LiveWithoutArbiter) {
+            return self.consume(claim.epoch);
+        }
+        self.enter(SecondaryState::Deciding, reason);
+        let (arbitration, claim) = Arbitration::begin(now, claim, &self.setup.config);
+        self.arbitration = Some(arbitration);
+        self.actions.push_back(SecondaryAction::AskArbiter(claim));
+    }
+
+    fn on_arbiter_answer(&mut self, now: Nanos, epoch: Epoch, verdict: Verdict) {
+        let Some(arbitration) = &mut self.arbitration else { return };
+        let next = arbitration.answer(now, epoch, verdict, &self.setup.config);
+        self.pursue(next);
+    }
+
+    fn pursue(&mut self, next: Next) {
+        let Some(arbitration) = &self.arbitration else { return };
+        let (epoch, attempts) = (arbitration.epoch(), arbitration.attempts);
+        match next {
+            Next::Wait => {}
+            Next::Ask(_) if self.bugs.has(Bug::AskOnce) => {}
+            Next::Ask(claim) => self.actions.push_back(SecondaryAction::AskArbiter(claim)),
+            Next::RetryAt(_) if self.bugs.has(Bug::SilenceIsConsent) => self.consume(epoch),
+            Next::RetryAt(retry_at) => {
+                let notice = Notice::ArbiterUnreachable { epoch, attempts, retry_at };
+                self.actions.push_back(SecondaryAction::Notice(notice));
+            }
+            Next::Won => self.consume(epoch),
+            Next::Lost => self.stop(StopReason::LostArbitration { epoch }),
+        }
+    }
+
+    fn consume(&mut self, epoch: Epoch) {
+        self.arbitration = None;
+        self.won = Some(epoch);
+        let left = self.received_seq - self.replayed_seq;
+        let reason = format!("epoch {epoch} is ours ({}); {left} records are left", self.lost_reason);
+        self.enter(SecondaryState::Consuming, &reason);
+        self.go_live_if_consumed();
+    }
+
+    fn go_live_if_consumed(&mut self) {
+        let consumed = self.replayed_seq == self.received_seq || self.bugs.has(Bug::LiveBeforeConsuming);
+        if self.state != SecondaryState::Consuming || !consumed {
+            return;
+        }
+        let epoch = self.won.expect("it is consuming because it won");
+        // The primary says what has left only after it has, so it may have sent more than we know; never less.
+        let first = self.confirmed.min(self.produced) + 1;
+        let reissue = if self.bugs.has(Bug::ForgetReissue) { 0..0 } else { first..self.produced + 1 };
+        self.enter(SecondaryState::Live, "the log is consumed");
+        self.actions.push_back(SecondaryAction::GoLive { epoch, reissue });
+    }
+
+    fn stop(&mut self, reason: StopReason) {
+        self.drop_link();
+        self.arbitration = None;
+        self.enter(SecondaryState::Stopped, &reason.to_string());
+        self.actions.push_back(SecondaryAction::Stop(reason));
+    }
+
+    // ---- time ----
+
+    fn peer_timeout(&self) -> Nanos {
+        if self.entitled { self.setup.config.peer_timeout } else { self.setup.config.copy_timeout }
+    }
+
+    fn on_tick(&mut self, now: Nanos) {
+        let timeout = self.peer_timeout();
+        if let Some(link) = &mut self.link {
+            let greeted = self.state != SecondaryState::Listening;
+            if link.beat_due(now, &self.setup.config) && greeted {
+                let position = self.replayed_position;
+                self.send(&Message::Heartbeat { time: now, position });
+            }
+        }
+        if self.report_at.is_some_and(|at| now >= at) {
+            self.last_ack_at = now;
+            self.report_at = None;
+            self.ack_due = true;
+        }
+        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout)) {
+            self.lose_peer(now, &format!("nothing was heard from the primary for {silence}"));
+        }
+        if let Some(arbitration) = &mut self.arbitration {
+            let next = arbitration.tick(now, &self.setup.config);
+            self.pursue(next);
+        }
+    }
+
+    fn enter(&mut self, state: SecondaryState, reason: &str) {
+        let (from, to) = (self.state.name(), state.name());
+        self.state = state;
+        self.actions.push_back(SecondaryAction::Notice(Notice::State { from, to, reason: reason.to_owned() }));
+    }
+}
