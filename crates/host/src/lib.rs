@@ -9,6 +9,9 @@
 
 pub mod error;
 pub mod guest;
+pub mod net;
 pub mod packages;
+pub mod switch;
+pub mod wake;
 
 pub use error::{Error, Result};

@@ -70,10 +70,16 @@ shell)
 redis)
     echo 1 > /proc/sys/vm/overcommit_memory
     redis-server /etc/redis.conf &
-    echo $! > /run/workload
-    until nc -z 127.0.0.1 6379 2> /dev/null; do usleep 10000; done
-    say READY redis
-    wait
+    redis=$!
+    echo $redis > /run/workload
+    # Ready is when the kernel lists the port (18EB is 6379) as listening (0A). A server that died will never be.
+    until grep -q ':18EB 00000000:0000 0A' /proc/net/tcp; do
+        kill -0 $redis 2> /dev/null || break
+        usleep 10000
+    done
+    kill -0 $redis 2> /dev/null && say READY redis
+    wait $redis
+    say "DONE redis, exit status $?"
     ;;
 loop)
     say READY loop

@@ -139,7 +139,7 @@ impl Apt {
     }
 
     /// The record of a package as a certain suite has it.
-    pub fn from_suite(&self, name: &str, suite: &str) -> Result<Stanza> {
+    pub fn candidate_of_suite(&self, name: &str, suite: &str) -> Result<Stanza> {
         let output = self
             .command("apt-cache")
             .args(["madison", name])

@@ -197,16 +197,16 @@ impl Store {
         progress(Progress::Step(format!("Looking for {} in Debian's archive", request.words())));
         let apt = Apt::prepare(&self.root.join("apt"))?;
         apt.update_once(progress)?;
-        let wanted = match resolve(&apt, request) {
-            Ok(wanted) => wanted,
-            // The lists may be older than the archive; a second look after an update tells.
-            Err(_) if apt.lists_are_old() => {
+        let packages = match self.look_up_and_bring(&apt, request, progress) {
+            Ok(packages) => packages,
+            // The lists may be older than the archive (a superseded version is removed from it): look again, once.
+            Err(e) if apt.lists_are_old() => {
+                tracing::info!("the package lists may be out of date ({})", e.what());
                 apt.update(progress)?;
-                resolve(&apt, request)?
+                self.look_up_and_bring(&apt, request, progress)?
             }
             Err(e) => return Err(e),
         };
-        let packages = self.bring(&apt, &wanted, progress)?;
         self.write_manifest(request, &packages)?;
         Ok(packages.into_iter().map(|entry| self.package_of(entry)).collect())
     }
@@ -265,6 +265,11 @@ impl Store {
         let draft = path.with_extension("new");
         fs::write(&draft, text).at("write", &draft)?;
         fs::rename(&draft, &path).at("create", &path)
+    }
+
+    fn look_up_and_bring(&self, apt: &Apt, request: Request<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Vec<ManifestEntry>> {
+        let wanted = resolve(apt, request)?;
+        self.bring(apt, &wanted, progress)
     }
 
     /// Downloads and unpacks what is not there yet.
@@ -357,7 +362,7 @@ fn resolve(apt: &Apt, request: Request<'_>) -> Result<Vec<Wanted>> {
         Request::Kernel(line) => {
             let meta = match line {
                 KernelLine::Stable => apt.candidate(KERNEL_META)?,
-                KernelLine::Backports => apt.from_suite(KERNEL_META, "bookworm-backports")?,
+                KernelLine::Backports => apt.candidate_of_suite(KERNEL_META, "bookworm-backports")?,
             };
             let kernel = meta.depends().into_iter().find(|d| d.name.starts_with("linux-image-"));
             let kernel = kernel.ok_or_else(|| {

@@ -1,0 +1,2 @@
+//! Frames in and out of the host.
+pub mod frames;

@@ -1,0 +1,244 @@
+//! The switch's decisions, step by step.
+
+use super::*;
+use proptest::prelude::*;
+
+const A: [u8; 6] = [2, 0, 0, 0, 0, 0xa];
+const B: [u8; 6] = [2, 0, 0, 0, 0, 0xb];
+const C: [u8; 6] = [2, 0, 0, 0, 0, 0xc];
+const ALL: [u8; 6] = [0xff; 6];
+
+fn at(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn frame(to: [u8; 6], from: [u8; 6], text: &str) -> Vec<u8> {
+    let mut wire = Vec::new();
+    crate::net::frames::encode(&[&to[..], &from, &[8, 0], text.as_bytes()].concat(), &mut wire);
+    wire
+}
+
+/// Writes everything a port has to be given and returns the payloads.
+fn drain(fabric: &mut Fabric, port: PortId, now: Duration) -> Vec<String> {
+    let mut texts = Vec::new();
+    loop {
+        let Some(frame) = fabric.waiting(port, 1).next().map(<[u8]>::to_vec) else { break };
+        texts.push(String::from_utf8(frame[HEADER + 14..].to_vec()).unwrap());
+        fabric.wrote(port, frame.len(), now);
+    }
+    texts
+}
+
+#[test]
+fn learns_and_floods() {
+    let mut f = Fabric::new(Limits::default());
+    let [a, b, c] = [f.attach(), f.attach(), f.attach()];
+    f.frame(a, &frame(B, A, "who"), at(0));
+    assert_eq!(drain(&mut f, b, at(0)), ["who"]);
+    assert_eq!(drain(&mut f, c, at(0)), ["who"]);
+    f.frame(b, &frame(A, B, "me"), at(0));
+    assert_eq!(drain(&mut f, a, at(0)), ["me"]);
+    assert!(!f.has_waiting(c));
+    f.frame(c, &frame(ALL, C, "everyone"), at(0));
+    assert_eq!(drain(&mut f, a, at(0)), ["everyone"]);
+    assert_eq!(drain(&mut f, b, at(0)), ["everyone"]);
+    assert!(!f.has_waiting(c));
+    // To itself, and too short to say: nowhere.
+    f.frame(a, &frame(A, A, "self"), at(0));
+    f.frame(a, &[0, 0, 0, 1, 7], at(0));
+    assert!([a, b, c].iter().all(|p| !f.has_waiting(*p)));
+}
+
+#[test]
+fn nothing_is_lost_in_a_failover() {
+    let mut f = Fabric::new(Limits::default());
+    let [world, primary] = [f.attach(), f.attach()];
+    f.frame(primary, &frame(ALL, B, "hello"), at(0));
+    f.frame(world, &frame(B, A, "long ago"), at(0));
+    drain(&mut f, primary, at(0));
+    f.frame(world, &frame(B, A, "passed on"), at(900));
+    drain(&mut f, primary, at(900));
+    f.frame(world, &frame(B, A, "queued"), at(990));
+    f.detach(primary, "killed", at(1000));
+    f.frame(world, &frame(B, A, "kept"), at(1010));
+    let standby = f.attach();
+    assert!(!f.has_waiting(standby));
+    f.frame(standby, &frame(ALL, B, "it is me"), at(1100));
+    assert_eq!(drain(&mut f, standby, at(1100)), ["passed on", "queued", "kept"]);
+    let events: Vec<_> = f.take_events().collect();
+    assert!(events.contains(&Event::Lost(Mac(B))));
+    assert!(events.contains(&Event::Found { mac: Mac(B), port: standby, again: 1, kept: 2, dropped: 0, after: at(100) }));
+    // From here on as ever.
+    f.frame(world, &frame(B, A, "later"), at(1200));
+    assert_eq!(drain(&mut f, standby, at(1200)), ["later"]);
+}
+
+#[test]
+fn a_port_that_hangs_is_left_behind() {
+    let mut f = Fabric::new(Limits::default());
+    let [world, hanging, standby] = [f.attach(), f.attach(), f.attach()];
+    f.frame(hanging, &frame(ALL, B, "hello"), at(0));
+    drain(&mut f, standby, at(0));
+    f.frame(world, &frame(B, A, "1"), at(10));
+    drain(&mut f, hanging, at(10));
+    f.frame(world, &frame(B, A, "2"), at(20));
+    f.frame(standby, &frame(ALL, B, "it is me"), at(30));
+    assert_eq!(drain(&mut f, standby, at(30)), ["1", "2"]);
+    // The two now fight for the address; nothing is delivered a third time.
+    f.frame(hanging, &frame(ALL, B, "no, me"), at(40));
+    assert_eq!(drain(&mut f, hanging, at(40)), ["it is me", "2"]);
+    drain(&mut f, standby, at(40));
+    for round in 0..10 {
+        f.frame(standby, &frame(ALL, B, "x"), at(50 + round));
+        f.frame(hanging, &frame(ALL, B, "x"), at(50 + round));
+        assert!(drain(&mut f, standby, at(50 + round)).iter().all(|text| text == "x"));
+        assert!(drain(&mut f, hanging, at(50 + round)).iter().all(|text| text == "x"));
+    }
+}
+
+#[test]
+fn a_frame_half_written_is_finished_and_the_heir_gets_it_too() {
+    let mut f = Fabric::new(Limits::default());
+    let [world, old, new] = [f.attach(), f.attach(), f.attach()];
+    f.frame(old, &frame(ALL, B, "hello"), at(0));
+    drain(&mut f, new, at(0));
+    f.frame(world, &frame(B, A, "first"), at(10));
+    f.frame(world, &frame(B, A, "second"), at(10));
+    let whole = frame(B, A, "first");
+    f.wrote(old, 10, at(10));
+    f.frame(new, &frame(ALL, B, "it is me"), at(20));
+    // The rest of the half-written frame, then what is for everyone; nothing that belongs to the address now.
+    let pieces: Vec<Vec<u8>> = f.waiting(old, 9).map(<[u8]>::to_vec).collect();
+    assert_eq!(pieces, [whole[10..].to_vec(), frame(ALL, B, "it is me")]);
+    assert_eq!(drain(&mut f, new, at(20)), ["first", "second"]);
+}
+
+#[test]
+fn several_frames_in_one_write() {
+    let mut f = Fabric::new(Limits::default());
+    let [a, b] = [f.attach(), f.attach()];
+    for text in ["1", "2", "3"] {
+        f.frame(a, &frame(B, A, text), at(0));
+    }
+    let length = frame(B, A, "1").len();
+    f.wrote(b, 2 * length + 3, at(0));
+    assert_eq!(f.waiting(b, 9).collect::<Vec<_>>(), [&frame(B, A, "3")[3..]]);
+    f.wrote(b, length - 3, at(0));
+    assert!(!f.has_waiting(b));
+}
+
+#[test]
+fn what_is_kept_has_an_end() {
+    let limits = Limits { kept: Bound { frames: 2, bytes: 1000 }, ..Limits::default() };
+    let mut f = Fabric::new(limits);
+    let [world, primary] = [f.attach(), f.attach()];
+    f.frame(primary, &frame(ALL, B, ""), at(0));
+    f.detach(primary, "killed", at(0));
+    for text in ["1", "2", "3"] {
+        f.frame(world, &frame(B, A, text), at(1));
+    }
+    assert_eq!(f.next_expiry(), Some(at(10_000)));
+    f.expire(at(9_999));
+    let standby = f.attach();
+    f.frame(standby, &frame(ALL, B, ""), at(9_999));
+    assert_eq!(drain(&mut f, standby, at(9_999)), ["1", "2"]);
+    assert!(f.take_events().any(|e| matches!(e, Event::Found { dropped: 1, .. })));
+
+    f.detach(standby, "killed", at(20_000));
+    f.frame(world, &frame(B, A, "4"), at(20_000));
+    f.expire(at(30_000));
+    assert_eq!(f.next_expiry(), None);
+    assert!(f.take_events().any(|e| e == Event::GivenUp { mac: Mac(B), frames: 1 }));
+}
+
+#[test]
+fn a_full_queue_drops_the_newest() {
+    let limits = Limits { queue: Bound { frames: 100, bytes: 60 }, ..Limits::default() };
+    let mut f = Fabric::new(limits);
+    let [a, b] = [f.attach(), f.attach()];
+    for text in ["0123456789", "0123456789", "x"] {
+        f.frame(a, &frame(B, A, text), at(0));
+    }
+    // Two frames of 28 bytes fit into 60, the third of 19 does not.
+    assert_eq!(drain(&mut f, b, at(0)).len(), 2);
+    assert_eq!(f.dropped(b), 1);
+}
+
+#[test]
+fn made_up_addresses_fill_a_bounded_table() {
+    let mut f = Fabric::new(Limits { addresses: 10, ..Limits::default() });
+    let [a, b] = [f.attach(), f.attach()];
+    for n in 0..200 {
+        f.frame(a, &frame(ALL, [2, 9, 9, 9, 9, n], ""), at(0));
+    }
+    assert_eq!(f.addresses.len(), 10);
+    drain(&mut f, b, at(0));
+    f.frame(a, &frame(B, A, "still goes"), at(0));
+    assert_eq!(drain(&mut f, b, at(0)), ["still goes"]);
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Attach,
+    Detach(usize),
+    Send { from: usize, source: u8, to: u8 },
+    Drain(usize),
+    Wait(u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        2 => Just(Step::Attach),
+        1 => (0usize..6).prop_map(Step::Detach),
+        10 => (0usize..6, 0u8..5, 0u8..6).prop_map(|(from, source, to)| Step::Send { from, source, to }),
+        4 => (0usize..6).prop_map(Step::Drain),
+        2 => (0u64..4000).prop_map(Step::Wait),
+    ];
+    proptest::collection::vec(step, 0..200)
+}
+
+proptest! {
+    /// Whatever happens: limits hold, byte counts are right, and the copies of a frame that flooding made are delivered at most twice each.
+    #[test]
+    fn any_history(steps in steps()) {
+        let small = Bound { frames: 8, bytes: 300 };
+        let limits = Limits { queue: small, kept: small, recent: small, addresses: 4, ..Limits::default() };
+        let mut f = Fabric::new(limits);
+        let mut ports = Vec::new();
+        let mut now = at(0);
+        let mut serial = 0;
+        let mut seen: BTreeMap<String, u32> = BTreeMap::new();
+        for step in steps {
+            match step {
+                Step::Attach if ports.len() < 6 => ports.push(f.attach()),
+                Step::Attach => {}
+                Step::Detach(i) => if i < ports.len() { f.detach(ports.remove(i), "gone", now) },
+                Step::Send { from, source, to } => if let Some(port) = ports.get(from) {
+                    serial += 1;
+                    let to = if to == 5 { ALL } else { [2, 0, 0, 0, 0, to] };
+                    f.frame(*port, &frame(to, [2, 0, 0, 0, 0, source], &serial.to_string()), now);
+                },
+                Step::Drain(i) => if let Some(port) = ports.get(i) {
+                    for text in drain(&mut f, *port, now) {
+                        *seen.entry(text).or_default() += 1;
+                    }
+                },
+                Step::Wait(ms) => { now += at(ms); f.expire(now); }
+            }
+            for port in f.ports.values() {
+                for (len, bytes, total) in [
+                    (port.queue.items.len(), port.queue.bytes, port.queue.items.iter().map(|i| i.frame.len()).sum::<usize>()),
+                    (port.recent.items.len(), port.recent.bytes, port.recent.items.iter().map(|i| i.frame.len()).sum()),
+                ] {
+                    prop_assert!(len <= small.frames && bytes <= small.bytes && bytes == total);
+                }
+            }
+            prop_assert!(f.away.values().all(|a| a.frames.items.len() <= small.frames && a.frames.bytes <= small.bytes));
+            prop_assert!(f.addresses.len() + f.away.len() <= 4);
+            prop_assert!(f.addresses.values().all(|p| f.ports.contains_key(p)));
+            prop_assert!(f.away.keys().all(|mac| !f.addresses.contains_key(mac)));
+        }
+        // Flooded to at most five others.
+        prop_assert!(seen.values().all(|n| *n <= 10));
+    }
+}
