@@ -72,6 +72,8 @@ pub struct Pending {
     pub code: Vec<(usize, u16, u16)>,
     /// Fetch translations (jump caches) are out of date: all of them, or those of one virtual page.
     pub flush_fetch: bool,
+    /// Fetch translations through pages that are not global are out of date.
+    pub flush_fetch_non_global: bool,
     /// See `flush_fetch`.
     pub flush_fetch_pages: Vec<u64>,
 }
@@ -79,7 +81,7 @@ pub struct Pending {
 impl Pending {
     /// Whether there is anything to do.
     pub fn any(&self) -> bool {
-        self.flush_fetch || !self.code.is_empty() || !self.flush_fetch_pages.is_empty()
+        self.flush_fetch || self.flush_fetch_non_global || !self.code.is_empty() || !self.flush_fetch_pages.is_empty()
     }
 }
 
@@ -207,9 +209,10 @@ impl Mmu {
         self.pending.flush_fetch = true;
     }
 
-    /// Forgets every translation that is not global (a CR3 write). The caller must treat its own fetch translations alike.
+    /// Forgets every translation that is not global (a CR3 write).
     pub fn flush_non_global(&mut self) {
         self.stats.flushes += 1;
+        self.pending.flush_fetch_non_global = true;
         for user in [KERNEL, USER] {
             // SAFETY: contract of `new`.
             let tlb = unsafe { &mut (*self.tlb)[user] };
@@ -589,5 +592,46 @@ impl Mmu {
         if tables {
             self.flush_all();
         }
+    }
+}
+
+/// Where the bytes behind a virtual address are (used by `sys`).
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    /// RAM that may be accessed at this host address, up to the end of the page.
+    Plain(*mut u8),
+    /// RAM at this guest-physical address whose stores must go through [`Mmu::write_ram`].
+    Special(u64),
+    /// Not RAM.
+    Device,
+}
+
+// Used by `sys`.
+impl Mmu {
+    /// Translates for reading: the result is good for the rest of the page, until the next call of any method.
+    #[inline]
+    pub(crate) fn place_for_read(&mut self, st: &CpuState, va: u64, user: bool) -> Result<Place, Exception> {
+        if let Some(host) = self.hit(va, false, user) {
+            return Ok(Place::Plain(host));
+        }
+        let walk = self.fill(st, va, Access::Read, user)?;
+        Ok(match self.ram.page(walk.gpa) {
+            Some((_, page)) => Place::Plain(page.wrapping_add((va % PAGE_SIZE) as usize)),
+            None => Place::Device,
+        })
+    }
+
+    /// Translates for writing: as [`Mmu::place_for_read`], and the page counts as written.
+    #[inline]
+    pub(crate) fn place_for_write(&mut self, st: &CpuState, va: u64, user: bool) -> Result<Place, Exception> {
+        if let Some(host) = self.hit(va, true, user) {
+            return Ok(Place::Plain(host));
+        }
+        let walk = self.fill(st, va, Access::Write, user)?;
+        let Some((page, host)) = self.ram.page(walk.gpa) else { return Ok(Place::Device) };
+        if self.ram.flags().get(page) & (PageFlags::CODE | PageFlags::TABLE) != 0 {
+            return Ok(Place::Special(walk.gpa));
+        }
+        Ok(Place::Plain(host.wrapping_add((va % PAGE_SIZE) as usize)))
     }
 }

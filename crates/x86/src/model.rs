@@ -1,4 +1,13 @@
 //! CPU models: what CPUID tells the guest, by name. A model is fixed for ever: two hosts that offer it replay alike.
+//!
+//! **In:** a leaf and a subleaf. **Out:** four registers, the same on every host.
+//!
+//! **Invariant:** a feature bit is set only if the engine executes what it promises (see also `sys::offered`).
+//!
+//! References: APM vol. 3 appendix E (CPUID), Linux Documentation/virt/kvm/x86/cpuid.rst (leaves 4000_0000 and up).
+use crate::CpuState;
+use crate::mmu::PHYSICAL_BITS;
+use crate::state::cr4;
 
 /// One answer of CPUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,4 +27,120 @@ pub struct CpuModel {
     pub name: &'static str,
     /// What CPUID answers.
     pub leaves: Vec<CpuidLeaf>,
+}
+
+/// Frequency of the time-stamp counter, in kHz.
+const TSC_KHZ: u32 = 1_000_000;
+
+/// Family 19h, model 1, stepping 1: with the "not affected" bits below, Linux looks for none of its silicon's bugs.
+const SIGNATURE: u32 = 0x00a0_0f11;
+
+/// A word with the given bits set.
+const fn bits(list: &[u32]) -> u32 {
+    let (mut word, mut i) = (0, 0);
+    while i < list.len() {
+        word |= 1 << list[i];
+        i += 1;
+    }
+    word
+}
+
+/// Bits of leaf 1.
+mod leaf1 {
+    use super::bits;
+    /// Those of EDX that leaf 8000_0001 repeats: FPU, DE, PSE, TSC, MSR, PAE, CX8, APIC, MTRR, PGE, CMOV, PAT, PSE36, MMX, FXSR.
+    pub const COMMON: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 9, 12, 13, 15, 16, 17, 23, 24]);
+    /// And SEP, CLFSH, SSE, SSE2.
+    pub const EDX: u32 = COMMON | bits(&[11, 19, 25, 26]);
+    /// SSE3, SSSE3, CX16, SSE4.1, SSE4.2, x2APIC, POPCNT, TSC deadline, hypervisor.
+    pub const ECX: u32 = bits(&[0, 9, 13, 19, 20, 21, 23, 24, 31]);
+    pub const XSAVE: u32 = 1 << 26;
+    pub const OSXSAVE: u32 = 1 << 27;
+}
+
+impl CpuModel {
+    /// The model called `name`, if there is one.
+    pub fn by_name(name: &str) -> Option<Self> {
+        Self::all().into_iter().find(|m| m.name == name)
+    }
+
+    /// Every model there is.
+    pub fn all() -> Vec<Self> {
+        vec![Self::x86_64_v2()]
+    }
+
+    /// The baseline called x86-64-v2 (SSE4.2, POPCNT, CX16), as a processor of AMD's: those need no page-table
+    /// isolation. One core, one thread.
+    pub fn x86_64_v2() -> Self {
+        let mut leaves = Vec::new();
+        let mut add = |leaf, subleaf, regs| leaves.push(CpuidLeaf { leaf, subleaf, regs });
+        let [b, d, c] = text("AuthenticAMD");
+        add(0, None, [0xd, b, c, d]);
+        // CLFLUSH line of 8 quadwords, one logical processor.
+        add(1, None, [SIGNATURE, 1 << 16 | 8 << 8, leaf1::ECX, leaf1::EDX]);
+        // The APIC timer runs always (ARAT).
+        add(6, None, [1 << 2, 0, 0, 0]);
+        // TSC_ADJUST.
+        add(7, Some(0), [0, 1 << 1, 0, 0]);
+        // Topology: one thread a core, one core.
+        add(0xb, Some(0), [0, 1, 0x100, 0]);
+        add(0xb, Some(1), [0, 1, 0x201, 0]);
+
+        let [b, c, d] = text("KVMKVMKVM\0\0\0");
+        add(0x4000_0000, None, [0x4000_0010, b, c, d]);
+        // Clock source (both MSR numbers), no delay needed after port I/O, stable clock.
+        add(0x4000_0001, None, [bits(&[0, 1, 3, 24]), 0, 0, 0]);
+        // TSC and APIC bus frequency in kHz.
+        add(0x4000_0010, None, [TSC_KHZ, TSC_KHZ, 0, 0]);
+
+        let [b, d, c] = text("AuthenticAMD");
+        add(0x8000_0000, None, [0x8000_0021, b, c, d]);
+        // LAHF_LM; what leaf 1 has in common, SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
+        let common = leaf1::EDX & 0x0183_f3ff & !(1 << 11);
+        let extended = common | 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29;
+        add(0x8000_0001, None, [SIGNATURE, 0, 1, extended]);
+        let brand = text::<12>("Twinstep x86-64-v2\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        for (i, part) in brand.chunks_exact(4).enumerate() {
+            add(0x8000_0002 + i as u32, None, [part[0], part[1], part[2], part[3]]);
+        }
+        // L1: 32 KiB, 8 ways, 64-byte lines each; TLBs of 64 entries. L2: 512 KiB, 8 ways. No L3.
+        add(0x8000_0005, None, [0xff40_ff40, 0xff40_ff40, 0x2008_0140, 0x2008_0140]);
+        add(0x8000_0006, None, [0, 0x6400_6400, 0x0200_6140, 0]);
+        // Invariant TSC.
+        add(0x8000_0007, None, [0, 0, 0, 1 << 8]);
+        // Address sizes; error pointers always restored (FIP and friends are constants here), and not affected by: speculative store bypass (26),
+        // branch type confusion (29). One core.
+        add(0x8000_0008, None, [48 << 8 | PHYSICAL_BITS, bits(&[2, 26, 29]), 0, 0]);
+        // LFENCE serialises (2), null selectors clear the base (6), automatic IBRS (8), not affected by speculative return
+        // stack overflow (29); ECX: not affected by transient scheduler attacks (1, 2).
+        add(0x8000_0021, None, [bits(&[2, 6, 8, 29]), 0, bits(&[1, 2]), 0]);
+        Self { name: "x86-64-v2", leaves }
+    }
+
+    /// What CPUID answers in state `st`. Leaves that do not exist read as zero, as AMD's do.
+    pub fn cpuid(&self, leaf: u32, subleaf: u32, st: &CpuState) -> [u32; 4] {
+        let found = self.leaves.iter().find(|l| l.leaf == leaf && l.subleaf.is_none_or(|s| s == subleaf));
+        let mut regs = found.map_or([0; 4], |l| l.regs);
+        match leaf {
+            1 => {
+                regs[2] &= !leaf1::OSXSAVE;
+                if regs[2] & leaf1::XSAVE != 0 && st.cr4 & cr4::OSXSAVE != 0 {
+                    regs[2] |= leaf1::OSXSAVE;
+                }
+            }
+            // Levels that do not exist still say which was asked for.
+            0xb if found.is_none() => regs[2] = subleaf & 0xff,
+            _ => {}
+        }
+        regs
+    }
+}
+
+/// Text as the little-endian words CPUID returns it in.
+fn text<const N: usize>(s: &str) -> [u32; N] {
+    let mut words = [0; N];
+    for (i, b) in s.bytes().take(4 * N).enumerate() {
+        words[i / 4] |= (b as u32) << (8 * (i % 4));
+    }
+    words
 }

@@ -1,0 +1,188 @@
+//! Model-specific registers the processor owns.
+//!
+//! **In:** an MSR number. **Out:** its value, or #GP(0); registers that are not here belong to the machine ([`crate::Bus`]: local APIC,
+//! kvmclock, TSC deadline), which has the last word.
+//!
+//! **Invariant:** what is stored was checked: addresses are canonical, memory types exist, reserved bits are clear. Reads of
+//! configuration registers of AMD's family 19h that kernels read without a safety net give fixed values; writes to them are ignored.
+//!
+//! References: APM vol. 2 appendix A (MSR cross-reference), section 7.7 (MTRRs), 7.8 (PAT); PPR for family 19h model 01h.
+use super::Cx;
+use crate::Exception;
+use crate::mmu::{PHYSICAL_BITS, canonical};
+use crate::state::{cr0, efer, seg};
+
+/// EFER.AIBRSE: "automatic IBRS"; stored, without effect (there is no speculation across guest privilege levels to restrict).
+const EFER_AIBRSE: u64 = 1 << 21;
+/// EFER bits that can be set.
+pub(crate) const EFER_ALLOWED: u64 = efer::SCE | efer::LME | efer::LMA | efer::NXE | EFER_AIBRSE;
+/// IA32_MISC_ENABLE bits that can be set (all without effect).
+pub(crate) const MISC_ENABLE_ALLOWED: u64 = 1 | 1 << 7 | 1 << 11 | 1 << 12 | 1 << 16;
+
+/// MTRRcap: 8 variable ranges, fixed ranges, write combining.
+const MTRR_CAP: u64 = 0x508;
+/// HWCR: the time-stamp counter counts at a constant rate (bit 24).
+const HWCR: u64 = 1 << 24;
+/// DE_CFG: LFENCE serialises (bit 1).
+const DE_CFG: u64 = 1 << 1;
+/// The microcode revision, in the low half (AMD's place; Intel's is the high half, written there too).
+const MICROCODE: u64 = 0x0a00_11d5;
+
+/// The guest's time-stamp counter now.
+pub(super) fn tsc(cx: &mut Cx) -> u64 {
+    cx.bus.tsc(cx.position).wrapping_add(cx.st.tsc_offset)
+}
+
+/// Memory types of MTRRs: UC, WC, WT, WP, WB.
+fn memory_type_ok(kind: u64) -> bool {
+    matches!(kind, 0 | 1 | 4 | 5 | 6)
+}
+/// Whether a value can be in the PAT: the types of MTRRs, and UC- (7), in each byte.
+pub(crate) fn pat_ok(value: u64) -> bool {
+    value.to_le_bytes().iter().all(|&b| memory_type_ok(b as u64) || b == 7)
+}
+/// Whether a value can be in a fixed-range MTRR.
+pub(crate) fn mtrr_fixed_ok(value: u64) -> bool {
+    value.to_le_bytes().iter().all(|&b| memory_type_ok(b as u64))
+}
+/// Whether a value can be in MTRRdefType.
+pub(crate) fn mtrr_def_type_ok(value: u64) -> bool {
+    value & !0xcff == 0 && memory_type_ok(value & 0xff)
+}
+/// Whether a value can be in a variable-range MTRR: a base (even `index`) or a mask (odd).
+pub(crate) fn mtrr_var_ok(index: usize, value: u64) -> bool {
+    if value >> PHYSICAL_BITS != 0 {
+        return false;
+    }
+    if index % 2 == 0 { value & 0xf00 == 0 && memory_type_ok(value & 0xff) } else { value & 0x7ff == 0 }
+}
+
+/// Index of a fixed-range MTRR.
+fn fixed_mtrr(msr: u32) -> Option<usize> {
+    match msr {
+        0x250 => Some(0),
+        0x258 | 0x259 => Some((msr - 0x258) as usize + 1),
+        0x268..=0x26f => Some((msr - 0x268) as usize + 3),
+        _ => None,
+    }
+}
+
+/// Configuration registers with a fixed value.
+fn fixed_value(msr: u32) -> Option<u64> {
+    Some(match msr {
+        // Platform id, power-on configuration, machine check (capabilities, status: none), debug control, last branches.
+        0x17 | 0x2a | 0x179 | 0x17a | 0x1d9 | 0x1db..=0x1de => 0,
+        0x8b => MICROCODE << 32 | MICROCODE,
+        // SYSCFG; IO range registers, TOP_MEM, TOP_MEM2; NB_CFG; interrupt pending message; MMIO configuration base.
+        0xc001_0010 | 0xc001_0016..=0xc001_001a | 0xc001_001d | 0xc001_001f | 0xc001_0055 | 0xc001_0058 => 0,
+        0xc001_0015 => HWCR,
+        // LS, IC, DC, BU (twice), FP configuration.
+        0xc001_1020..=0xc001_1023 | 0xc001_102a | 0xc001_1028 => 0,
+        0xc001_1029 => DE_CFG,
+        _ => return None,
+    })
+}
+
+/// RDMSR, after the privilege check.
+pub(super) fn read(cx: &mut Cx, msr: u32) -> Result<u64, Exception> {
+    if let Some(i) = fixed_mtrr(msr) {
+        return Ok(cx.st.mtrr_fixed[i]);
+    }
+    if let Some(value) = fixed_value(msr) {
+        return Ok(value);
+    }
+    Ok(match msr {
+        0x10 => tsc(cx),
+        0x3b => cx.st.tsc_offset,
+        0xfe => MTRR_CAP,
+        0x174..=0x176 => cx.st.sysenter[(msr - 0x174) as usize],
+        0x1a0 => cx.st.misc_enable,
+        0x200..=0x20f => cx.st.mtrr_var[(msr - 0x200) as usize],
+        0x277 => cx.st.pat,
+        0x2ff => cx.st.mtrr_def_type,
+        0xc000_0080 => cx.st.efer,
+        0xc000_0081 => cx.st.star,
+        0xc000_0082 => cx.st.lstar,
+        0xc000_0083 => cx.st.cstar,
+        0xc000_0084 => cx.st.sfmask,
+        0xc000_0100 => cx.st.seg[seg::FS].base,
+        0xc000_0101 => cx.st.seg[seg::GS].base,
+        0xc000_0102 => cx.st.kernel_gs_base,
+        0xc000_0103 => cx.st.tsc_aux,
+        _ => return cx.bus.rdmsr(cx.position, msr).map_err(|_| Exception::gp(0)),
+    })
+}
+
+/// WRMSR, after the privilege check.
+pub(super) fn write(cx: &mut Cx, msr: u32, value: u64) -> Result<(), Exception> {
+    let require = |ok: bool| if ok { Ok(()) } else { Err(Exception::gp(0)) };
+    if let Some(i) = fixed_mtrr(msr) {
+        require(mtrr_fixed_ok(value))?;
+        cx.st.mtrr_fixed[i] = value;
+        return Ok(());
+    }
+    if fixed_value(msr).is_some() {
+        return Ok(());
+    }
+    match msr {
+        0x10 => cx.st.tsc_offset = value.wrapping_sub(cx.bus.tsc(cx.position)),
+        0x3b => cx.st.tsc_offset = value,
+        0xfe => return Err(Exception::gp(0)),
+        0x174 => cx.st.sysenter[0] = value & 0xffff,
+        0x175 | 0x176 => {
+            require(canonical(value))?;
+            cx.st.sysenter[(msr - 0x174) as usize] = value;
+        }
+        0x1a0 => {
+            require(value & !MISC_ENABLE_ALLOWED == 0)?;
+            cx.st.misc_enable = value;
+        }
+        0x200..=0x20f => {
+            let i = (msr - 0x200) as usize;
+            require(mtrr_var_ok(i, value))?;
+            cx.st.mtrr_var[i] = value;
+        }
+        0x277 => {
+            require(pat_ok(value))?;
+            cx.st.pat = value;
+        }
+        0x2ff => {
+            require(mtrr_def_type_ok(value))?;
+            cx.st.mtrr_def_type = value;
+        }
+        0xc000_0080 => write_efer(cx, value)?,
+        0xc000_0081 => cx.st.star = value,
+        0xc000_0082 | 0xc000_0083 | 0xc000_0100..=0xc000_0102 => {
+            require(canonical(value))?;
+            let slot = match msr {
+                0xc000_0082 => &mut cx.st.lstar,
+                0xc000_0083 => &mut cx.st.cstar,
+                0xc000_0100 => &mut cx.st.seg[seg::FS].base,
+                0xc000_0101 => &mut cx.st.seg[seg::GS].base,
+                _ => &mut cx.st.kernel_gs_base,
+            };
+            *slot = value;
+        }
+        0xc000_0084 => cx.st.sfmask = value & 0xffff_ffff,
+        0xc000_0103 => {
+            require(value >> 32 == 0)?;
+            cx.st.tsc_aux = value;
+        }
+        _ => return cx.bus.wrmsr(cx.position, msr, value).map_err(|_| Exception::gp(0)),
+    }
+    Ok(())
+}
+
+fn write_efer(cx: &mut Cx, value: u64) -> Result<(), Exception> {
+    let changed = cx.st.efer ^ value;
+    let paging = cx.st.cr0 & cr0::PG != 0;
+    if value & !EFER_ALLOWED != 0 || changed & efer::LME != 0 && paging {
+        return Err(Exception::gp(0));
+    }
+    // LMA is the processor's own.
+    cx.st.efer = value & !efer::LMA | cx.st.efer & efer::LMA;
+    if changed & efer::NXE != 0 {
+        cx.mmu.flush_all();
+    }
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! PUSHF and POPF, ENTER, XLATB.
+//!
+//! **In:** the instruction. **Out:** stack and registers changed together or not at all.
+//!
+//! **Invariant:** no instruction lets a guest change IOPL above privilege level 0, or IF above IOPL. RF is never set between
+//! instructions: there are no instruction breakpoints it could hold off, and every fault pushes it as one anyway.
+//!
+//! Reference: APM vol. 3 ("POPF", "PUSHF", "ENTER").
+use super::{Cx, Flow};
+use crate::Exception;
+use crate::state::{gpr, rflags};
+use iced_x86::{Instruction, Mnemonic as M, Register};
+
+/// Executes one of this module's instructions.
+pub(super) fn execute(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
+    match insn.mnemonic() {
+        M::Pushf => push_flags(cx, 2),
+        M::Pushfd => push_flags(cx, 4),
+        M::Pushfq => push_flags(cx, 8),
+        M::Popf => pop_flags(cx, 2),
+        M::Popfd => pop_flags(cx, 4),
+        M::Popfq => pop_flags(cx, 8),
+        M::Enter => enter(cx, insn),
+        M::Xlatb => xlat(cx, insn),
+        _ => Err(Exception::UD),
+    }
+}
+
+/// The flags after loading `image` of `size` bytes at the current privilege (POPF and IRET).
+pub(super) fn loaded_flags(cx: &Cx, image: u64, size: usize) -> u64 {
+    let mut writable = rflags::STATUS | rflags::TF | rflags::DF | rflags::NT;
+    if size > 2 {
+        writable |= rflags::AC | rflags::ID;
+    }
+    if cx.st.cpl == 0 {
+        writable |= rflags::IOPL;
+    }
+    if cx.st.cpl as u64 <= (cx.st.rflags & rflags::IOPL) >> 12 {
+        writable |= rflags::IF;
+    }
+    cx.st.rflags & !writable | image & writable | rflags::ONE
+}
+
+fn push_flags(cx: &mut Cx, size: usize) -> Result<Flow, Exception> {
+    let image = cx.st.rflags & !(rflags::RF | rflags::VM);
+    cx.push(size, image)?;
+    Ok(Flow::Next)
+}
+
+fn pop_flags(cx: &mut Cx, size: usize) -> Result<Flow, Exception> {
+    let image = cx.peek(size, 0)?;
+    let old = cx.st.rflags;
+    let new = loaded_flags(cx, image, size);
+    cx.st.rflags = new;
+    cx.st.gpr[gpr::RSP] = cx.moved_rsp(size as i64);
+    // Only a trap flag, or interrupts allowed, want the engine's attention.
+    let rose = new & !old & rflags::IF != 0;
+    Ok(if rose || (new | old) & rflags::TF != 0 { Flow::Sync } else { Flow::Next })
+}
+
+/// ENTER: all nesting levels.
+fn enter(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
+    let size = match insn.op_code().operand_size() {
+        16 => 2,
+        32 => 4,
+        _ => 8,
+    };
+    let locals = insn.immediate16() as i64;
+    let level = insn.immediate8_2nd() as usize & 31;
+    let rbp = cx.st.gpr[gpr::RBP];
+    // What is pushed: RBP, then copies of the outer frames' pointers, then this frame's own.
+    let mut words = [0u64; 33];
+    let mut count = 1;
+    words[0] = rbp;
+    let frame = cx.moved_rsp(-(size as i64));
+    if level > 0 {
+        for i in 1..level {
+            let at = cx.stack_at(rbp.wrapping_sub((i * size) as u64));
+            words[count] = cx.read_value(at, size)?;
+            count += 1;
+        }
+        words[count] = frame;
+        count += 1;
+    }
+    let pushed = (count * size) as i64;
+    let mut image = [0u8; 33 * 8];
+    for (i, word) in words[..count].iter().enumerate() {
+        let at = (count - 1 - i) * size;
+        image[at..at + size].copy_from_slice(&word.to_le_bytes()[..size]);
+    }
+    // The final stack pointer must be writable (APM: "as if by a write").
+    let last = cx.stack_at(cx.moved_rsp(-(pushed + locals)));
+    let user = cx.user();
+    cx.mmu.probe_write(cx.st, last.va, size, user).map_err(super::as_stack_fault)?;
+    let at = cx.stack_at(cx.moved_rsp(-pushed));
+    cx.write_bytes(at, &image[..count * size])?;
+    cx.st.gpr[gpr::RSP] = cx.moved_rsp(-(pushed + locals));
+    cx.st.gpr[gpr::RBP] = match size {
+        2 => rbp & !0xffff | frame & 0xffff,
+        4 => frame & 0xffff_ffff,
+        _ => frame,
+    };
+    Ok(Flow::Next)
+}
+
+fn xlat(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
+    let rbx = match insn.memory_base() {
+        Register::BX => cx.st.gpr[gpr::RBX] as u16 as u64,
+        Register::EBX => cx.st.gpr[gpr::RBX] as u32 as u64,
+        _ => cx.st.gpr[gpr::RBX],
+    };
+    let mut offset = rbx.wrapping_add(cx.st.gpr[gpr::RAX] & 0xff);
+    match insn.memory_base() {
+        Register::BX => offset &= 0xffff,
+        Register::EBX => offset &= 0xffff_ffff,
+        _ => {}
+    }
+    let at = cx.linear(super::segment_number(insn.memory_segment()), offset);
+    let value = cx.read_value(at, 1)?;
+    let rax = &mut cx.st.gpr[gpr::RAX];
+    *rax = *rax & !0xff | value;
+    Ok(Flow::Next)
+}
