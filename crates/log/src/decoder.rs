@@ -129,7 +129,7 @@ impl Decoder {
     }
 
     /// Those bytes.
-    pub(crate) fn pending_bytes(&self) -> &[u8] {
+    pub fn pending_bytes(&self) -> &[u8] {
         &self.buffer[self.used..]
     }
 

@@ -8,16 +8,25 @@
 //! | [`entry`] | what a log is made of |
 //! | [`codec`], [`decoder`] | entries to bytes and back, the same in files and on the logging channel |
 //! | [`recorder`] | what happens to a machine, turned into entries |
+//! | [`image`] | a machine's state as a stream of bytes: snapshots, and what a recording or a standby starts from |
+//! | [`recording`] | an image and the entries since, in a file |
+//! | [`container`] | how files begin, and how they can be wrong |
 //! | [`stats`] | how much of what |
 pub mod codec;
+pub mod container;
 pub mod decoder;
 pub mod entry;
+pub mod image;
 mod input;
 pub mod recorder;
+pub mod recording;
 pub mod stats;
 
 pub use codec::{EncodeError, Fault, MAX_ENTRY, MAX_PAYLOAD, encode_into, encoded_length};
+pub use container::{ReadError, WriteError};
 pub use decoder::{DecodeError, Decoder};
 pub use entry::{EndReason, Entry, EntryKind, Event, OutputNote, OutputPort};
+pub use image::{Compression, ImageItem, ImageMetadata, ImagePayload, ImageProgress, ImageReader, ImageSummary, ImageWriter};
 pub use recorder::{RecordError, Recorder};
+pub use recording::{RecordingEnd, RecordingMetadata, RecordingReader, RecordingStart, RecordingWriter};
 pub use stats::{KindStats, LogStats};
