@@ -53,16 +53,7 @@ impl Decoder {
     /// A decoder for a stream whose first byte is told to people as `offset`, and none of whose entries may lie before
     /// `position`.
     pub fn starting_at(offset: u64, position: u64) -> Self {
-        Self {
-            buffer: Vec::new(),
-            used: 0,
-            offset,
-            position,
-            ended: false,
-            failed: None,
-            entries: 0,
-            stats: LogStats::default(),
-        }
+        Self { buffer: Vec::new(), used: 0, offset, position, ended: false, failed: None, entries: 0, stats: LogStats::default() }
     }
 
     /// Takes as many of `bytes` as there is room for, and says how many. After [`Decoder::pop`] gave `None` there is room for

@@ -10,6 +10,7 @@
 //! | [`recorder`] | what happens to a machine, turned into entries |
 //! | [`image`] | a machine's state as a stream of bytes: snapshots, and what a recording or a standby starts from |
 //! | [`recording`] | an image and the entries since, in a file |
+//! | [`replay`] | a machine driven through a log again, and the first difference |
 //! | [`container`] | how files begin, and how they can be wrong |
 //! | [`stats`] | how much of what |
 pub mod codec;
@@ -20,6 +21,7 @@ pub mod image;
 mod input;
 pub mod recorder;
 pub mod recording;
+pub mod replay;
 pub mod stats;
 
 pub use codec::{EncodeError, Fault, MAX_ENTRY, MAX_PAYLOAD, encode_into, encoded_length};
@@ -29,4 +31,5 @@ pub use entry::{EndReason, Entry, EntryKind, Event, OutputNote, OutputPort};
 pub use image::{Compression, ImageItem, ImageMetadata, ImagePayload, ImageProgress, ImageReader, ImageSummary, ImageWriter};
 pub use recorder::{RecordError, Recorder};
 pub use recording::{RecordingEnd, RecordingMetadata, RecordingReader, RecordingStart, RecordingWriter};
+pub use replay::{Difference, Divergence, ReplayError, ReplayOptions, Replayable, Replayer, Report, RunOutcome};
 pub use stats::{KindStats, LogStats};

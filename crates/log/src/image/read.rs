@@ -218,7 +218,11 @@ impl<R: Read> ImageReader<R> {
 
     /// How far it is.
     pub fn progress(&self) -> ImageProgress {
-        ImageProgress { pages_passed: self.next_page, pages_total: self.metadata.ram_pages, bytes: self.input.offset - self.start }
+        ImageProgress {
+            pages_passed: self.next_page,
+            pages_total: self.metadata.ram_pages,
+            bytes: self.input.offset - self.start,
+        }
     }
 
     /// What the whole was; `None` before [`ImageReader::next_item`] gave `None`.
@@ -237,11 +241,8 @@ fn read_block_header<R: Read>(input: &mut Input<R>) -> Result<BlockHeader, ReadE
     let start = input.offset;
     let mut header = BlockHeader::new_zeroed();
     input.read(header.as_mut_bytes(), start, "a block")?;
-    let fault = if header.computed_check() != header.check.get() {
-        Some("the block's header is damaged")
-    } else {
-        header_fault(&header)
-    };
+    let fault =
+        if header.computed_check() != header.check.get() { Some("the block's header is damaged") } else { header_fault(&header) };
     match fault {
         Some(fault) => Err(ReadError::Damaged { what: input.what, offset: start, fault: fault.to_owned() }),
         None => Ok(header),

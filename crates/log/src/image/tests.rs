@@ -76,9 +76,7 @@ fn pages_of_a_wrong_size() {
 
 #[test]
 fn payloads_that_make_no_sense() {
-    let payload_fault = |number, body: &[u8]| {
-        fault(&forge(1, &[(block(BLOCK_PAYLOAD, 0, number, 0), body.to_vec())], end(0, 0)))
-    };
+    let payload_fault = |number, body: &[u8]| fault(&forge(1, &[(block(BLOCK_PAYLOAD, 0, number, 0), body.to_vec())], end(0, 0)));
     assert_eq!(payload_fault(4, b"cpu"), "a payload is shorter than its kind's name");
     assert_eq!(payload_fault(0, b"cpu"), "the block's header makes no sense");
     assert_eq!(payload_fault(u64::MAX, b"cpu"), "the block's header makes no sense");
@@ -86,9 +84,8 @@ fn payloads_that_make_no_sense() {
     assert_eq!(payload_fault(3, b"c u"), "the name of a payload's kind has a character that is not allowed");
     let twice = || (block(BLOCK_PAYLOAD, 0, 3, 0), b"cpu".to_vec());
     assert_eq!(fault(&forge(1, &[twice(), twice()], end(0, 2))), "payload cpu comes twice");
-    let many: Vec<_> = (0..=MAX_IMAGE_PAYLOADS)
-        .map(|index| (block(BLOCK_PAYLOAD, 0, 5, 0), format!("x{index:04}").into_bytes()))
-        .collect();
+    let many: Vec<_> =
+        (0..=MAX_IMAGE_PAYLOADS).map(|index| (block(BLOCK_PAYLOAD, 0, 5, 0), format!("x{index:04}").into_bytes())).collect();
     assert_eq!(fault(&forge(1, &many, end(0, 0))), "there are more than 1024 payloads");
 }
 

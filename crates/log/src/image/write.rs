@@ -41,11 +41,7 @@ impl<W: Write> ImageWriter<W> {
     }
 
     /// The same for an image inside something else.
-    pub(crate) fn new_at(
-        mut output: Output<W>,
-        metadata: &ImageMetadata,
-        compression: Compression,
-    ) -> Result<Self, WriteError> {
+    pub(crate) fn new_at(mut output: Output<W>, metadata: &ImageMetadata, compression: Compression) -> Result<Self, WriteError> {
         let start = output.offset;
         if metadata.ram_pages > MAX_RAM_PAGES {
             return Err(output.invalid(format!("{} pages of RAM, over the limit of {MAX_RAM_PAGES}", metadata.ram_pages)));
