@@ -19,9 +19,10 @@
 //! ```
 //!
 //! When outputs are held, exactly: outputs made in `Unprotected`, `Greeting` and `Copying` leave at once. Protection starts in the
-//! step that handles `ImageReady`: every output made afterwards is held. In the same step, behind all records of outputs that
-//! have left already, the primary sends `ProtectionStart`; a secondary is entitled to go live only after it has read that.
-//! So a secondary that is entitled has every record that the world may have seen an effect of.
+//! step after which the secondary has said `ImageReady` and the host has said that the outputs before the image's cut have left:
+//! every output made afterwards is held. In the same step, behind all records of outputs that have left already, the
+//! primary sends `ProtectionStart`; a secondary is entitled to go live only after it has read that. So a secondary that
+//! is entitled has every record that the world may have seen an effect of.
 //!
 //! Why no arbiter before that: a secondary that has not read `ProtectionStart` never goes live, so as long as the primary has not sent it, it
 //! has no rival and needs nobody's leave, not even that of an arbiter which is away. From the
@@ -116,6 +117,8 @@ pub struct PrimarySetup {
     pub epoch: Epoch,
     /// The last output the machine has made: 0 after power-on.
     pub last_output: OutputId,
+    /// The last output that has certainly left; the host is still sending those between this and `last_output`.
+    pub last_left: OutputId,
 }
 
 /// The image on its way.
@@ -124,8 +127,11 @@ struct Image {
     wanted_bytes: u64,
     fed_bytes: u64,
     acked_bytes: u64,
-    cut: Option<u64>,
+    /// Position and last output of the machine in the image.
+    cut: Option<(u64, OutputId)>,
     ended: bool,
+    /// The secondary has restored it.
+    restored: bool,
 }
 
 /// The primary of a pair; see the head of the module.
@@ -164,7 +170,7 @@ impl Primary {
             link: None,
             image: Image::default(),
             backlog: None,
-            outputs: HeldOutputs::new(setup.last_output),
+            outputs: HeldOutputs::new(setup.last_output, setup.last_left),
             arbitration: None,
             lost_reason: String::new(),
             throttled: false,
@@ -372,7 +378,7 @@ impl Primary {
             return;
         }
         assert!(self.image.cut.is_none(), "an image has one cut");
-        self.image.cut = Some(position);
+        self.image.cut = Some((position, self.outputs.produced()));
         self.position = self.position.max(position);
         self.backlog = Some(Backlog::new(position));
     }
@@ -382,14 +388,24 @@ impl Primary {
             return;
         }
         assert!(!self.image.ended, "the image ends once");
-        let position = self.image.cut.expect("the cut is made before the image ends");
+        let (position, _) = self.image.cut.expect("the cut is made before the image ends");
         self.image.ended = true;
         self.send(&Message::ImageEnd { position, total_bytes: self.image.fed_bytes });
     }
 
     fn on_image_ready(&mut self, now: Nanos, position: u64) {
-        if !self.image.ended || self.image.cut != Some(position) {
+        if !self.image.ended || self.image.cut.is_none_or(|(cut, _)| cut != position) {
             return self.lose_peer(now, &format!("the standby has restored another image, at position {position}"));
+        }
+        self.image.restored = true;
+    }
+
+    /// Starts protection once the secondary has the image and the outputs before the cut have really left: the secondary can't
+    /// make those again, so as long as they are in our host's queues our death would leave a gap.
+    fn start_protection_if_ready(&mut self, now: Nanos) {
+        let Some((_, last_output)) = self.image.cut else { return };
+        if self.state != PrimaryState::Copying || !self.image.restored || self.outputs.left() < last_output {
+            return;
         }
         // All records of outputs that have left already must precede the message that entitles the secondary.
         if !self.bugs.has(Bug::ProtectBeforeFlush) {
@@ -602,6 +618,7 @@ impl Primary {
 
     /// What follows from the new state, whatever the event was.
     fn settle(&mut self, now: Nanos) {
+        self.start_protection_if_ready(now);
         if self.backlog.as_ref().is_some_and(Backlog::batch_full) {
             self.flush();
         }

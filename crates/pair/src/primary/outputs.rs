@@ -24,9 +24,10 @@ pub(super) struct HeldOutputs {
 }
 
 impl HeldOutputs {
-    /// Of a machine that has made outputs up to `last` and none of them is held.
-    pub(super) fn new(last: OutputId) -> HeldOutputs {
-        HeldOutputs { produced: last, released: last, left: last, told: last, notes: VecDeque::new() }
+    /// Of a machine that has made outputs up to `last`; none of them is held, those up to `left` have left.
+    pub(super) fn new(last: OutputId, left: OutputId) -> HeldOutputs {
+        assert!(left <= last, "output {left} can't have left when only {last} were made");
+        HeldOutputs { produced: last, released: last, left, told: left, notes: VecDeque::new() }
     }
 
     /// The machine made its next output; record `note` says so.
@@ -71,6 +72,16 @@ impl HeldOutputs {
         let news = self.left > self.told;
         self.told = self.left;
         news.then_some(self.told)
+    }
+
+    /// The newest.
+    pub(super) fn produced(&self) -> OutputId {
+        self.produced
+    }
+
+    /// The newest that has certainly left.
+    pub(super) fn left(&self) -> OutputId {
+        self.left
     }
 
     /// How many are held.

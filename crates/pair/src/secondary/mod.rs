@@ -251,6 +251,8 @@ impl Secondary {
             owner: self.setup.owner,
             epoch: self.won.expect("it won an epoch"),
             last_output: self.produced,
+            // The others are being sent again.
+            last_left: self.confirmed.min(self.produced),
         };
         Primary::new(setup).expect("the configuration was checked before")
     }
@@ -366,7 +368,7 @@ impl Secondary {
         }
         self.replayed_position = position;
         self.produced = last_output;
-        // Outputs before the cut left at once; they are the primary's.
+        // The primary starts protection only after the outputs before the cut have left.
         self.confirmed = self.confirmed.max(last_output);
         self.discarded = last_output;
         if self.bugs.has(Bug::EntitledByImage) {

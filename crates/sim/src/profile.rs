@@ -1,0 +1,144 @@
+//! Swarm testing: each seed first draws what kind of world it lives in. In some worlds a kind of fault does not happen at all, in
+//! others it happens all the time; a mild mixture of everything would find much less.
+//!
+//! In: the seed's generator. Out: a [`Profile`]. Invariant: the faults of a profile are such that a correct pair survives them.
+
+use twinstep_pair::{Config, Nanos};
+
+use crate::random::Random;
+
+/// When the faults stop. What is still open then must come right by [`END`].
+pub(crate) const CALM_FROM: Nanos = Nanos::from_millis(160);
+/// When the world ends.
+pub(crate) const END: Nanos = Nanos::from_millis(560);
+
+/// The kind of world a seed lives in.
+#[derive(Debug, Clone)]
+pub(crate) struct Profile {
+    pub(crate) config: Config,
+    pub(crate) delay_min_ns: u64,
+    pub(crate) delay_max_ns: u64,
+    pub(crate) ns_per_byte: u64,
+    pub(crate) arbiter_delay_max_ns: u64,
+    pub(crate) arbiter_answer_lost_percent: u64,
+    /// From, to.
+    pub(crate) arbiter_away: (Nanos, Nanos),
+    /// How many faults there are.
+    pub(crate) faults: u64,
+    /// Which kinds, as weights: see `Fault`.
+    pub(crate) fault_weights: [u64; 7],
+    /// Instructions that a guest runs in one slice, at most.
+    pub(crate) slice_max: u64,
+    /// Instructions that replay runs in one slice, at most.
+    pub(crate) replay_slice_max: u64,
+    /// Padding of inputs, at most: the weight of the log.
+    pub(crate) input_padding_max: u64,
+    pub(crate) image_padding: u64,
+    /// The guest does not run while the image is copied.
+    pub(crate) pause_during_copy: bool,
+    /// A released output takes so long to leave the host, at most.
+    pub(crate) leave_delay_max_ns: u64,
+    pub(crate) clients: u64,
+    /// A survivor gets a new standby.
+    pub(crate) heal: bool,
+}
+
+/// The ways in which things go wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// A side's process dies; its sockets are closed by its kernel.
+    Crash,
+    /// A side's host dies; nobody is told.
+    PowerLoss,
+    /// The connection is reset at any byte.
+    Cut,
+    /// Nothing gets through for a while, or for ever, in one direction or in both.
+    Partition,
+    /// A side's process is stopped for a while.
+    Stall,
+    /// Replay stands still for a while.
+    ReplayStall,
+    /// A side ends properly.
+    Goodbye,
+}
+
+impl Fault {
+    pub(crate) const ALL: [Fault; 7] = [
+        Fault::Crash,
+        Fault::PowerLoss,
+        Fault::Cut,
+        Fault::Partition,
+        Fault::Stall,
+        Fault::ReplayStall,
+        Fault::Goodbye,
+    ];
+}
+
+impl Profile {
+    pub(crate) fn draw(random: &mut Random) -> Profile {
+        let slow_network = random.percent(20);
+        let away_from = random.between(0, CALM_FROM.0);
+        let away_for = if random.percent(30) { random.between(0, CALM_FROM.0) } else { 0 };
+        let mut fault_weights = [0; 7];
+        for weight in &mut fault_weights {
+            *weight = random.pick(&[0, 1, 1, 4]);
+        }
+        if fault_weights.iter().all(|weight| *weight == 0) {
+            fault_weights[0] = 1;
+        }
+        // Properly ended VMs teach little; they are rare.
+        fault_weights[6] = u64::from(random.percent(10));
+        Profile {
+            config: draw_config(random),
+            delay_min_ns: 20_000,
+            delay_max_ns: if slow_network { 6_000_000 } else { random.pick(&[50_000, 300_000, 2_000_000]) },
+            ns_per_byte: random.pick(&[0, 1, 10, if slow_network { 2_000 } else { 100 }]),
+            arbiter_delay_max_ns: random.pick(&[100_000, 1_000_000, 30_000_000]),
+            arbiter_answer_lost_percent: random.pick(&[0, 0, 30, 80]),
+            arbiter_away: (Nanos(away_from), Nanos(away_from + away_for)),
+            faults: random.pick(&[0, 1, 1, 2, 2, 3, 5]),
+            fault_weights,
+            slice_max: random.pick(&[10, 100, 400]),
+            replay_slice_max: random.pick(&[20, 300, 2_000]),
+            input_padding_max: random.pick(&[0, 30, 400]),
+            image_padding: random.pick(&[0, 100, 20_000]),
+            pause_during_copy: random.percent(30),
+            leave_delay_max_ns: random.pick(&[1_000, 200_000, 3_000_000]),
+            clients: random.between(1, 4),
+            heal: random.percent(50),
+        }
+    }
+
+    /// Draws a fault.
+    pub(crate) fn fault(&self, random: &mut Random) -> Fault {
+        let total: u64 = self.fault_weights.iter().sum();
+        let mut ticket = random.between(0, total.max(1) - 1);
+        for (fault, weight) in Fault::ALL.into_iter().zip(self.fault_weights) {
+            if ticket < weight {
+                return fault;
+            }
+            ticket -= weight;
+        }
+        Fault::Cut
+    }
+}
+
+fn draw_config(random: &mut Random) -> Config {
+    Config {
+        heartbeat_interval: Nanos::from_millis(4),
+        peer_timeout: Nanos::from_millis(random.pick(&[20, 40])),
+        copy_timeout: Nanos::from_millis(60),
+        stall_timeout: Nanos::from_millis(80),
+        replay_report_interval: Nanos::from_millis(random.pick(&[0, 1, 3])),
+        arbiter_timeout: Nanos::from_millis(20),
+        arbiter_retry_min: Nanos::from_millis(2),
+        arbiter_retry_max: Nanos::from_millis(40),
+        max_unacked_bytes: random.pick(&[1_500, 20_000]),
+        max_unreplayed_bytes: random.pick(&[3_000, 40_000]),
+        max_replay_lag: random.pick(&[500, 5_000]),
+        max_held_outputs: random.pick(&[8, 200]),
+        // A slice of the toy guest may pass the small bounds several times over; the hard bound is far.
+        hard_bound_factor: 64,
+        image_window_bytes: random.pick(&[64, 4_096]),
+    }
+}

@@ -1,0 +1,162 @@
+//! One side's host, as a toy: what the real host does around `Primary` and `Secondary`, without the sockets.
+//!
+//! In: nothing by itself; the world moves it. Out: its state. Invariant: it keeps the contract that the pair's doors state, and
+//! takes every freedom that they leave.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use twinstep_pair::{
+    Bug, Bugs, Epoch, Expectation, HostIdentity, Nanos, OwnerId, Primary, PrimarySetup, PrimaryState, Record,
+    Secondary, SecondarySetup, StopReason, VmId, VmIdentity,
+};
+
+use crate::machine::{Machine, Output};
+use crate::profile::Profile;
+
+/// The kind of record that holds an input.
+pub(crate) const INPUT: u8 = 1;
+/// The kind of record that notes an output.
+pub(crate) const NOTE: u8 = 2;
+
+/// The one VM of the world.
+pub(crate) const VM: VmId = VmId([7; 16]);
+
+/// What a side is.
+#[derive(Debug, Clone)]
+pub(crate) enum Role {
+    Primary(Box<Primary>),
+    Secondary(Box<Secondary>),
+}
+
+/// A side.
+#[derive(Debug, Clone)]
+pub(crate) struct Side {
+    pub(crate) role: Role,
+    pub(crate) alive: bool,
+    pub(crate) stopped: Option<StopReason>,
+    pub(crate) machine: Machine,
+    /// Data of outputs that may still be needed.
+    pub(crate) outputs: BTreeMap<u64, Output>,
+    pub(crate) connection: Option<usize>,
+    /// The last one it was connected to.
+    pub(crate) peer: Option<usize>,
+    pub(crate) stalled_until: Nanos,
+    pub(crate) tick_at: Option<Nanos>,
+    pub(crate) last_leave: Nanos,
+    // As a primary:
+    pub(crate) throttled: bool,
+    pub(crate) paused: bool,
+    pub(crate) inputs: VecDeque<u64>,
+    /// What is left to feed of the image; as a secondary, what came so far.
+    pub(crate) image: Vec<u8>,
+    pub(crate) image_wanted: u64,
+    // As a secondary:
+    pub(crate) replay: VecDeque<Record>,
+    pub(crate) replayed: u64,
+    pub(crate) replay_stalled_until: Nanos,
+    /// The newest output whose note the host holds.
+    pub(crate) noted: u64,
+}
+
+fn host_identity() -> HostIdentity {
+    HostIdentity {
+        build: "sim".to_owned(),
+        engine: "toy".to_owned(),
+        cpu_vendor: "none".to_owned(),
+        cpu_family: 0,
+    }
+}
+
+pub(crate) fn owner(index: usize) -> OwnerId {
+    OwnerId([index as u8 + 1; 16])
+}
+
+impl Side {
+    fn new(role: Role) -> Side {
+        Side {
+            role,
+            alive: true,
+            stopped: None,
+            machine: Machine::new(),
+            outputs: BTreeMap::new(),
+            connection: None,
+            peer: None,
+            stalled_until: Nanos(0),
+            tick_at: None,
+            last_leave: Nanos(0),
+            throttled: false,
+            paused: false,
+            inputs: VecDeque::new(),
+            image: Vec::new(),
+            image_wanted: 0,
+            replay: VecDeque::new(),
+            replayed: 0,
+            replay_stalled_until: Nanos(0),
+            noted: 0,
+        }
+    }
+
+    /// The machine that was powered on.
+    pub(crate) fn primary(index: usize, profile: &Profile, bug: Option<Bug>) -> Side {
+        let primary = Primary::new(PrimarySetup {
+            config: profile.config.clone(),
+            vm: VmIdentity { vm: VM, cpu_model: "toy".to_owned(), ram_bytes: 4096 },
+            host: host_identity(),
+            owner: owner(index),
+            epoch: Epoch::FIRST,
+            last_output: 0,
+            last_left: 0,
+        })
+        .expect("profiles are sound");
+        Side::new(Role::Primary(Box::new(primary.with_bugs(bugs(bug)))))
+    }
+
+    /// A standby.
+    pub(crate) fn secondary(index: usize, profile: &Profile, bug: Option<Bug>) -> Side {
+        let secondary = Secondary::new(SecondarySetup {
+            config: profile.config.clone(),
+            host: host_identity(),
+            owner: owner(index),
+            expect: Expectation { vm: Some(VM), ..Expectation::default() },
+        })
+        .expect("profiles are sound");
+        Side::new(Role::Secondary(Box::new(secondary.with_bugs(bugs(bug)))))
+    }
+
+    /// The side has gone live: what was a secondary drives the machine as a primary.
+    pub(crate) fn become_primary(&mut self, bug: Option<Bug>) {
+        if let Role::Secondary(secondary) = &self.role {
+            let primary = secondary.as_ref().clone().into_primary().with_bugs(bugs(bug));
+            self.role = Role::Primary(Box::new(primary));
+        }
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Nanos> {
+        match &self.role {
+            Role::Primary(primary) => primary.deadline(),
+            Role::Secondary(secondary) => secondary.deadline(),
+        }
+    }
+
+    pub(crate) fn primary_state(&self) -> Option<PrimaryState> {
+        match &self.role {
+            Role::Primary(primary) => Some(primary.state()),
+            Role::Secondary(_) => None,
+        }
+    }
+
+    /// Whether its outputs leave without anybody's acknowledgement.
+    pub(crate) fn on_its_own(&self) -> bool {
+        self.alive && self.primary_state().is_some_and(|state| state < PrimaryState::Protected)
+    }
+
+    /// Whether the guest may run now.
+    pub(crate) fn may_run(&self) -> bool {
+        let state = self.primary_state();
+        self.alive && !self.throttled && !self.paused && state.is_some_and(|state| state != PrimaryState::Stopped)
+    }
+}
+
+fn bugs(bug: Option<Bug>) -> Bugs {
+    bug.map_or_else(Bugs::default, Bugs::only)
+}

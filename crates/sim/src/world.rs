@@ -1,0 +1,702 @@
+//! The world: its queue of happenings, its sides, and how it carries out what the state machines ask for.
+//!
+//! In: a seed. Out: a history, and the first violation in it. Invariant: what happens next follows from the queue and the
+//! generator alone; happenings at the same time keep the order in which they were planned.
+
+use std::collections::BTreeMap;
+
+use twinstep_pair::{
+    Bug, Claim, Epoch, Nanos, PrimaryAction, PrimaryEvent, PrimaryState, Record, SecondaryAction, SecondaryEvent,
+    Verdict,
+};
+
+use crate::arbiter::{Fate, ToyArbiter};
+use crate::check::Checker;
+use crate::machine::{Input, Machine};
+use crate::network::Connection;
+use crate::outside::Outside;
+use crate::profile::{CALM_FROM, END, Fault, Profile};
+use crate::random::Random;
+use crate::side::{INPUT, NOTE, Role, Side};
+
+/// No more sides than this in one history.
+const MAX_SIDES: usize = 6;
+
+/// Something that will happen.
+#[derive(Debug, Clone)]
+pub(crate) enum Happening {
+    /// The guest gets a slice.
+    Run(usize),
+    /// Replay gets a slice.
+    Replay(usize),
+    /// A deadline; only the one the side waits for counts.
+    Tick(usize, Nanos),
+    /// Bytes may have arrived: connection, end.
+    Deliver(usize, usize),
+    /// Released outputs leave the host.
+    Leave(usize, u64),
+    /// A claim arrives; the answer takes so long, if it gets back at all.
+    Claim(usize, Claim, Option<u64>),
+    /// An answer arrives.
+    Answer(usize, Epoch, Verdict),
+    /// A writer of the client sends.
+    Client(usize),
+    /// What it sent arrives.
+    Input(usize, u64),
+    /// The host feeds the image.
+    Feed(usize),
+    /// The image is restored.
+    Restored(usize),
+    /// A survivor looks for a standby.
+    Heal(usize),
+    Fault,
+}
+
+impl Happening {
+    /// The side that takes part in it with its process.
+    fn side(&self, connections: &[Connection]) -> Option<usize> {
+        match *self {
+            Happening::Run(side)
+            | Happening::Replay(side)
+            | Happening::Tick(side, _)
+            | Happening::Leave(side, _)
+            | Happening::Answer(side, ..)
+            | Happening::Input(side, _)
+            | Happening::Feed(side)
+            | Happening::Restored(side)
+            | Happening::Heal(side) => Some(side),
+            Happening::Deliver(connection, end) => Some(connections[connection].ends[end]),
+            Happening::Claim(..) | Happening::Client(_) | Happening::Fault => None,
+        }
+    }
+}
+
+/// The world.
+pub(crate) struct World {
+    pub(crate) now: Nanos,
+    pub(crate) profile: Profile,
+    pub(crate) random: Random,
+    pub(crate) sides: Vec<Side>,
+    pub(crate) connections: Vec<Connection>,
+    pub(crate) outside: Outside,
+    pub(crate) arbiter: ToyArbiter,
+    pub(crate) checker: Checker,
+    queue: BTreeMap<(Nanos, u64), Happening>,
+    planned: u64,
+    /// The side to which the network sends what the client sends.
+    location: usize,
+    bug: Option<Bug>,
+    /// What happened, if anybody wants to read it.
+    pub(crate) trace: Option<Vec<String>>,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, bug: Option<Bug>, traced: bool) -> World {
+        let mut random = Random::new(seed);
+        let profile = Profile::draw(&mut random);
+        let sides = vec![Side::primary(0, &profile, bug), Side::secondary(1, &profile, bug)];
+        let mut world = World {
+            now: Nanos(0),
+            outside: Outside::new(profile.clients),
+            sides,
+            connections: Vec::new(),
+            arbiter: ToyArbiter::default(),
+            checker: Checker::default(),
+            queue: BTreeMap::new(),
+            planned: 0,
+            location: 0,
+            bug,
+            trace: traced.then(Vec::new),
+            random,
+            profile,
+        };
+        world.note(|world| format!("{:?}", world.profile));
+        world.plan(0, Happening::Run(0));
+        for writer in 0..world.profile.clients as usize {
+            world.plan(0, Happening::Client(writer));
+        }
+        for _ in 0..world.profile.faults {
+            let at = world.random.between(0, CALM_FROM.0);
+            world.plan(at, Happening::Fault);
+        }
+        let at = world.random.between(0, 5_000_000);
+        world.plan(at, Happening::Heal(0));
+        world
+    }
+
+    /// Plans a happening `delay` nanoseconds from now.
+    fn plan(&mut self, delay: u64, happening: Happening) {
+        self.plan_at(Nanos(self.now.0 + delay), happening);
+    }
+
+    fn plan_at(&mut self, at: Nanos, happening: Happening) {
+        self.planned += 1;
+        self.queue.insert((at, self.planned), happening);
+    }
+
+    pub(crate) fn note(&mut self, text: impl FnOnce(&World) -> String) {
+        if let Some(mut trace) = self.trace.take() {
+            trace.push(format!("{:>12}  {}", self.now.to_string(), text(self)));
+            self.trace = Some(trace);
+        }
+    }
+
+    /// Lets the next thing happen; `false` when the world is over.
+    pub(crate) fn step(&mut self) -> Result<bool, String> {
+        let Some(((at, _), happening)) = self.queue.pop_first() else {
+            return Err("nothing happens any more".to_owned());
+        };
+        if at >= END {
+            self.checker.check_end(self)?;
+            return Ok(false);
+        }
+        self.now = at;
+        if let Some(side) = happening.side(&self.connections) {
+            let side = &self.sides[side];
+            if !side.alive {
+                return Ok(true);
+            }
+            if side.stalled_until > at {
+                self.plan_at(side.stalled_until, happening);
+                return Ok(true);
+            }
+        }
+        self.happen(happening)?;
+        self.checker.check_lives(&self.sides)?;
+        Ok(true)
+    }
+
+    fn happen(&mut self, happening: Happening) -> Result<(), String> {
+        match happening {
+            Happening::Run(side) => self.run_guest(side),
+            Happening::Replay(side) => self.run_replay(side),
+            Happening::Tick(side, at) => {
+                if self.sides[side].tick_at == Some(at) {
+                    self.sides[side].tick_at = None;
+                    self.tick(side)?;
+                }
+                Ok(())
+            }
+            Happening::Deliver(connection, end) => self.deliver(connection, end),
+            Happening::Leave(side, up_to) => self.leave(side, up_to),
+            Happening::Claim(side, claim, answers) => {
+                let verdict = self.arbiter.decide(&claim);
+                self.note(|_| format!("arbiter: epoch {} to side {side}: {verdict:?}", claim.epoch));
+                if let Some(answers) = answers {
+                    self.plan(answers, Happening::Answer(side, claim.epoch, verdict));
+                }
+                Ok(())
+            }
+            Happening::Answer(side, epoch, verdict) => self.answer(side, epoch, verdict),
+            Happening::Client(writer) => {
+                self.client(writer);
+                Ok(())
+            }
+            Happening::Input(side, write) => {
+                // What a standby or a full queue can't take is lost, as it would be in a network card.
+                if self.sides[side].inputs.len() < 64 {
+                    self.sides[side].inputs.push_back(write);
+                }
+                Ok(())
+            }
+            Happening::Feed(side) => self.feed_image(side),
+            Happening::Restored(side) => self.restored(side),
+            Happening::Heal(side) => self.heal(side),
+            Happening::Fault => self.fault(),
+        }
+    }
+
+    // ---- the state machines' doors ----
+
+    fn tell_primary(&mut self, side: usize, event: PrimaryEvent) -> Result<(), String> {
+        self.give_primary(side, event);
+        self.carry_out(side)
+    }
+
+    /// Gives an event in without polling: the host batches.
+    fn give_primary(&mut self, side: usize, event: PrimaryEvent) {
+        if let Role::Primary(primary) = &mut self.sides[side].role {
+            primary.handle(self.now, event);
+        }
+    }
+
+    fn tell_secondary(&mut self, side: usize, event: SecondaryEvent) -> Result<(), String> {
+        if let Role::Secondary(secondary) = &mut self.sides[side].role {
+            secondary.handle(self.now, event);
+        }
+        self.carry_out(side)
+    }
+
+    fn tick(&mut self, side: usize) -> Result<(), String> {
+        match self.sides[side].role {
+            Role::Primary(_) => self.tell_primary(side, PrimaryEvent::Tick),
+            Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::Tick),
+        }
+    }
+
+    fn answer(&mut self, side: usize, epoch: Epoch, verdict: Verdict) -> Result<(), String> {
+        match self.sides[side].role {
+            Role::Primary(_) => self.tell_primary(side, PrimaryEvent::ArbiterAnswer { epoch, verdict }),
+            Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::ArbiterAnswer { epoch, verdict }),
+        }
+    }
+
+    /// Polls a side and does what it asks for.
+    fn carry_out(&mut self, side: usize) -> Result<(), String> {
+        loop {
+            match &mut self.sides[side].role {
+                Role::Primary(primary) => match primary.poll() {
+                    Some(action) => self.do_for_primary(side, action)?,
+                    None => break,
+                },
+                Role::Secondary(secondary) => match secondary.poll() {
+                    Some(action) => self.do_for_secondary(side, action)?,
+                    None => break,
+                },
+            }
+        }
+        if self.sides[side].primary_state() != Some(PrimaryState::Copying) {
+            self.sides[side].paused = false;
+        }
+        if let Some(deadline) = self.sides[side].deadline() {
+            let earlier = self.sides[side].tick_at.is_none_or(|at| deadline < at);
+            if earlier {
+                // Timers are late, never early.
+                let at = Nanos(deadline.max(self.now).0 + self.random.between(0, 100_000));
+                self.sides[side].tick_at = Some(at);
+                self.plan_at(at, Happening::Tick(side, at));
+            }
+        }
+        Ok(())
+    }
+
+    fn do_for_primary(&mut self, side: usize, action: PrimaryAction) -> Result<(), String> {
+        match action {
+            PrimaryAction::Send(bytes) => self.send(side, bytes),
+            PrimaryAction::Disconnect => self.disconnect(side),
+            PrimaryAction::StartImage => {
+                let position = self.sides[side].machine.position;
+                self.sides[side].image = self.sides[side].machine.to_image(self.profile.image_padding as usize);
+                self.sides[side].image_wanted = 0;
+                self.sides[side].paused = self.profile.pause_during_copy;
+                self.give_primary(side, PrimaryEvent::ImageCut { position });
+            }
+            PrimaryAction::WantImage { bytes } => {
+                self.sides[side].image_wanted += bytes;
+                let delay = self.random.between(0, 100_000);
+                self.plan(delay, Happening::Feed(side));
+            }
+            PrimaryAction::Release { up_to } => {
+                self.checker.check_release(&self.sides, side, up_to)?;
+                self.plan_leave(side, up_to);
+            }
+            PrimaryAction::AskArbiter(claim) => self.ask(side, claim),
+            PrimaryAction::GoAlone { epoch, reason } => {
+                self.note(|_| format!("side {side}: alone in epoch {epoch}: {reason}"));
+                self.checker.check_owner(side, epoch)?;
+                self.outside.check_survivor(&self.sides[side].machine)?;
+                self.checker.alone += 1;
+                self.plan_heal(side);
+            }
+            PrimaryAction::Stop(reason) => {
+                self.note(|_| format!("side {side}: stopped: {reason}"));
+                self.checker.check_stop(side, &reason, &self.arbiter.table)?;
+                self.sides[side].stopped = Some(reason);
+            }
+            PrimaryAction::Throttle(on) => self.sides[side].throttled = on,
+            PrimaryAction::Notice(notice) => {
+                self.note(|_| format!("side {side}: {notice}"));
+                if self.sides[side].primary_state() == Some(PrimaryState::Unprotected) {
+                    self.plan_heal(side);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn do_for_secondary(&mut self, side: usize, action: SecondaryAction) -> Result<(), String> {
+        match action {
+            SecondaryAction::Send(bytes) => self.send(side, bytes),
+            SecondaryAction::Disconnect => self.disconnect(side),
+            SecondaryAction::Prepare(_) => self.sides[side].image.clear(),
+            SecondaryAction::ImageChunk(bytes) => self.sides[side].image.extend(bytes),
+            SecondaryAction::Restore { .. } => {
+                let delay = self.random.between(0, 5_000_000);
+                self.plan(delay, Happening::Restored(side));
+            }
+            SecondaryAction::Replay { records, .. } => {
+                for record in &records {
+                    if record.kind == NOTE {
+                        self.sides[side].noted = noted_output(record);
+                    }
+                }
+                self.sides[side].replay.extend(records);
+            }
+            SecondaryAction::Discard { up_to } => {
+                let seen = self.outside.seen();
+                if up_to > seen {
+                    return Err(format!("side {side} forgets output {up_to}, but the world has seen only {seen}"));
+                }
+                self.sides[side].outputs.retain(|id, _| *id > up_to);
+            }
+            SecondaryAction::AskArbiter(claim) => self.ask(side, claim),
+            SecondaryAction::GoLive { epoch, reissue } => {
+                self.note(|_| format!("side {side}: live in epoch {epoch}, sends outputs {reissue:?} again"));
+                self.checker.check_owner(side, epoch)?;
+                self.outside.check_survivor(&self.sides[side].machine)?;
+                self.checker.live += 1;
+                self.outside.duplicates_allowed = true;
+                self.sides[side].outputs.retain(|id, _| reissue.contains(id));
+                self.sides[side].become_primary(self.bug);
+                self.location = side;
+                if !reissue.is_empty() {
+                    self.plan_leave(side, reissue.end - 1);
+                }
+                self.plan(0, Happening::Run(side));
+                self.plan_heal(side);
+            }
+            SecondaryAction::Stop(reason) => {
+                self.note(|_| format!("side {side}: stopped: {reason}"));
+                self.checker.check_stop(side, &reason, &self.arbiter.table)?;
+                self.sides[side].stopped = Some(reason);
+            }
+            SecondaryAction::Notice(notice) => self.note(|_| format!("side {side}: {notice}")),
+        }
+        Ok(())
+    }
+
+    // ---- machines ----
+
+    fn run_guest(&mut self, side: usize) -> Result<(), String> {
+        let pause = self.random.between(200_000, 1_000_000);
+        if self.sides[side].stopped.is_some() {
+            return Ok(());
+        }
+        self.plan(pause, Happening::Run(side));
+        if !self.sides[side].may_run() {
+            return Ok(());
+        }
+        self.checker.check_bounds(&self.sides[side], &self.profile.config)?;
+        let batched = self.random.percent(50);
+        while let Some(write) = self.sides[side].inputs.pop_front() {
+            self.give_input(side, Input::Write(write));
+        }
+        if self.random.percent(40) {
+            let noise = self.random.number();
+            self.give_input(side, Input::Noise(noise));
+        }
+        let steps = self.random.between(1, self.profile.slice_max);
+        for _ in 0..steps {
+            let Some(output) = self.sides[side].machine.step() else { continue };
+            let (id, position) = (output.id, output.position);
+            self.sides[side].outputs.insert(id, output);
+            let note = Record { position, kind: NOTE, bytes: id.to_le_bytes().to_vec() };
+            self.give_primary(side, PrimaryEvent::Output { id, note });
+            if !batched {
+                self.carry_out(side)?;
+            }
+        }
+        let position = self.sides[side].machine.position;
+        self.tell_primary(side, PrimaryEvent::Progress { position })
+    }
+
+    fn give_input(&mut self, side: usize, input: Input) {
+        let padding = self.random.between(0, self.profile.input_padding_max) as usize;
+        let machine = &mut self.sides[side].machine;
+        let record = Record { position: machine.position, kind: INPUT, bytes: input.to_bytes(padding) };
+        machine.input(input);
+        self.give_primary(side, PrimaryEvent::Record(record));
+    }
+
+    fn run_replay(&mut self, side: usize) -> Result<(), String> {
+        if self.sides[side].stopped.is_some() || matches!(self.sides[side].role, Role::Primary(_)) {
+            return Ok(());
+        }
+        let pause = self.random.between(100_000, 800_000);
+        self.plan(pause, Happening::Replay(side));
+        if self.sides[side].replay_stalled_until > self.now || self.sides[side].replay.is_empty() {
+            return Ok(());
+        }
+        let mut budget = self.random.between(1, self.profile.replay_slice_max);
+        while let Some(record) = self.sides[side].replay.front().cloned() {
+            while self.sides[side].machine.position < record.position && budget > 0 {
+                budget -= 1;
+                if let Some(output) = self.sides[side].machine.step() {
+                    let id = output.id;
+                    self.sides[side].outputs.insert(id, output);
+                    self.tell_secondary(side, SecondaryEvent::Output { id })?;
+                }
+            }
+            if self.sides[side].machine.position < record.position {
+                break;
+            }
+            self.consume(side, &record)?;
+            self.sides[side].replay.pop_front();
+            self.sides[side].replayed += 1;
+        }
+        let (seq, position) = (self.sides[side].replayed, self.sides[side].machine.position);
+        self.tell_secondary(side, SecondaryEvent::Replayed { seq, position })
+    }
+
+    fn consume(&mut self, side: usize, record: &Record) -> Result<(), String> {
+        let machine = &mut self.sides[side].machine;
+        if machine.position != record.position {
+            return Err(format!("side {side}: replay is at {}, past {}", machine.position, record.position));
+        }
+        if record.kind == INPUT {
+            machine.input(Input::from_bytes(&record.bytes));
+        } else if noted_output(record) != machine.outputs {
+            return Err(format!("side {side}: replay made {} outputs, not {}", machine.outputs, noted_output(record)));
+        }
+        Ok(())
+    }
+
+    fn feed_image(&mut self, side: usize) -> Result<(), String> {
+        let state = &mut self.sides[side];
+        if state.primary_state() != Some(PrimaryState::Copying) || state.image.is_empty() {
+            return Ok(());
+        }
+        let length = (state.image_wanted as usize).min(state.image.len());
+        if length == 0 {
+            return Ok(());
+        }
+        state.image_wanted -= length as u64;
+        let chunk: Vec<u8> = state.image.drain(..length).collect();
+        let complete = state.image.is_empty();
+        self.tell_primary(side, PrimaryEvent::ImageChunk(chunk))?;
+        if complete {
+            self.tell_primary(side, PrimaryEvent::ImageEnd)?;
+        }
+        Ok(())
+    }
+
+    fn restored(&mut self, side: usize) -> Result<(), String> {
+        if self.sides[side].stopped.is_some() {
+            return Ok(());
+        }
+        self.sides[side].machine = Machine::from_image(&self.sides[side].image);
+        let (position, last_output) = (self.sides[side].machine.position, self.sides[side].machine.outputs);
+        self.plan(0, Happening::Replay(side));
+        self.tell_secondary(side, SecondaryEvent::ImageRestored { position, last_output })
+    }
+
+    // ---- the outside ----
+
+    fn plan_leave(&mut self, side: usize, up_to: u64) {
+        let at = Nanos(self.now.0 + self.random.between(0, self.profile.leave_delay_max_ns));
+        let at = at.max(self.sides[side].last_leave);
+        self.sides[side].last_leave = at;
+        self.plan_at(at, Happening::Leave(side, up_to));
+    }
+
+    fn leave(&mut self, side: usize, up_to: u64) -> Result<(), String> {
+        while let Some(entry) = self.sides[side].outputs.first_entry() {
+            if *entry.key() > up_to {
+                break;
+            }
+            let output = entry.remove();
+            self.outside.see(&output).map_err(|problem| format!("side {side}: {problem}"))?;
+        }
+        self.tell_primary(side, PrimaryEvent::OutputsLeft { up_to })
+    }
+
+    fn client(&mut self, writer: usize) {
+        let write = self.outside.write(writer);
+        // The network may still send to the old place, or to both.
+        let old = self.random.percent(10).then(|| self.random.between(0, self.sides.len() as u64 - 1) as usize);
+        let places: &[usize] = &[self.location, old.unwrap_or(self.location)];
+        let places = if places[0] == places[1] { &places[..1] } else { places }.to_vec();
+        for place in places {
+            let delay = self.random.between(20_000, 2_000_000);
+            self.plan(delay, Happening::Input(place, write));
+        }
+        let pause = self.random.between(2_000_000, 12_000_000);
+        self.plan(pause, Happening::Client(writer));
+    }
+
+    fn ask(&mut self, side: usize, claim: Claim) {
+        let fate = ToyArbiter::fate(self.now, CALM_FROM, &self.profile, &mut self.random);
+        self.note(|_| format!("side {side}: claims epoch {}: {fate:?}", claim.epoch));
+        match fate {
+            Fate::Answered { arrives, answers } => self.plan(arrives, Happening::Claim(side, claim, Some(answers))),
+            Fate::AnswerLost { arrives } => self.plan(arrives, Happening::Claim(side, claim, None)),
+            Fate::Refused { answers } => {
+                self.plan(answers, Happening::Answer(side, claim.epoch, Verdict::Unreachable));
+            }
+            Fate::Lost => {}
+        }
+    }
+
+    // ---- connections ----
+
+    fn plan_heal(&mut self, side: usize) {
+        if self.profile.heal {
+            let delay = self.random.between(100_000, 20_000_000);
+            self.plan(delay, Happening::Heal(side));
+        }
+    }
+
+    fn heal(&mut self, primary: usize) -> Result<(), String> {
+        let unprotected = self.sides[primary].primary_state() == Some(PrimaryState::Unprotected);
+        if !unprotected || self.sides[primary].connection.is_some() {
+            return Ok(());
+        }
+        if !self.connections.is_empty() {
+            if self.sides.len() >= MAX_SIDES || self.now.0 > CALM_FROM.0 + 100_000_000 {
+                return Ok(());
+            }
+            let side = Side::secondary(self.sides.len(), &self.profile, self.bug);
+            self.sides.push(side);
+        }
+        let secondary = self.sides.len() - 1;
+        if !self.sides[secondary].alive || self.sides[secondary].stopped.is_some() {
+            return Ok(());
+        }
+        let connection = self.connections.len();
+        self.connections.push(Connection::new(primary, secondary));
+        for (side, peer) in [(primary, secondary), (secondary, primary)] {
+            self.sides[side].connection = Some(connection);
+            self.sides[side].peer = Some(peer);
+        }
+        self.note(|_| format!("side {primary} connects to standby {secondary}"));
+        self.tell_secondary(secondary, SecondaryEvent::PeerConnected)?;
+        self.tell_primary(primary, PrimaryEvent::PeerConnected)
+    }
+
+    fn send(&mut self, side: usize, bytes: Vec<u8>) {
+        let Some(index) = self.sides[side].connection else { return };
+        let connection = &mut self.connections[index];
+        let other = 1 - connection.end_of(side);
+        if let Some(due) = connection.toward[other].send(self.now, bytes, &self.profile, &mut self.random) {
+            self.plan_at(due, Happening::Deliver(index, other));
+        }
+    }
+
+    /// A side closes its end properly.
+    fn disconnect(&mut self, side: usize) {
+        let Some(index) = self.sides[side].connection.take() else { return };
+        let connection = &mut self.connections[index];
+        let end = connection.end_of(side);
+        connection.toward[end].silent = true;
+        let other = &mut connection.toward[1 - end];
+        if !other.silent && !other.closing {
+            let due = other.close(self.now, &mut self.random);
+            self.plan_at(due, Happening::Deliver(index, 1 - end));
+        }
+    }
+
+    /// The connection is reset towards these ends.
+    pub(crate) fn cut(&mut self, index: usize, ends: &[usize]) {
+        for end in ends {
+            let direction = &mut self.connections[index].toward[*end];
+            if !direction.silent && !direction.closing {
+                let due = direction.cut(self.now, &mut self.random);
+                self.plan_at(due, Happening::Deliver(index, *end));
+            }
+        }
+    }
+
+    fn deliver(&mut self, index: usize, end: usize) -> Result<(), String> {
+        let side = self.connections[index].ends[end];
+        let direction = &mut self.connections[index].toward[end];
+        if direction.silent || self.sides[side].connection != Some(index) {
+            return Ok(());
+        }
+        if let Some(bytes) = direction.take(self.now, &mut self.random) {
+            if let Some((due, _)) = direction.in_flight.front() {
+                let due = (*due).max(self.now);
+                self.plan_at(due, Happening::Deliver(index, end));
+            }
+            match self.sides[side].role {
+                Role::Primary(_) => self.tell_primary(side, PrimaryEvent::Bytes(bytes))?,
+                Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::Bytes(bytes))?,
+            }
+        } else if let Some((due, _)) = direction.in_flight.front() {
+            let due = *due;
+            self.plan_at(due, Happening::Deliver(index, end));
+        }
+        let direction = &self.connections[index].toward[end];
+        if direction.closing && direction.in_flight.is_empty() && self.sides[side].connection == Some(index) {
+            self.sides[side].connection = None;
+            let reason = "reset".to_owned();
+            match self.sides[side].role {
+                Role::Primary(_) => self.tell_primary(side, PrimaryEvent::PeerClosed { reason })?,
+                Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::PeerClosed { reason })?,
+            }
+        }
+        Ok(())
+    }
+
+    // ---- faults ----
+
+    fn fault(&mut self) -> Result<(), String> {
+        let fault = self.profile.fault(&mut self.random);
+        let victims: Vec<usize> = (0..self.sides.len())
+            .filter(|side| self.sides[*side].alive && self.sides[*side].stopped.is_none())
+            .collect();
+        if victims.is_empty() {
+            return Ok(());
+        }
+        let victim = self.random.pick(&victims);
+        let for_ns = self.random.between(1_000_000, 90_000_000);
+        let until = Nanos(self.now.0 + for_ns).min(CALM_FROM);
+        self.note(|_| format!("fault: {fault:?}, side {victim}, until {until}"));
+        self.checker.faults += 1;
+        match fault {
+            Fault::Crash | Fault::PowerLoss => self.kill(victim, fault == Fault::PowerLoss),
+            Fault::Cut => {
+                if let Some(connection) = self.sides[victim].connection {
+                    self.cut(connection, &[0, 1]);
+                }
+            }
+            Fault::Partition => self.partition(victim, until),
+            Fault::Stall => self.sides[victim].stalled_until = until,
+            Fault::ReplayStall => {
+                for side in &mut self.sides {
+                    side.replay_stalled_until = until;
+                }
+            }
+            Fault::Goodbye => {
+                let reason = "the administrator wants it".to_owned();
+                match self.sides[victim].role {
+                    Role::Primary(_) => {
+                        self.checker.ended = true;
+                        self.tell_primary(victim, PrimaryEvent::Shutdown { reason })?;
+                    }
+                    Role::Secondary(_) => self.tell_secondary(victim, SecondaryEvent::Shutdown { reason })?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self, victim: usize, silently: bool) {
+        self.sides[victim].alive = false;
+        let Some(index) = self.sides[victim].connection.take() else { return };
+        let end = self.connections[index].end_of(victim);
+        self.connections[index].toward[end].silent = true;
+        if !silently {
+            self.cut(index, &[1 - end]);
+        } else {
+            self.connections[index].toward[1 - end].silent = true;
+        }
+    }
+
+    fn partition(&mut self, victim: usize, until: Nanos) {
+        let Some(index) = self.sides[victim].connection else { return };
+        let for_ever = self.random.percent(40);
+        let ends = self.random.pick(&[&[0_usize][..], &[1], &[0, 1], &[0, 1]]);
+        for end in ends {
+            let direction = &mut self.connections[index].toward[*end];
+            if for_ever {
+                direction.silent = true;
+            } else {
+                direction.block(until);
+            }
+        }
+    }
+}
+
+fn noted_output(record: &Record) -> u64 {
+    u64::from_le_bytes(record.bytes[..8].try_into().expect("a note holds the output's number"))
+}
