@@ -15,19 +15,28 @@
 //! References: AMD64 Architecture Programmer's Manual vol. 2 and 3 (APM), Intel SDM vol. 2 and 3.
 
 mod bus;
+mod cache;
+mod classify;
+mod emit;
 mod engine;
 mod exception;
+mod frame;
 mod model;
 pub mod mmu;
 mod ram;
+mod signals;
+mod snapshot;
 pub mod state;
 pub mod sys;
+mod translate;
 
 pub use bus::{Bus, UnknownMsr};
-pub use engine::{Cpu, CpuConfig};
+pub use cache::CacheStats;
+pub use engine::{Cpu, CpuConfig, CpuStats};
 pub use exception::{Exception, Vector};
 pub use model::{CpuModel, CpuidLeaf};
 pub use ram::{PAGE_SIZE, PageFlags, PhysMem, RamRegion};
+pub use snapshot::{STATE_VERSION, SnapshotError, decode_state, encode_state};
 pub use state::{CpuState, Segment};
 
 /// A point in a machine's life: guest instructions retired since power-on. See `docs/positions.md`.
@@ -46,4 +55,6 @@ pub enum Exit {
     Window,
     /// A fault while delivering a double fault: the processor shuts down.
     TripleFault,
+    /// The guest does something this engine does not do (named); it cannot go on.
+    Unsupported(&'static str),
 }

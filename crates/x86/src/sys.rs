@@ -30,10 +30,12 @@ mod string;
 mod transfer;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
+pub(crate) use fpu::settle as settle_fx;
 pub use delivery::{Delivery, deliver_exception, deliver_interrupt};
-pub(crate) use control::{CR0_ALLOWED, CR4_ALLOWED, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_WRITABLE};
+pub(crate) use control::{CR0_ALLOWED, CR3_KEPT, CR4_ALLOWED, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_WRITABLE};
+pub(crate) use fpu::{MXCSR_MASK, settle as settle_fx};
 pub(crate) use msr::{EFER_ALLOWED, MISC_ENABLE_ALLOWED, mtrr_def_type_ok, mtrr_fixed_ok, mtrr_var_ok, pat_ok};
 
 /// What an instruction or a delivery works on.

@@ -42,7 +42,7 @@ const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP;
 /// CR0 bits that translations depend on.
 const CR0_PAGING: u64 = cr0::PG | cr0::WP | cr0::PE;
 /// CR3 bits that are kept: the root's address, PCD, PWT.
-const CR3_KEPT: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff | 0x18;
+pub(crate) const CR3_KEPT: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff | 0x18;
 
 /// DR6: bits that read as one.
 pub(crate) const DR6_FIXED: u64 = 0xffff_0ff0;

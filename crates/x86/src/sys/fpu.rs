@@ -14,7 +14,7 @@ use crate::state::{FxImage, cr0, cr4};
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind};
 
 /// MXCSR bits that exist; also what the images say in MXCSR_MASK.
-const MXCSR_MASK: u32 = 0xffff;
+pub(crate) const MXCSR_MASK: u32 = 0xffff;
 /// Bytes of an FXSAVE image that are written; the rest is the guest's.
 const FX_WRITTEN: usize = 464;
 
@@ -61,8 +61,9 @@ fn set_word(image: &mut [u8], at: usize, value: u16) {
     image[at..at + 2].copy_from_slice(&value.to_le_bytes());
 }
 
-/// Makes of any image what the silicon holds after loading it: constant control bits, exception summary, no pointers.
-fn settle(fx: &mut FxImage) {
+/// Makes of any image what the silicon holds after loading it: constant control bits, exception summary, no pointers, and zeros
+/// (MXCSR_MASK too) where `st.fx` has nothing to say.
+pub(crate) fn settle(fx: &mut FxImage) {
     let image = &mut fx.0;
     let fcw = word(image, at::FCW) & 0x1f3f | 0x40;
     set_word(image, at::FCW, fcw);
@@ -71,7 +72,7 @@ fn settle(fx: &mut FxImage) {
     set_word(image, at::FSW, if pending { fsw | FSW_PENDING } else { fsw });
     // The byte after the abridged tags, FOP, FIP, FDP.
     image[5..at::MXCSR].fill(0);
-    image[at::MXCSR_MASK..at::ST].copy_from_slice(&MXCSR_MASK.to_le_bytes());
+    image[at::MXCSR_MASK..at::ST].fill(0);
     for i in 0..8 {
         let slot = at::ST + 16 * i;
         image[slot + 10..slot + 16].fill(0);
@@ -104,6 +105,7 @@ fn fxsave(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     let to = aligned(cx, insn)?;
     let mut fx = cx.st.fx;
     settle(&mut fx);
+    fx.0[at::MXCSR_MASK..at::ST].copy_from_slice(&MXCSR_MASK.to_le_bytes());
     // Outside 64-bit mode only eight XMM registers are stored.
     let len = if cx.st.is_64_bit_code() { FX_WRITTEN } else { at::XMM + 128 };
     cx.write_bytes(to, &fx.0[..len])?;
