@@ -5,10 +5,10 @@
 //!  | check  | kind | length   | position       | payload ...            | end check   |
 //!  | u32    | u8   | u24      | u64            |                        | u32, if length > 32 |
 //! ```
-//! All numbers are little-endian. `check` is the CRC-32 of the header after itself and of the first 32 payload bytes. A payload longer than
-//! that is followed by `end check`, the CRC-32 of the header after `check` and of the whole payload. So a length is believed
-//! only after it has been checked, a damaged one cannot make a reader wait for bytes that never come, and a small entry (the clock) pays for one
-//! checksum only. The bits of `length` above [`MAX_PAYLOAD`] are reserved and zero.
+//! All numbers are little-endian. `check` is the CRC-32 of the header after itself and of the first 32 payload bytes. A payload
+//! longer than that is followed by `end check`, the CRC-32 of the header after `check` and of the whole payload. So a length is
+//! believed only after it has been checked, a damaged one cannot make a reader wait for bytes that never come, and a small entry
+//! (the clock) pays for one checksum only. The bits of `length` above [`MAX_PAYLOAD`] are reserved and zero.
 //!
 //! **Invariant:** bytes decode to an entry only if encoding that entry gives the same bytes.
 use crate::entry::{EndReason, Entry, EntryKind, Event, OutputNote, OutputPort};

@@ -203,7 +203,8 @@ pub(crate) fn encode_metadata<T: minicbor::Encode<()>>(metadata: &T) -> Vec<u8> 
     bytes
 }
 
-/// Metadata from the bytes that were read last from `input`. Fields this version does not know are passed over; bytes after the metadata are an error.
+/// Metadata from the bytes that were read last from `input`. Fields this version does not know are passed over; bytes after the
+/// metadata are an error.
 pub(crate) fn decode_metadata<'b, R, T>(input: &Input<R>, bytes: &'b [u8]) -> Result<T, ReadError>
 where
     T: minicbor::Decode<'b, ()>,
@@ -304,10 +305,13 @@ impl<W: Write> Output<W> {
         self.attempt(|inner| inner.flush())
     }
 
+    /// Whether it still can be written to.
+    pub fn check(&self) -> Result<(), WriteError> {
+        if self.failed { Err(WriteError::Failed { what: self.what }) } else { Ok(()) }
+    }
+
     fn attempt(&mut self, act: impl FnOnce(&mut W) -> io::Result<()>) -> Result<(), WriteError> {
-        if self.failed {
-            return Err(WriteError::Failed { what: self.what });
-        }
+        self.check()?;
         act(&mut self.inner).map_err(|source| {
             self.failed = true;
             WriteError::Io { what: self.what, offset: self.offset, source }

@@ -1,8 +1,8 @@
 //! Entries out of a stream of bytes that comes in pieces of any size.
 //!
 //! **In:** pieces of bytes ([`Decoder::push`]). **Out:** entries in order ([`Decoder::pop`]), or the first fault and where it is.
-//! **Invariants:** at most [`Decoder::CAPACITY`] bytes are kept; positions never go back; after a fault or an end entry nothing more comes
-//! out. How the bytes were cut into pieces makes no difference to what comes out.
+//! **Invariants:** at most [`Decoder::CAPACITY`] bytes are kept; positions never go back; after a fault or an end entry nothing
+//! more comes out. How the bytes were cut into pieces makes no difference to what comes out.
 use crate::codec::{Fault, MAX_ENTRY, Parsed, parse};
 use crate::entry::{Entry, Event};
 use crate::stats::LogStats;

@@ -71,6 +71,9 @@ pub enum Difference {
     /// The machine's state is another.
     #[error("the machine's state differs")]
     State,
+    /// The log goes back in time or on after its end: it is not the machine that is wrong.
+    #[error("the log is not in order")]
+    LogOrder,
 }
 
 /// The first difference between a replay and what was recorded.
@@ -185,19 +188,16 @@ impl Replayer {
     /// as it was compared.
     ///
     /// # Errors
-    /// If the machine differs from what was recorded. Every later call gives the same error.
-    ///
-    /// # Panics
-    /// If `entry` follows the end entry or lies before the entry that was given last.
+    /// If the machine differs from what was recorded, or `entry` follows the end entry or lies before where the machine stands.
+    /// Every later call gives the same error.
     pub fn step<M: Replayable>(
         &mut self,
         machine: &mut M,
         entry: Entry,
         outputs: &mut impl FnMut(u64, Output),
     ) -> Result<(), Divergence> {
-        self.assert_may_go_on()?;
-        assert!(entry.position >= self.report.position, "entries come in the order of the log");
-        let result = self.follow(machine, entry, outputs);
+        self.check_not_diverged()?;
+        let result = self.check_order(&entry).and_then(|()| self.follow(machine, entry, outputs));
         self.remember(result)
     }
 
@@ -231,14 +231,14 @@ impl Replayer {
         Ok(self.report.clone())
     }
 
-    /// Runs the machine without an entry, no further than the next entry lies (which the caller knows). Nothing if it is there already.
+    /// Runs the machine without an entry, to a position before the next entry's. Does nothing if it is there already.
     fn run_on<M: Replayable>(
         &mut self,
         machine: &mut M,
         position: u64,
         outputs: &mut impl FnMut(u64, Output),
     ) -> Result<(), Divergence> {
-        self.assert_may_go_on()?;
+        self.check_not_diverged()?;
         if position <= self.report.position {
             return Ok(());
         }
@@ -246,9 +246,19 @@ impl Replayer {
         self.remember(result)
     }
 
-    fn assert_may_go_on(&self) -> Result<(), Divergence> {
-        assert!(self.report.end.is_none(), "nothing follows the end of a log");
+    fn check_not_diverged(&self) -> Result<(), Divergence> {
         self.diverged.clone().map_or(Ok(()), Err)
+    }
+
+    /// A decoder sees to this as well, but it may not know where the machine started.
+    fn check_order(&self, entry: &Entry) -> Result<(), Divergence> {
+        let position = self.report.position;
+        if self.report.end.is_none() && entry.position >= position {
+            return Ok(());
+        }
+        let found = format!("the machine stands at {position}{}", if self.report.end.is_some() { ", the log's end" } else { "" });
+        let expected = format!("a {} entry at {}", entry.event.kind(), entry.position);
+        Err(self.divergence(entry.position.min(position), Difference::LogOrder, expected, found))
     }
 
     fn remember(&mut self, result: Result<(), Divergence>) -> Result<(), Divergence> {

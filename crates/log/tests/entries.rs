@@ -44,8 +44,8 @@ fn goldens() {
     for (name, event) in samples() {
         let entry = Entry { position: 0x0102_0304_0506_0708, event };
         let bytes = encode(std::slice::from_ref(&entry));
-        golden(&format!("entry-{name}.bin"), &bytes);
-        assert_eq!(decode(&bytes, &[usize::MAX]).0, [entry]);
+        let golden = golden(&format!("entry-{name}.bin"), &bytes);
+        assert_eq!(decode(&golden, &[usize::MAX]).0, [entry]);
     }
     let sampled: std::collections::BTreeSet<EntryKind> = samples().iter().map(|(_, event)| event.kind()).collect();
     assert_eq!(sampled.len(), EntryKind::ALL.len(), "every kind has a golden");
@@ -139,7 +139,10 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..2000), pieces in prop::collection::vec(1usize..300, 1..10)) {
+    fn arbitrary_bytes_never_panic(
+        bytes in prop::collection::vec(any::<u8>(), 0..2000),
+        pieces in prop::collection::vec(1usize..300, 1..10),
+    ) {
         let (whole, whole_error, _) = decode(&bytes, &[usize::MAX]);
         let (pieced, pieced_error, _) = decode(&bytes, &pieces);
         prop_assert_eq!(whole, pieced);
@@ -148,7 +151,11 @@ proptest! {
 
     /// What damage does is the same however the bytes come, and what came out before it is right.
     #[test]
-    fn damaged_logs(log in any_log(), damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4), pieces in prop::collection::vec(1usize..300, 1..10)) {
+    fn damaged_logs(
+        log in any_log(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        pieces in prop::collection::vec(1usize..300, 1..10),
+    ) {
         let mut bytes = encode(&log);
         prop_assume!(!bytes.is_empty());
         for (place, value) in damage {

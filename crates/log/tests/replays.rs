@@ -307,6 +307,21 @@ fn every_difference_is_found_where_it_is() {
 }
 
 #[test]
+fn a_log_out_of_order_is_refused() {
+    let at = |position, event| Entry { position, event };
+    let difference = |log: &[Entry]| {
+        let mut replayer = Replayer::new(10, ReplayOptions::default());
+        let mut machine = Toy { position: 10, ..Toy::default() };
+        log.iter().find_map(|entry| replayer.step(&mut machine, entry.clone(), &mut |_, _| {}).err()).map(|error| error.what)
+    };
+    assert_eq!(difference(&[at(9, Event::Progress)]), Some(Difference::LogOrder));
+    assert_eq!(difference(&[at(12, Event::Progress), at(11, Event::Progress)]), Some(Difference::LogOrder));
+    let end = at(12, Event::End { reason: EndReason::Stopped });
+    assert_eq!(difference(&[end.clone(), at(13, Event::Progress)]), Some(Difference::LogOrder));
+    assert_eq!(difference(&[at(10, Event::Progress), end]), None);
+}
+
+#[test]
 fn a_lost_input_is_found() {
     let (start, _, mut log, _) = recorded();
     let index = log.iter().position(|entry| entry.position > 1300 && matches!(entry.event, Event::Input(_))).unwrap();

@@ -1,6 +1,7 @@
 //! Reading an image.
 //!
-//! **In:** blocks from a `Read`, from anybody. **Out:** payloads and pages, each after its checksum held and its numbers made sense.
+//! **In:** blocks from a `Read`, from anybody.
+//! **Out:** payloads and pages, each after its checksum held and its numbers made sense.
 //! **Invariants:** page numbers rise and stay below the declared RAM size; no payload kind comes twice; memory grows with what
 //! comes, not with what is announced. What was handed out may be used only after `None` came: then the whole is confirmed.
 use super::*;

@@ -1,7 +1,7 @@
 //! Writing an image.
 //!
-//! **In:** payloads and pages. **Out:** blocks on a `Write`. **Invariant:** whatever is written, [`super::ImageReader`] takes: what it would
-//! refuse is refused here first.
+//! **In:** payloads and pages. **Out:** blocks on a `Write`.
+//! **Invariant:** whatever is written, [`super::ImageReader`] takes: what it would refuse is refused here first.
 use super::*;
 use crate::container::{Output, WriteError, encode_metadata};
 use std::collections::BTreeSet;

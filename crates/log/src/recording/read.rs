@@ -42,10 +42,10 @@ impl std::fmt::Display for RecordingEnd {
             RecordingEnd::Complete { reason, position, entries } => {
                 write!(f, "complete: {entries} entries up to position {position}; {reason}")
             }
-            RecordingEnd::Truncated { entries, position, offset, lost_bytes } => write!(
-                f,
-                "cut off at byte {offset}: {entries} entries up to position {position} are good, {lost_bytes} bytes after them are not"
-            ),
+            RecordingEnd::Truncated { entries, position, offset, lost_bytes } => {
+                write!(f, "cut off at byte {offset}: {entries} entries up to position {position} are good, ")?;
+                write!(f, "{lost_bytes} bytes after them are not")
+            }
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Writing a recording.
 //!
-//! **In:** the machine's image, then entries. **Out:** bytes on a `Write`. **Invariant:** after a failure (a full disk) nothing more is
-//! written, what was written before can be replayed, and the machine need not care.
+//! **In:** the machine's image, then entries. **Out:** bytes on a `Write`.
+//! **Invariant:** after a failure (a full disk) nothing more is written, what was written before can be replayed, and the machine
+//! need not care.
 use super::*;
 use crate::codec::encode_into;
 use crate::container::{Output, WriteError, encode_metadata};
@@ -72,9 +73,10 @@ impl<W: Write> RecordingWriter<W> {
     ///
     /// # Errors
     /// If the output fails ([`WriteError::is_disk_full`] tells why): every later call then gives [`WriteError::Failed`], and the
-    /// machine can go on without being recorded. If the entry cannot come here (it goes back in time, follows the end, or is too large) only that
-    /// entry is refused.
+    /// machine can go on without being recorded. If the entry cannot come here (it goes back in time, follows the end, or is too
+    /// large) only that entry is refused.
     pub fn entry(&mut self, entry: &Entry) -> Result<(), WriteError> {
+        self.output.check()?;
         if self.ended {
             return Err(self.output.invalid("an entry after the end"));
         }

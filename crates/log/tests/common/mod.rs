@@ -97,12 +97,13 @@ pub fn sample_log(start: u64) -> Vec<Entry> {
 }
 
 /// Compares `bytes` with a golden file. With `TWINSTEP_GOLDEN=write` a missing file is written; one that exists never is,
-/// because what a released version wrote must be readable for ever.
-pub fn golden(name: &str, bytes: &[u8]) {
+/// because what a released version wrote must be readable for ever. Gives what the file holds.
+pub fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
     let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests", "golden", name].iter().collect();
     if !path.exists() && std::env::var_os("TWINSTEP_GOLDEN").is_some_and(|value| value == "write") {
         std::fs::write(&path, bytes).unwrap();
     }
     let expected = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     assert!(expected == bytes, "{name}: the encoding changed\nexpected {expected:02x?}\nfound    {bytes:02x?}");
+    expected
 }
