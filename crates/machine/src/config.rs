@@ -1,0 +1,105 @@
+//! What a machine is built from.
+use crate::disk::Disk;
+
+/// A machine's configuration. Two machines that shall replay alike need the same one (but for the last two fields).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// RAM in MiB, [`Config::MIN_RAM_MIB`]..=[`Config::MAX_RAM_MIB`].
+    pub ram_mib: u32,
+    /// Name of the CPU model the guest sees.
+    pub cpu_model: String,
+    /// Hardware address of each network card; at most [`Config::MAX_NICS`].
+    pub nics: Vec<[u8; 6]>,
+    /// Each disk; at most [`Config::MAX_DISKS`].
+    pub disks: Vec<DiskConfig>,
+    /// Bytes of translated code kept at most. Not visible to the guest.
+    pub code_cache_bytes: usize,
+    /// Guest instructions translated as one block at most. Not visible to the guest.
+    pub max_block_instructions: u32,
+}
+
+/// One disk's configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The guest cannot write to it.
+    pub read_only: bool,
+    /// Serial number the guest reads; the first 20 bytes count.
+    pub serial: String,
+}
+
+/// Why a machine cannot be built.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Too little or too much RAM.
+    #[error("{0} MiB of RAM is outside {min}..={max} MiB", min = Config::MIN_RAM_MIB, max = Config::MAX_RAM_MIB)]
+    Ram(u32),
+    /// Too many devices of a kind.
+    #[error("{given} {what} are more than the {max} a machine can have")]
+    TooMany {
+        /// What there is too much of.
+        what: &'static str,
+        /// How many were given.
+        given: usize,
+        /// How many are possible.
+        max: usize,
+    },
+    /// Disks and their configurations do not match.
+    #[error("{disks} disks were supplied for {configured} configured ones")]
+    Disks {
+        /// Disks supplied.
+        disks: usize,
+        /// Disks configured.
+        configured: usize,
+    },
+    /// No such CPU model.
+    #[error("there is no CPU model '{0}'")]
+    CpuModel(String),
+    /// RAM could not be had.
+    #[error("mapping the machine's RAM failed: {0}")]
+    Map(String),
+}
+
+impl Config {
+    /// Least RAM in MiB.
+    pub const MIN_RAM_MIB: u32 = 64;
+    /// Most RAM in MiB.
+    pub const MAX_RAM_MIB: u32 = 65_536;
+    /// Most network cards.
+    pub const MAX_NICS: usize = 8;
+    /// Most disks.
+    pub const MAX_DISKS: usize = 16;
+
+    pub(crate) fn check(&self, disks: &[Box<dyn Disk>]) -> Result<(), ConfigError> {
+        if !(Self::MIN_RAM_MIB..=Self::MAX_RAM_MIB).contains(&self.ram_mib) {
+            return Err(ConfigError::Ram(self.ram_mib));
+        }
+        for (what, given, max) in
+            [("network cards", self.nics.len(), Self::MAX_NICS), ("disks", self.disks.len(), Self::MAX_DISKS)]
+        {
+            if given > max {
+                return Err(ConfigError::TooMany { what, given, max });
+            }
+        }
+        if disks.len() != self.disks.len() {
+            return Err(ConfigError::Disks { disks: disks.len(), configured: self.disks.len() });
+        }
+        Ok(())
+    }
+}
+
+impl Default for Config {
+    /// 512 MiB, no network cards, no disks.
+    fn default() -> Self {
+        Self {
+            ram_mib: 512,
+            cpu_model: DEFAULT_CPU_MODEL.into(),
+            nics: Vec::new(),
+            disks: Vec::new(),
+            code_cache_bytes: 64 << 20,
+            max_block_instructions: 64,
+        }
+    }
+}
+
+/// The CPU model used where none is named.
+const DEFAULT_CPU_MODEL: &str = "x86-64-v2";

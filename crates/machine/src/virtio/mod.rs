@@ -1,0 +1,102 @@
+//! Virtio 1.2 devices behind the PCI transport.
+//!
+//! **In:** register accesses, doorbells, [`Received`] input, guest time. **Out:** outputs, interrupt messages, guest RAM. **Invariant:** all work on a queue
+//! happens at the position of its doorbell (or input, or deadline), is bounded by the queue's size, and depends on guest RAM and device
+//! state only. A queue that breaks the rules stops its own device (DEVICE_NEEDS_RESET) and nothing else.
+//!
+//! A device is one file that implements [`VirtioDevice`]; the transport (`transport.rs`) does everything that all devices share.
+//! Reference: Virtual I/O Device (VIRTIO) 1.2; section numbers below are its own.
+mod queues;
+mod transport;
+
+pub(crate) use queues::{Broken, Chain, Queues};
+pub(crate) use transport::{BAR_LEN, VirtioPci};
+
+use crate::apic::Message;
+use crate::door::Output;
+use crate::memory::GuestRam;
+use crate::payload::{Payload, RestoreError};
+use std::fmt::Debug;
+use twinstep_x86::Position;
+
+/// Feature bits all devices share (section 6).
+pub(crate) mod feature {
+    /// Indirect descriptors.
+    pub(crate) const INDIRECT: u64 = 1 << 28;
+    /// Event indexes instead of flags.
+    pub(crate) const EVENT_IDX: u64 = 1 << 29;
+    /// Not a legacy device.
+    pub(crate) const VERSION_1: u64 = 1 << 32;
+}
+
+/// What a device may touch while it works.
+pub(crate) struct Cx<'a> {
+    pub(crate) ram: &'a GuestRam,
+    /// Position of whatever made the device work.
+    pub(crate) position: Position,
+    /// Guest time.
+    pub(crate) now_ns: u64,
+    pub(crate) outputs: &'a mut Vec<(Position, Output)>,
+    /// Interrupt messages on their way to the local APIC.
+    pub(crate) messages: &'a mut Vec<Message>,
+    /// The host could not do its part; the machine stops and the work is done again when it runs on.
+    pub(crate) failure: &'a mut Option<String>,
+}
+
+/// Something from outside for one device.
+#[derive(Debug)]
+pub(crate) enum Received {
+    /// An Ethernet frame.
+    Frame(Vec<u8>),
+    /// Typed bytes.
+    Bytes(Vec<u8>),
+    /// Entropy.
+    Seed([u8; 32]),
+}
+
+/// One kind of device.
+pub(crate) trait VirtioDevice: Debug {
+    /// Name of its payload without the number: `virtio-net`.
+    fn kind(&self) -> &'static str;
+    /// Newest version of its saved state.
+    fn version(&self) -> u16 {
+        1
+    }
+    /// Device type (section 5).
+    fn device_type(&self) -> u16;
+    /// PCI class, subclass and interface.
+    fn class(&self) -> u32;
+    /// Features beyond those the transport offers for all.
+    fn features(&self) -> u64;
+    /// Largest size of each queue.
+    fn queue_sizes(&self) -> &'static [u16];
+    /// The device-specific configuration.
+    fn config(&self) -> Vec<u8>;
+    /// The driver accepted `features`.
+    fn negotiated(&mut self, features: u64);
+    /// The driver resets the device: forget all work and negotiated features.
+    fn reset(&mut self);
+    /// The driver rang the doorbell of `queue`, or made the device ready (then called for every queue).
+    fn notify(&mut self, queue: usize, queues: &mut Queues, cx: &mut Cx) -> Result<(), Broken>;
+    /// Something from outside. Called also while the device is not ready; then without queues that are.
+    fn receive(&mut self, received: Received, queues: &mut Queues, cx: &mut Cx) -> Result<(), Broken> {
+        let _ = (received, queues, cx);
+        Ok(())
+    }
+    /// Guest time of the next thing it does by itself.
+    fn deadline_ns(&self) -> Option<u64> {
+        None
+    }
+    /// Does what is due at `cx.now_ns`.
+    fn fire_due(&mut self, queues: &mut Queues, cx: &mut Cx) -> Result<(), Broken> {
+        let _ = (queues, cx);
+        Ok(())
+    }
+    /// Its own part of the saved state.
+    fn save(&self) -> Vec<u8>;
+    /// Takes its own part of a saved state.
+    fn restore(&mut self, payload: &Payload, bytes: &[u8]) -> Result<(), RestoreError>;
+}
+
+#[cfg(test)]
+pub(crate) mod testing;
