@@ -1,58 +1,107 @@
-//! The engine: runs translated code, stops at exact positions.
-use crate::{Bus, CpuModel, CpuState, Exit, PhysMem, Position};
+//! The engine: runs translated code and stops at exact positions.
+//!
+//! **In:** a [`Bus`], a position. **Out:** an [`Exit`], with the state exact at an instruction boundary.
+//!
+//! The loop in [`Core::run`] looks up a block, enters it, and acts upon the reason for which it was left. Everything out of the
+//! ordinary is done by [`Core::step_alone`], one instruction at a time: faults, devices, watched pages, shadows, the
+//! last few instructions before a stop. The helpers at the end are what translated code calls.
+//!
+//! Invariant: whether an instruction ran in a block, alone, or was retried makes no difference to the state or to the position.
+use crate::cache::{Cache, CacheStats, Key};
+use crate::classify::{Kind, classify, needs_fpu};
+use crate::emit::{Emit, Helpers, Shared};
+use crate::exception::Vector;
+use crate::frame::{Frame, FrameAt, LowArea, exit};
+use crate::mmu::{Access, Mmu, MmuStats, canonical};
+use crate::signals::Running;
+use crate::state::{cr0, cr4, efer, rflags};
+use crate::sys::{self, Cx, Delivery, Flow};
+use crate::translate::{Mode, Source, decode, translate};
+use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position};
 
 /// How an engine is built. None of it but the model is visible to the guest.
 #[derive(Debug, Clone)]
 pub struct CpuConfig {
     /// The CPU model the guest sees.
     pub model: CpuModel,
-    /// Bytes of translated code kept at most.
+    /// Bytes of translated code kept at most (at least 1 MiB is used).
     pub code_cache_bytes: usize,
-    /// Guest instructions in a block at most; 1 runs everything one instruction a block.
+    /// Guest instructions in a block at most (1..=64); 1 runs everything one instruction a block.
     pub max_block_instructions: u32,
+}
+
+impl CpuConfig {
+    /// Sensible sizes for a model.
+    pub fn new(model: CpuModel) -> Self {
+        Self { model, code_cache_bytes: 64 << 20, max_block_instructions: 64 }
+    }
+}
+
+/// Counters for people; no influence on anything.
+#[allow(missing_docs)]
+#[derive(Debug, Default, Clone, Copy)]
+pub struct CpuStats {
+    pub mmu: MmuStats,
+    pub cache: CacheStats,
+    pub entries: u64,
+    pub lookups: u64,
+    pub alone: u64,
+    pub sys_calls: u64,
+    pub exceptions: u64,
+    pub interrupts: u64,
 }
 
 /// One deterministic processor.
 pub struct Cpu {
-    st: Box<CpuState>,
-    position: Position,
-    ram: PhysMem,
+    // Boxed: translated code and helpers know its address.
+    core: Box<Core>,
 }
+
+// SAFETY: a Cpu owns everything its raw pointers lead to, but for guest RAM, whose owner promised to keep it (PhysMem::new), and
+// the bus, which is only followed during `run`.
+unsafe impl Send for Cpu {}
 
 impl Cpu {
     /// A processor over `ram` in the state after reset.
+    ///
+    /// # Panics
+    /// If the host has no executable memory below 2 GiB left for the code cache.
     pub fn new(config: CpuConfig, ram: PhysMem) -> Self {
-        let _ = config;
-        Self { st: Box::new(CpuState::reset()), position: 0, ram }
+        let mut core = Core::new(config, ram);
+        // SAFETY: the frame is mapped as long as the core lives.
+        unsafe { (*core.frame).core = &mut *core };
+        Self { core }
     }
     /// The architectural state, exact.
     pub fn state(&self) -> &CpuState {
-        &self.st
+        // SAFETY: the frame is mapped as long as the core lives, and only `run` (&mut self) changes it.
+        unsafe { &(*self.core.frame).st }
     }
     /// Replaces the architectural state (boot, snapshot restore); everything derived from the old one is dropped.
     pub fn set_state(&mut self, state: CpuState) {
-        *self.st = state;
+        *self.core.st() = state;
+        self.core.mmu.flush_all();
     }
     /// Instructions retired since power-on.
     pub fn position(&self) -> Position {
-        self.position
+        self.core.position
     }
     /// Sets the position (snapshot restore).
     pub fn set_position(&mut self, position: Position) {
-        self.position = position;
+        self.core.position = position;
     }
     /// Guest RAM.
     pub fn ram(&self) -> &PhysMem {
-        &self.ram
+        self.core.mmu.ram()
     }
     /// Runs until position `until` at most. A halted processor returns [`Exit::Halted`] at once.
     pub fn run(&mut self, bus: &mut dyn Bus, until: Position) -> Exit {
-        let _ = (bus, until);
-        Exit::Halted
+        self.core.run(bus, until)
     }
     /// Whether an interrupt could be taken right now (IF set, no shadow; halted or not).
     pub fn can_interrupt(&self) -> bool {
-        false
+        let st = self.state();
+        st.rflags & rflags::IF != 0 && !st.interrupt_shadow
     }
     /// Delivers external interrupt `vector` at the current position. Wakes a halted processor.
     /// Returns false if that ended in a triple fault.
@@ -60,16 +109,714 @@ impl Cpu {
     /// # Panics
     /// If [`Cpu::can_interrupt`] is false.
     pub fn interrupt(&mut self, bus: &mut dyn Bus, vector: u8) -> bool {
-        let _ = (bus, vector);
-        true
+        assert!(self.can_interrupt(), "interrupt {vector} at a place that takes none");
+        self.core.stats.interrupts += 1;
+        let delivery = sys::deliver_interrupt(&mut self.core.cx(bus), vector);
+        delivery == Delivery::Done
     }
     /// Asks [`Cpu::run`] to return [`Exit::Window`] as soon as [`Cpu::can_interrupt`] holds.
     pub fn want_interrupt_window(&mut self, wanted: bool) {
-        let _ = wanted;
+        self.core.window = wanted;
     }
     /// Clears the dirty flags of all pages and makes the next store to each set it again.
     /// Calls `each` with every page that was dirty.
     pub fn harvest_dirty(&mut self, each: &mut dyn FnMut(usize)) {
-        let _ = each;
+        let flags = self.core.mmu.ram().flags().clone();
+        for page in 0..flags.pages() {
+            if flags.get(page) & PageFlags::DIRTY != 0 {
+                flags.clear(page, PageFlags::DIRTY);
+                each(page);
+            }
+        }
+        self.core.mmu.forbid_all_writes();
     }
+    /// Drops everything that is cached (translated code, TLBs). Invisible to the guest; for tests that prove just that.
+    pub fn drop_caches(&mut self) {
+        let flags = self.core.mmu.ram().flags().clone();
+        self.core.mmu.flush_all();
+        self.core.cache.flush(&flags);
+    }
+    /// Counters since power-on of this process.
+    pub fn stats(&self) -> CpuStats {
+        CpuStats { mmu: self.core.mmu.stats, cache: self.core.cache.stats, ..self.core.stats }
+    }
+}
+
+/// What stands in for memory that the single instruction now running cannot access in place.
+#[derive(Debug, Clone, Copy, Default)]
+struct Bounce {
+    ea: u64,
+    len: usize,
+    active: bool,
+}
+
+/// The engine proper. Translated code knows its address through the frame.
+pub struct Core {
+    frame: *mut Frame,
+    mmu: Mmu,
+    cache: Cache,
+    shared: Shared,
+    model: CpuModel,
+    max: u32,
+    /// The bus, during `run`.
+    bus: Option<*mut dyn Bus>,
+    /// The position at which the budget is used up, while code runs.
+    limit: Position,
+    /// The position, while no code runs.
+    position: Position,
+    window: bool,
+    /// The exception that ended an instruction run alone.
+    fault: Option<Exception>,
+    bounce: Bounce,
+    /// FPU_OFF bit of the mode that the jump caches are for.
+    jumps_for: u8,
+    code: (usize, usize),
+    stats: CpuStats,
+    // Last: unmapped after everything that points into it is gone.
+    _area: LowArea,
+}
+
+/// Room for the shared routines at the start of the code area.
+const SHARED_BYTES: usize = 8 << 10;
+
+impl Core {
+    fn new(config: CpuConfig, ram: PhysMem) -> Box<Self> {
+        let area = LowArea::new(config.code_cache_bytes.max(1 << 20) + SHARED_BYTES);
+        let frame = area.frame();
+        let (start, len) = area.code();
+        let emit = Emit::new(start, FrameAt(frame as usize as i32), false, Shared::default());
+        let helpers = Helpers { mem: mem_helper, mem_alone: mem_alone_helper, write_back: write_back_helper, sys: sys_helper };
+        let (code, shared) = emit.shared(frame as usize as i32, helpers);
+        assert!(code.len() <= SHARED_BYTES);
+        // SAFETY: the area is ours; the code fits; the frame is zeroed memory of its type, and its pieces are set up here.
+        unsafe {
+            std::ptr::copy_nonoverlapping(code.as_ptr(), start as *mut u8, code.len());
+            (&raw mut (*frame).st).write(CpuState::reset());
+            Box::new(Self {
+                frame,
+                mmu: Mmu::new(ram, &raw mut (*frame).tlb),
+                cache: Cache::new(frame, start + SHARED_BYTES, start + len),
+                shared,
+                model: config.model,
+                max: config.max_block_instructions.clamp(1, 64),
+                bus: None,
+                limit: 0,
+                position: 0,
+                window: false,
+                fault: None,
+                bounce: Bounce::default(),
+                jumps_for: 0,
+                code: (start, len),
+                stats: CpuStats::default(),
+                _area: area,
+            })
+        }
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    fn st(&mut self) -> &mut CpuState {
+        // SAFETY: mapped as long as `self` lives; one borrow at a time through &mut self.
+        unsafe { &mut (*self.frame).st }
+    }
+
+    fn cx<'a>(&'a mut self, bus: &'a mut dyn Bus) -> Cx<'a> {
+        // SAFETY: the frame's state is not part of any other field of `self`.
+        let st = unsafe { &mut (*self.frame).st };
+        Cx { st, mmu: &mut self.mmu, bus, position: self.position, model: &self.model }
+    }
+
+    fn bus(&self) -> &'static mut dyn Bus {
+        // SAFETY: set by `run` for its duration, and everything that calls this runs inside it; the machine does not touch the bus
+        // meanwhile. The lifetime is shortened to that by never being stored.
+        unsafe { &mut *self.bus.expect("only during run") }
+    }
+
+    fn mode(&mut self) -> Mode {
+        let st = self.st();
+        let user = (st.cpl == 3) as u8 * Mode::USER;
+        let fpu_off = (st.cr0 & (cr0::TS | cr0::EM) != 0) as u8 * Mode::FPU_OFF;
+        Mode(user | fpu_off)
+    }
+
+    // ---- flags between the frame's two forms ----
+
+    fn split_flags(&mut self) {
+        // SAFETY: the frame is ours.
+        let frame = unsafe { &mut *self.frame };
+        let f = frame.st.rflags;
+        frame.flags = (f & 0xd5 | 2) << 8 | (f & rflags::OF != 0) as u64;
+    }
+    fn join_flags(&mut self) {
+        // SAFETY: the frame is ours.
+        let frame = unsafe { &mut *self.frame };
+        let of = if frame.flags & 1 != 0 { rflags::OF } else { 0 };
+        frame.st.rflags = frame.st.rflags & !rflags::STATUS | frame.flags >> 8 & 0xd5 | of | rflags::ONE;
+    }
+
+    // ---- x87 registers: live in the host while `run` runs ----
+
+    fn load_x87(&mut self) {
+        let mut image = self.st().fx;
+        // MXCSR is Rust's here; translated code loads the guest's.
+        image.0[24..32].copy_from_slice(&[0x80, 0x1f, 0, 0, 0, 0, 0, 0]);
+        // SAFETY: loads FPU registers from an aligned image without reserved bits; all XMM registers are declared clobbered.
+        unsafe { std::arch::asm!("fxrstor64 [{}]", in(reg) image.0.as_ptr(), clobber_abi("sysv64")) };
+    }
+    fn save_x87(&mut self) {
+        let mut image = crate::state::FxImage([0; 512]);
+        // SAFETY: stores FPU registers into an aligned buffer.
+        unsafe { std::arch::asm!("fxsave64 [{}]", in(reg) image.0.as_mut_ptr(), options(nostack)) };
+        let fx = &mut self.st().fx;
+        fx.0[..24].copy_from_slice(&image.0[..24]);
+        fx.0[32..160].copy_from_slice(&image.0[32..160]);
+        sys::settle_fx(fx);
+    }
+
+    // ---- the loop ----
+
+    fn run(&mut self, bus: &mut dyn Bus, until: Position) -> Exit {
+        // SAFETY: only the lifetime is erased; `bus()` is called inside this function's extent only.
+        self.bus = Some(unsafe { std::mem::transmute::<*mut dyn Bus, *mut (dyn Bus + 'static)>(bus as *mut dyn Bus) });
+        // SAFETY: code and frame live as long as `self`.
+        let running = unsafe { Running::enter(self.code, self.shared.fault as usize, self.frame) };
+        let mut host_fpu = crate::state::FxImage([0; 512]);
+        // SAFETY: stores FPU registers into an aligned buffer.
+        unsafe { std::arch::asm!("fxsave64 [{}]", in(reg) host_fpu.0.as_mut_ptr(), options(nostack)) };
+        self.load_x87();
+        let exit = self.run_loop(until);
+        self.save_x87();
+        // SAFETY: loads what was stored above.
+        unsafe { std::arch::asm!("fxrstor64 [{}]", in(reg) host_fpu.0.as_ptr(), clobber_abi("sysv64")) };
+        drop(running);
+        self.bus = None;
+        exit
+    }
+
+    fn run_loop(&mut self, until: Position) -> Exit {
+        // Up to here every instruction runs alone: the budget is too small for the next block.
+        let mut alone_until = 0;
+        loop {
+            self.settle();
+            let window = self.window;
+            let st = self.st();
+            if window && st.rflags & rflags::IF != 0 && !st.interrupt_shadow {
+                return Exit::Window;
+            }
+            if st.halted {
+                return Exit::Halted;
+            }
+            let careful = st.interrupt_shadow || st.rflags & (rflags::TF | rflags::RF) != 0;
+            if self.bus().attention() {
+                return Exit::Attention;
+            }
+            if self.position >= until {
+                return Exit::Position;
+            }
+            let step = if careful || self.position < alone_until {
+                self.step_alone()
+            } else {
+                match self.find_block() {
+                    Ok(id) => {
+                        let short = self.run_block(id, until);
+                        if let Some(n) = short {
+                            alone_until = (self.position + n).min(until);
+                        }
+                        Ok(())
+                    }
+                    Err(stop) => Err(stop),
+                }
+            };
+            match step {
+                Ok(()) => {}
+                Err(Stop::Fault(e)) => {
+                    if !self.deliver(e) {
+                        return Exit::TripleFault;
+                    }
+                }
+                Err(Stop::Unsupported(what)) => return Exit::Unsupported(what),
+                Err(Stop::Shutdown) => return Exit::TripleFault,
+            }
+        }
+    }
+
+    /// Acts upon what the last instruction, or a device, changed under the caches.
+    fn settle(&mut self) {
+        self.mmu.sweep_device_writes();
+        if !self.mmu.pending.any() {
+            return;
+        }
+        let mut pending = std::mem::take(&mut self.mmu.pending);
+        if pending.flush_fetch {
+            self.cache.flush_jumps();
+        } else {
+            if pending.flush_fetch_non_global {
+                self.cache.flush_jumps_non_global();
+            }
+            for &page in &pending.flush_fetch_pages {
+                self.cache.flush_jumps_page(page);
+            }
+        }
+        for &(page, first, last) in &pending.code {
+            let gpa = self.mmu.ram().gpa_of_page(page);
+            if self.cache.bytes_changed(page, gpa, first, last) {
+                self.mmu.ram().flags().clear(page, PageFlags::CODE);
+            }
+        }
+        // Keep the allocations.
+        pending.code.clear();
+        pending.flush_fetch_pages.clear();
+        pending.flush_fetch = false;
+        pending.flush_fetch_non_global = false;
+        self.mmu.pending = pending;
+    }
+
+    fn deliver(&mut self, e: Exception) -> bool {
+        self.stats.exceptions += 1;
+        let bus = self.bus();
+        sys::deliver_exception(&mut self.cx(bus), e) == Delivery::Done
+    }
+
+    fn enter(&mut self, entry: u32, budget: u64) {
+        self.stats.entries += 1;
+        self.split_flags();
+        // SAFETY: the frame is ours; `entry` is code made for this frame, which keeps the ABI through the shared routines.
+        unsafe {
+            (*self.frame).budget = budget;
+            let f: extern "sysv64" fn(usize) = std::mem::transmute(self.shared.enter as usize);
+            f(entry as usize);
+        }
+        self.join_flags();
+    }
+
+    /// Runs from block `id` on. Returns how many instructions must run alone next, if any.
+    fn run_block(&mut self, id: u32, until: Position) -> Option<u64> {
+        self.limit = until;
+        let budget = (until - self.position).min(i64::MAX as u64 / 2);
+        self.limit = self.position + budget;
+        let mut entry = self.cache.block(id).entry;
+        let mut left = budget;
+        loop {
+            self.enter(entry, left);
+            // SAFETY: the frame is ours.
+            let (reason, arg, pc) = unsafe { ((*self.frame).exit, (*self.frame).exit_arg, (*self.frame).fault_pc) };
+            left = unsafe { (*self.frame).budget };
+            self.position = self.limit - left;
+            match reason {
+                exit::LOOKUP | exit::HELPER => return None,
+                exit::LINK => {
+                    let key = self.cache.link_target(arg as u32);
+                    self.st().rip = key.rip;
+                    // A block that is known is linked and entered at once; the rest is the main loop's.
+                    let to = self.cache.find(key)?;
+                    self.cache.link(arg as u32, to);
+                    if self.cache.block(to).second.is_some() {
+                        return None;
+                    }
+                    entry = self.cache.block(to).entry;
+                }
+                exit::BUDGET => {
+                    let block = self.cache.block(arg as u32);
+                    let (rip, n) = (block.key.rip, block.len());
+                    self.st().rip = rip;
+                    return Some(n);
+                }
+                exit::ALONE | exit::BAIL => return Some(1),
+                exit::HOST_FAULT => {
+                    let block = self.cache.block_at(pc as usize).expect("faults are caught in blocks only");
+                    let k = block.points.partition_point(|p| p.host as u64 <= pc).max(1) - 1;
+                    let (rip, unused) = (block.rip_of(k), block.len() - k as u64);
+                    self.fix_flags_after_fault(pc as usize);
+                    self.position -= unused;
+                    self.st().rip = rip;
+                    return Some(1);
+                }
+                _ => unreachable!("exit reason {reason}"),
+            }
+        }
+    }
+
+    /// After a host fault: the guest's flags are in the host's if the block says so at that place.
+    fn fix_flags_after_fault(&mut self, pc: usize) {
+        let block = self.cache.block_at(pc).expect("faults are caught in blocks only");
+        let k = block.points.partition_point(|p| p.host as usize <= pc).max(1) - 1;
+        if block.points[k].flags_in_host {
+            // SAFETY: the frame is ours.
+            let flags = unsafe { (*self.frame).fault_flags };
+            let st = self.st();
+            st.rflags = st.rflags & !rflags::STATUS | flags & rflags::STATUS;
+        }
+    }
+
+    /// The block at RIP, translated if need be, and published for jumps.
+    fn find_block(&mut self) -> Result<u32, Stop> {
+        self.stats.lookups += 1;
+        let mode = self.mode();
+        let fpu = mode.0 & Mode::FPU_OFF;
+        if fpu != self.jumps_for {
+            self.cache.flush_jumps();
+            self.jumps_for = fpu;
+        }
+        let (rip, fetch) = self.fetch(mode.has(Mode::USER))?;
+        let key = Key { gpa: fetch.gpa, rip, mode };
+        let known = self.cache.find(key);
+        if let Some(id) = known
+            && self.cache.block(id).second.is_none()
+        {
+            self.cache.publish(id, fetch.global, None);
+            return Ok(id);
+        }
+        let bytes = self.bytes(rip, &fetch)?;
+        if let Some(id) = known
+            && self.cache.block(id).second == bytes.second
+        {
+            self.cache.publish(id, fetch.global && bytes.global, bytes.second_va);
+            return Ok(id);
+        }
+        let id = self.translate(key, &bytes, self.max);
+        self.cache.publish(id, fetch.global && bytes.global, bytes.second_va);
+        Ok(id)
+    }
+
+    /// Walks for the instruction at RIP.
+    fn fetch(&mut self, user: bool) -> Result<(u64, crate::mmu::Walk), Stop> {
+        let st = self.st();
+        if !st.is_64_bit_code() || st.efer & efer::LMA == 0 {
+            return Err(Stop::Unsupported("code that is not 64-bit"));
+        }
+        let rip = st.rip;
+        if !canonical(rip) {
+            return Err(Stop::Fault(Exception::gp(0)));
+        }
+        // SAFETY: the state is not part of the MMU.
+        let st = unsafe { &(*self.frame).st };
+        let walk = self.mmu.walk(st, rip, Access::Execute, user)?;
+        self.mmu.note_tables(&walk, rip);
+        Ok((rip, walk))
+    }
+
+    /// The guest bytes at RIP: to the end of the page, and beyond if the first instruction needs it.
+    fn bytes(&mut self, rip: u64, fetch: &crate::mmu::Walk) -> Result<Bytes, Stop> {
+        let Some((page, host)) = self.mmu.ram().page(fetch.gpa) else {
+            return Err(Stop::Unsupported("code outside RAM"));
+        };
+        let offset = (rip % PAGE_SIZE) as usize;
+        let here = PAGE_SIZE as usize - offset;
+        // SAFETY: the rest of a page of RAM; nothing writes it while the slice lives.
+        let slice = unsafe { std::slice::from_raw_parts(host.add(offset), here) };
+        let mut bytes = Bytes { joined: [0; 16], slice, page, second: None, second_va: None, second_page: None, global: true };
+        if here >= 15 || !decode(slice, rip).is_invalid() {
+            return Ok(bytes);
+        }
+        // Cut off by the end of the page, or invalid. If more bytes could make it an instruction, they are fetched.
+        let mut decoder = iced_x86::Decoder::with_ip(64, slice, rip, crate::translate::DECODER_OPTIONS);
+        decoder.decode();
+        if decoder.last_error() != iced_x86::DecoderError::NoMoreBytes {
+            return Ok(bytes);
+        }
+        let next = (rip | (PAGE_SIZE - 1)).wrapping_add(1);
+        let user = self.mode().has(Mode::USER);
+        // SAFETY: the state is not part of the MMU.
+        let st = unsafe { &(*self.frame).st };
+        let walk = self.mmu.walk(st, next, Access::Execute, user)?;
+        self.mmu.note_tables(&walk, next);
+        let Some((second_page, host)) = self.mmu.ram().page(walk.gpa) else {
+            return Err(Stop::Unsupported("code outside RAM"));
+        };
+        bytes.joined[..here].copy_from_slice(slice);
+        // SAFETY: the first bytes of a page of RAM.
+        bytes.joined[here..15].copy_from_slice(unsafe { std::slice::from_raw_parts(host, 15 - here) });
+        bytes.second = Some(walk.gpa);
+        bytes.second_va = Some(next);
+        bytes.second_page = Some(second_page);
+        bytes.global = walk.global;
+        Ok(bytes)
+    }
+
+    fn translate(&mut self, key: Key, bytes: &Bytes, max: u32) -> u32 {
+        let flags = self.mmu.ram().flags().clone();
+        if self.cache.is_full() {
+            self.cache.flush(&flags);
+        }
+        let (host, block, first_link) = self.cache.next_place();
+        let straddles = bytes.second.is_some();
+        let source = Source {
+            bytes: if straddles { &bytes.joined[..15] } else { bytes.slice },
+            rip: key.rip,
+            mode: key.mode,
+            max,
+            straddles,
+            host,
+            block,
+            first_link,
+        };
+        let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared);
+        let mut pages = vec![bytes.page];
+        pages.extend(bytes.second_page);
+        for &page in &pages {
+            if flags.get(page) & PageFlags::CODE == 0 {
+                flags.set(page, PageFlags::CODE);
+                self.mmu.forbid_writes(page);
+            }
+        }
+        self.cache.add(key, translation, bytes.second, &pages)
+    }
+
+    // ---- one instruction ----
+
+    /// Runs the instruction at RIP alone. On `Err(Stop::Fault)` it has not retired.
+    fn step_alone(&mut self) -> Result<(), Stop> {
+        self.stats.alone += 1;
+        let mut mode = self.mode();
+        let (rip, fetch) = self.fetch(mode.has(Mode::USER))?;
+        let bytes = self.bytes(rip, &fetch)?;
+        let insn = decode(if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice }, rip);
+        let trap = self.st().rflags & rflags::TF != 0;
+        match classify(&insn, mode.has(Mode::FPU_OFF)) {
+            Kind::Invalid => return Err(Stop::Fault(Exception::UD)),
+            Kind::NoFpu => return Err(Stop::Fault(Exception::NM)),
+            Kind::Sys => {
+                self.execute_sys(&insn)?;
+            }
+            _ => {
+                mode.0 |= Mode::ALONE;
+                let key = Key { gpa: fetch.gpa, rip, mode };
+                let id = match self.cache.find(key) {
+                    Some(id) if self.cache.block(id).second == bytes.second => id,
+                    _ => self.translate(key, &bytes, 1),
+                };
+                self.limit = self.position + 1;
+                self.fault = None;
+                self.bounce.active = false;
+                let entry = self.cache.block(id).entry;
+                self.enter(entry, 1);
+                // SAFETY: the frame is ours.
+                match unsafe { (*self.frame).exit } {
+                    exit::LOOKUP => {}
+                    exit::HELPER => return Err(Stop::Fault(self.fault.take().expect("why else would it leave"))),
+                    exit::HOST_FAULT => return Err(self.host_fault(rip)),
+                    reason => unreachable!("exit reason {reason} of a single instruction"),
+                }
+                self.st().interrupt_shadow = false;
+            }
+        }
+        self.position += 1;
+        let st = self.st();
+        // RF was the previous instruction's business, unless this one loaded it (IRET).
+        if !matches!(insn.mnemonic(), iced_x86::Mnemonic::Iretq | iced_x86::Mnemonic::Iretd | iced_x86::Mnemonic::Iret) {
+            st.rflags &= !rflags::RF;
+        }
+        // The trap comes after the instruction, unless that was the one that left the mode (a gate or SYSCALL cleared TF).
+        if trap && st.rflags & rflags::TF != 0 && !self.deliver(Exception::plain(Vector::Debug)) {
+            return Err(Stop::Shutdown);
+        }
+        Ok(())
+    }
+
+    /// Executes a system instruction at the current position, which it does not advance. RIP is set on success.
+    fn execute_sys(&mut self, insn: &iced_x86::Instruction) -> Result<Flow, Stop> {
+        self.stats.sys_calls += 1;
+        let fpu = needs_fpu(insn);
+        if fpu {
+            self.save_x87();
+        }
+        let bus = self.bus();
+        let result = sys::execute(&mut self.cx(bus), insn);
+        if fpu {
+            self.load_x87();
+        }
+        let flow = result?;
+        if flow != Flow::Jump {
+            self.st().rip = insn.next_ip();
+        }
+        Ok(flow)
+    }
+
+    /// The guest exception that a host fault in a single instruction stands for.
+    fn host_fault(&mut self, rip: u64) -> Stop {
+        // SAFETY: the frame is ours.
+        let (trap, pc) = unsafe { ((*self.frame).fault_trap, (*self.frame).fault_pc as usize) };
+        self.fix_flags_after_fault(pc);
+        let st = self.st();
+        st.rip = rip;
+        Stop::Fault(match trap {
+            0 => Exception::plain(Vector::DivideError),
+            6 => Exception::UD,
+            12 => Exception::ss(0),
+            13 => Exception::gp(0),
+            16 => Exception::plain(Vector::MathFault),
+            17 => Exception { vector: Vector::AlignmentCheck, error: Some(0), address: None },
+            19 if st.cr4 & cr4::OSXMMEXCPT != 0 => Exception::plain(Vector::SimdFault),
+            19 => Exception::UD,
+            _ => return Stop::Unsupported("an instruction that faulted on the host in a way no guest could cause"),
+        })
+    }
+}
+
+/// Guest bytes at an address.
+struct Bytes {
+    /// The instruction, if it crosses the page.
+    joined: [u8; 16],
+    /// To the end of the page. Valid until guest RAM is written.
+    slice: &'static [u8],
+    page: usize,
+    second: Option<u64>,
+    second_va: Option<u64>,
+    second_page: Option<usize>,
+    global: bool,
+}
+
+/// Why an instruction did not retire.
+enum Stop {
+    Fault(Exception),
+    Unsupported(&'static str),
+    Shutdown,
+}
+
+impl From<Exception> for Stop {
+    fn from(e: Exception) -> Self {
+        Self::Fault(e)
+    }
+}
+
+// ---- helpers that translated code calls ----
+
+/// What a helper works on. Rust's own state is sound here: the shared routine saved all guest registers and loaded Rust's MXCSR.
+fn core_of(frame: *mut Frame) -> &'static mut Core {
+    // SAFETY: translated code passes its own frame, whose core is alive and runs it; `enter` holds no other borrow that is used
+    // before the helper returns.
+    unsafe { &mut *(*frame).core }
+}
+
+/// A TLB check of a block of many instructions failed: 0 = repeat it, 1 = the instruction must run alone.
+extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
+    let core = core_of(frame);
+    // SAFETY: the frame is the core's.
+    let (arg, ea, ret) = unsafe { ((*frame).arg, (*frame).ea, (*frame).ret as usize) };
+    let size = arg & 0xffff;
+    let write = arg >> 16 & 1 != 0;
+    if ea % PAGE_SIZE + size <= PAGE_SIZE {
+        // SAFETY: the state is not part of the MMU.
+        let st = unsafe { &(*frame).st };
+        let user = st.cpl == 3;
+        let access = if write { Access::Write } else { Access::Read };
+        if let Ok(walk) = core.mmu.fill(st, ea, access, user)
+            && core.mmu.is_cached(ea, write, user)
+        {
+            let _ = walk;
+            return 0;
+        }
+    }
+    let k = (arg >> 20) as usize;
+    let block = core.cache.block_at(ret).expect("called from a block");
+    let (rip, unused) = (block.rip_of(k), block.len() - k as u64);
+    // SAFETY: as above.
+    unsafe {
+        (*frame).st.rip = rip;
+        (*frame).budget += unused;
+        (*frame).exit = exit::BAIL;
+    }
+    1
+}
+
+/// A memory access of a single instruction: makes it possible (0) or raises its exception (1).
+extern "sysv64" fn mem_alone_helper(frame: *mut Frame) -> u32 {
+    let core = core_of(frame);
+    // SAFETY: the frame is the core's; its state and bounce buffer are not part of the MMU.
+    let (arg, ea, st, buffer) = unsafe { ((*frame).arg, (*frame).ea, &(*frame).st, &mut (*frame).bounce) };
+    let size = (arg & 0xffff) as usize;
+    let write = arg >> 16 & 1 != 0;
+    let user = st.cpl == 3;
+    core.bounce = Bounce { ea, len: size, active: false };
+    let result = (|| {
+        if ea % PAGE_SIZE + size as u64 <= PAGE_SIZE {
+            let access = if write { Access::Write } else { Access::Read };
+            core.mmu.fill(st, ea, access, user)?;
+            if core.mmu.is_cached(ea, write, user) {
+                return Ok(core.mmu.addend(ea, user));
+            }
+        } else if write {
+            core.mmu.probe_write(st, ea, size, user)?;
+        }
+        // Two pages, a device, or a watched page: the instruction works on a copy at the same alignment.
+        let at = (ea % 64) as usize;
+        let copy = &mut buffer[at..at + size];
+        let position = core.position;
+        core.mmu.read(st, core.bus(), position, ea, copy, user)?;
+        core.bounce.active = write;
+        Ok((copy.as_ptr() as u64).wrapping_sub(ea))
+    })();
+    match result {
+        Ok(addend) => {
+            // SAFETY: as above.
+            unsafe { (*frame).addend = addend };
+            0
+        }
+        Err(e) => {
+            core.fault = Some(e);
+            // SAFETY: as above.
+            unsafe { (*frame).exit = exit::HELPER };
+            1
+        }
+    }
+}
+
+/// After the store of a single instruction: takes a copy to where it belongs.
+extern "sysv64" fn write_back_helper(frame: *mut Frame) -> u32 {
+    let core = core_of(frame);
+    let bounce = std::mem::take(&mut core.bounce);
+    if !bounce.active {
+        return 0;
+    }
+    // SAFETY: the frame is the core's; its state and bounce buffer are not part of the MMU.
+    let (st, buffer) = unsafe { (&(*frame).st, &(*frame).bounce) };
+    let at = (bounce.ea % 64) as usize;
+    let position = core.position;
+    let user = st.cpl == 3;
+    match core.mmu.write(st, core.bus(), position, bounce.ea, &buffer[at..at + bounce.len], user) {
+        Ok(()) => 0,
+        // Cannot happen: the write was probed. If it does, the guest gets the fault after a half-done instruction.
+        Err(e) => {
+            core.fault = Some(e);
+            // SAFETY: as above.
+            unsafe { (*frame).exit = exit::HELPER };
+            1
+        }
+    }
+}
+
+/// A system instruction inside a block: 0 = go on behind it, 1 = leave.
+extern "sysv64" fn sys_helper(frame: *mut Frame) -> u32 {
+    let core = core_of(frame);
+    // SAFETY: the frame is the core's.
+    let (k, ret) = unsafe { ((*frame).arg as usize, (*frame).ret as usize) };
+    let block = core.cache.block_at(ret).expect("called from a block");
+    let insn = block.sys[block.sys.partition_point(|s| (s.0 as usize) < k)].1;
+    let unused = block.len() - k as u64;
+    // SAFETY: as above.
+    let budget = unsafe { (*frame).budget } + unused;
+    core.position = core.limit - budget;
+    core.join_flags();
+    core.st().rip = insn.ip();
+    let (retired, go_on) = match core.execute_sys(&insn) {
+        Ok(flow) => {
+            let quiet = !core.mmu.pending.any() && !core.mmu.ram().flags().any_stale() && !core.bus().attention();
+            (1, flow == Flow::Next && quiet)
+        }
+        Err(Stop::Fault(e)) => {
+            core.fault = Some(e);
+            (0, false)
+        }
+        Err(_) => unreachable!("system instructions fault or retire"),
+    };
+    core.split_flags();
+    if go_on {
+        return 0;
+    }
+    // SAFETY: as above.
+    unsafe {
+        (*frame).budget = budget - retired;
+        // A fault is raised by running the instruction again, alone, where it faults again: one place delivers.
+        (*frame).exit = if retired == 1 { exit::HELPER } else { exit::BAIL };
+    }
+    1
 }

@@ -19,17 +19,29 @@ pub const TLB_ENTRIES: usize = 512;
 /// the host address is then `va + addend[i]`.
 #[repr(C)]
 pub struct Tlb {
-    /// Page addresses valid for reading, or [`Tlb::EMPTY`].
+    /// Page addresses valid for reading, or that of an empty entry.
     pub read: [u64; TLB_ENTRIES],
-    /// Page addresses valid for writing, or [`Tlb::EMPTY`].
+    /// Page addresses valid for writing, or that of an empty entry.
     pub write: [u64; TLB_ENTRIES],
     /// Host address minus guest virtual address.
     pub addend: [u64; TLB_ENTRIES],
 }
 
 impl Tlb {
-    /// A tag no access matches: non-canonical and not page aligned.
-    pub const EMPTY: u64 = 0x0001_0000_0000_0fff;
+    /// The tag of an empty entry `i`: a page that belongs into another entry, so that no address, canonical or not, matches.
+    #[inline]
+    const fn empty(i: usize) -> u64 {
+        ((i ^ 1) as u64) * PAGE_SIZE
+    }
+    #[inline]
+    fn is_empty(tag: u64, i: usize) -> bool {
+        Self::index(tag) != i
+    }
+    fn clear(tags: &mut [u64; TLB_ENTRIES]) {
+        for (i, tag) in tags.iter_mut().enumerate() {
+            *tag = Self::empty(i);
+        }
+    }
     #[inline]
     fn index(va: u64) -> usize {
         (va / PAGE_SIZE) as usize & (TLB_ENTRIES - 1)
@@ -199,8 +211,8 @@ impl Mmu {
         self.stats.flushes += 1;
         for user in [false, true] {
             let tlb = self.tlb(user);
-            tlb.read.fill(Tlb::EMPTY);
-            tlb.write.fill(Tlb::EMPTY);
+            Tlb::clear(&mut tlb.read);
+            Tlb::clear(&mut tlb.write);
         }
         for &page in self.tables.keys() {
             self.ram.flags().clear(page, PageFlags::TABLE);
@@ -218,8 +230,8 @@ impl Mmu {
             let tlb = unsafe { &mut (*self.tlb)[user] };
             for i in 0..TLB_ENTRIES {
                 if !self.global[user][i] {
-                    tlb.read[i] = Tlb::EMPTY;
-                    tlb.write[i] = Tlb::EMPTY;
+                    tlb.read[i] = Tlb::empty(i);
+                    tlb.write[i] = Tlb::empty(i);
                 }
             }
         }
@@ -227,7 +239,7 @@ impl Mmu {
         let flags = self.ram.flags().clone();
         let global_user = (0..TLB_ENTRIES).any(|i| {
             let tlb = self.tlb(true);
-            tlb.read[i] != Tlb::EMPTY && tlb.read[i] >> 63 == 0
+            !Tlb::is_empty(tlb.read[i], i) && tlb.read[i] >> 63 == 0
         });
         if !global_user {
             self.tables.retain(|&page, t| {
@@ -248,8 +260,8 @@ impl Mmu {
             let i = Tlb::index(page);
             let tlb = self.tlb(user);
             if tlb.read[i] == page || tlb.write[i] == page {
-                tlb.read[i] = Tlb::EMPTY;
-                tlb.write[i] = Tlb::EMPTY;
+                tlb.read[i] = Tlb::empty(i);
+                tlb.write[i] = Tlb::empty(i);
             }
         }
         self.pending.flush_fetch_pages.push(page);
@@ -261,8 +273,8 @@ impl Mmu {
         for user in [false, true] {
             let tlb = self.tlb(user);
             for i in 0..TLB_ENTRIES {
-                if tlb.write[i] != Tlb::EMPTY && tlb.write[i].wrapping_add(tlb.addend[i]) == host as u64 {
-                    tlb.write[i] = Tlb::EMPTY;
+                if !Tlb::is_empty(tlb.write[i], i) && tlb.write[i].wrapping_add(tlb.addend[i]) == host as u64 {
+                    tlb.write[i] = Tlb::empty(i);
                 }
             }
         }
@@ -271,7 +283,7 @@ impl Mmu {
     /// Takes away all write entries, so that the next store to each page marks it dirty again.
     pub fn forbid_all_writes(&mut self) {
         for user in [false, true] {
-            self.tlb(user).write.fill(Tlb::EMPTY);
+            Tlb::clear(&mut self.tlb(user).write);
         }
     }
 
@@ -415,9 +427,18 @@ impl Mmu {
         if write {
             tlb.write[i] = tag;
         } else if !kept_write {
-            tlb.write[i] = Tlb::EMPTY;
+            tlb.write[i] = Tlb::empty(i);
         }
         Ok(walk)
+    }
+
+    /// Whether an access to the page of `va` would hit now.
+    pub(crate) fn is_cached(&mut self, va: u64, write: bool, user: bool) -> bool {
+        self.hit(va, write, user).is_some()
+    }
+    /// Host address minus virtual address of a cached page.
+    pub(crate) fn addend(&mut self, va: u64, user: bool) -> u64 {
+        self.tlb(user).addend[Tlb::index(va)]
     }
 
     #[inline]
@@ -574,16 +595,12 @@ impl Mmu {
 
     /// Acts upon what devices wrote to pages that things were derived from.
     pub(crate) fn sweep_device_writes(&mut self) {
-        if !self.ram.flags().take_device_wrote() {
+        if !self.ram.flags().any_stale() {
             return;
         }
         let flags = self.ram.flags().clone();
         let mut tables = false;
-        for page in 0..flags.pages() {
-            if flags.get(page) & PageFlags::STALE == 0 {
-                continue;
-            }
-            flags.clear(page, PageFlags::STALE);
+        for page in flags.take_stale() {
             tables |= flags.get(page) & PageFlags::TABLE != 0;
             if flags.get(page) & PageFlags::CODE != 0 {
                 self.pending.code.push((page, 0, PAGE_SIZE as u16 - 1));

@@ -5,7 +5,7 @@
 //! what it had derived from the old bytes (translated code, TLB entries) before the next instruction.
 //!
 //! Invariant: a page whose `CODE` or `TABLE` flag is set has no write entry in any soft TLB.
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 
 /// Bytes in a page.
@@ -28,6 +28,8 @@ pub struct PageFlags {
     flags: Box<[AtomicU8]>,
     /// Some page that carries `CODE` or `TABLE` was written by a device.
     device_wrote: AtomicBool,
+    /// Which ones.
+    stale: Mutex<Vec<usize>>,
 }
 
 impl PageFlags {
@@ -43,7 +45,7 @@ impl PageFlags {
     /// Flags for `pages` pages, all dirty (nothing is known of them yet).
     pub fn new(pages: usize) -> Arc<Self> {
         let flags = (0..pages).map(|_| AtomicU8::new(Self::DIRTY)).collect();
-        Arc::new(Self { flags, device_wrote: AtomicBool::new(false) })
+        Arc::new(Self { flags, device_wrote: AtomicBool::new(false), stale: Mutex::default() })
     }
     /// Number of pages.
     pub fn pages(&self) -> usize {
@@ -66,19 +68,28 @@ impl PageFlags {
     pub fn device_wrote(&self, page: usize) {
         let old = self.get(page);
         if old & (Self::CODE | Self::TABLE) != 0 {
+            if old & Self::STALE == 0 {
+                self.stale.lock().expect("no panic while held").push(page);
+            }
             self.set(page, Self::DIRTY | Self::STALE);
             self.device_wrote.store(true, Relaxed);
         } else if old & Self::DIRTY == 0 {
             self.set(page, Self::DIRTY);
         }
     }
-    /// Whether a device wrote to a page that code or translations were derived from; clears the mark.
-    pub(crate) fn take_device_wrote(&self) -> bool {
-        if self.device_wrote.load(Relaxed) {
-            self.device_wrote.store(false, Relaxed);
-            return true;
+    /// Whether a device wrote to a page that code or translations were derived from.
+    #[inline]
+    pub(crate) fn any_stale(&self) -> bool {
+        self.device_wrote.load(Relaxed)
+    }
+    /// Takes the list of such pages and clears their marks.
+    pub(crate) fn take_stale(&self) -> Vec<usize> {
+        self.device_wrote.store(false, Relaxed);
+        let pages = std::mem::take(&mut *self.stale.lock().expect("no panic while held"));
+        for &page in &pages {
+            self.clear(page, Self::STALE);
         }
-        false
+        pages
     }
 }
 

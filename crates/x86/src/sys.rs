@@ -32,7 +32,6 @@ mod transfer;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub(crate) use fpu::settle as settle_fx;
 pub use delivery::{Delivery, deliver_exception, deliver_interrupt};
 pub(crate) use control::{CR0_ALLOWED, CR3_KEPT, CR4_ALLOWED, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_WRITABLE};
 pub(crate) use fpu::{MXCSR_MASK, settle as settle_fx};

@@ -56,3 +56,41 @@ pub(super) fn execute(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception
     }
     Ok(Flow::Next)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{TSS, World};
+    use super::*;
+
+    #[test]
+    fn registers_and_sizes() {
+        let mut w = World::new();
+        w.st.gpr[gpr::RAX] = u64::MAX;
+        w.st.gpr[gpr::RDX] = 0x3f8;
+        w.bus.port_value = 0x1234_5678;
+        assert_eq!(w.exec(&[0xec]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RAX], 0xffff_ffff_ffff_ff78);
+        assert_eq!(w.exec(&[0xe5, 0x60]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RAX], 0x1234_5678);
+        assert_eq!(w.exec(&[0x66, 0xef]), Ok(Flow::Next));
+        assert_eq!(w.exec(&[0xe6, 0x80]), Ok(Flow::Next));
+        assert_eq!(w.bus.log, ["in1 3f8", "in4 60", "out2 3f8 5678", "out1 80 78"]);
+    }
+
+    #[test]
+    fn users_need_iopl_or_the_bitmap() {
+        let mut w = World::new().user();
+        w.st.gpr[gpr::RDX] = 0x3f8;
+        // The TSS ends before the map's base says anything.
+        w.put(TSS + 0x66, 0x68);
+        assert_eq!(w.exec(&[0xec]), Err(Exception::gp(0)));
+        w.st.tr.limit = 0x68 + 0x2000;
+        assert_eq!(w.exec(&[0xec]), Ok(Flow::Next));
+        w.put(TSS + 0x68 + 0x3f8 / 8, 2);
+        assert_eq!(w.exec(&[0xec]), Ok(Flow::Next));
+        assert_eq!(w.exec(&[0x66, 0xed]), Err(Exception::gp(0)));
+        assert_eq!(w.exec(&[0x6e]), Err(Exception::pf(4, 0)));
+        w.st.rflags |= rflags::IOPL;
+        assert_eq!(w.exec(&[0x66, 0xed]), Ok(Flow::Next));
+    }
+}

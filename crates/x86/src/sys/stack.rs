@@ -121,3 +121,111 @@ fn xlat(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     *rax = *rax & !0xff | value;
     Ok(Flow::Next)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{STACK, USER, World};
+    use super::*;
+
+    const POPFQ: &[u8] = &[0x9d];
+
+    fn popf(w: &mut World, image: u64) -> Result<Flow, Exception> {
+        let rsp = w.st.gpr[gpr::RSP];
+        w.put(rsp, image);
+        let result = w.exec(POPFQ);
+        w.st.gpr[gpr::RSP] = rsp;
+        result
+    }
+
+    #[test]
+    fn popf_keeps_what_the_privilege_does_not_cover() {
+        let mut w = World::new();
+        assert_eq!(popf(&mut w, u64::MAX), Ok(Flow::Sync));
+        let all = rflags::STATUS
+            | rflags::ONE
+            | rflags::TF
+            | rflags::IF
+            | rflags::DF
+            | rflags::IOPL
+            | rflags::NT
+            | rflags::AC
+            | rflags::ID;
+        assert_eq!(w.st.rflags, all);
+        assert!(!w.st.interrupt_shadow);
+        assert_eq!(popf(&mut w, 0), Ok(Flow::Sync));
+        assert_eq!(w.st.rflags, rflags::ONE);
+        assert_eq!(popf(&mut w, rflags::CF), Ok(Flow::Next));
+        assert_eq!(popf(&mut w, rflags::IF), Ok(Flow::Sync));
+        assert_eq!(popf(&mut w, rflags::IF), Ok(Flow::Next));
+
+        let mut w = World::new().user();
+        assert_eq!(popf(&mut w, rflags::IOPL | rflags::AC), Ok(Flow::Next));
+        assert_eq!(w.st.rflags, rflags::ONE | rflags::IF | rflags::AC);
+        w.st.rflags |= rflags::IOPL;
+        assert_eq!(popf(&mut w, 0), Ok(Flow::Next));
+        assert_eq!(w.st.rflags, rflags::ONE | rflags::IOPL);
+    }
+
+    #[test]
+    fn sixteen_bits_leave_the_rest() {
+        let mut w = World::new();
+        w.st.rflags |= rflags::AC | rflags::ID;
+        w.put(STACK, 0);
+        assert_eq!(w.exec(&[0x66, 0x9d]), Ok(Flow::Next));
+        assert_eq!((w.st.rflags, w.st.gpr[gpr::RSP]), (rflags::ONE | rflags::AC | rflags::ID, STACK + 2));
+        w.st.rflags |= rflags::CF;
+        w.put(STACK - 8, u64::MAX);
+        assert_eq!(w.exec(&[0x66, 0x9c]), Ok(Flow::Next));
+        assert_eq!((w.get(STACK), w.st.gpr[gpr::RSP]), (3, STACK));
+        assert_eq!(w.exec(&[0x9c]), Ok(Flow::Next));
+        assert_eq!(w.get(STACK - 8), rflags::ONE | rflags::CF | rflags::AC | rflags::ID);
+    }
+
+    #[test]
+    fn stack_faults() {
+        let mut w = World::new();
+        w.st.gpr[gpr::RSP] = 1 << 50;
+        assert_eq!(w.exec(&[0x9c]), Err(Exception::ss(0)));
+        assert_eq!(w.exec(&[0x9d]), Err(Exception::ss(0)));
+        w.st.gpr[gpr::RSP] = 0x1_0000_0000;
+        assert_eq!(w.exec(&[0x9d]), Err(Exception::pf(0, 0x1_0000_0000)));
+    }
+
+    #[test]
+    fn enter_makes_frames() {
+        let mut w = World::new();
+        w.st.gpr[gpr::RBP] = 0x1111;
+        // ENTER 0x20, 0.
+        assert_eq!(w.exec(&[0xc8, 0x20, 0, 0]), Ok(Flow::Next));
+        assert_eq!(w.get(STACK - 8), 0x1111);
+        assert_eq!((w.st.gpr[gpr::RBP], w.st.gpr[gpr::RSP]), (STACK - 8, STACK - 0x28));
+        // ENTER 8, 3: copies two pointers of the outer frame.
+        w.put(STACK - 16, 0xaaaa);
+        w.put(STACK - 24, 0xbbbb);
+        let rsp = STACK - 0x28;
+        assert_eq!(w.exec(&[0xc8, 8, 0, 3]), Ok(Flow::Next));
+        assert_eq!(w.get(rsp - 8), STACK - 8);
+        assert_eq!((w.get(rsp - 16), w.get(rsp - 24)), (0xaaaa, 0xbbbb));
+        assert_eq!(w.get(rsp - 32), rsp - 8);
+        assert_eq!((w.st.gpr[gpr::RBP], w.st.gpr[gpr::RSP]), (rsp - 8, rsp - 40));
+        // The final stack pointer counts, too.
+        w.unmap(STACK - 0x1000);
+        assert_eq!(w.exec(&[0xc8, 0, 8, 0]), Err(Exception::pf(2, rsp - 48 - 0x800)));
+        // 16-bit operands.
+        let mut w = World::new();
+        w.st.gpr[gpr::RBP] = 0x2_1111;
+        assert_eq!(w.exec(&[0x66, 0xc8, 0, 0, 1]), Ok(Flow::Next));
+        assert_eq!(w.get(STACK - 4), 0x1111_fffe);
+        assert_eq!((w.st.gpr[gpr::RBP], w.st.gpr[gpr::RSP]), (0x2_fffe, STACK - 4));
+    }
+
+    #[test]
+    fn xlat_looks_up() {
+        let mut w = World::new().user();
+        w.st.gpr[gpr::RBX] = USER + 0x100;
+        w.st.gpr[gpr::RAX] = 0x1234_5605;
+        w.put(USER + 0x105, 0x99);
+        assert_eq!(w.exec(&[0xd7]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RAX], 0x1234_5699);
+    }
+}

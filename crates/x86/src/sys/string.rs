@@ -448,3 +448,286 @@ impl Run {
         Ok(1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{DEVICE, LEAVES, ROOT, USER, World};
+    use super::*;
+    use crate::PageFlags;
+
+    const REP_MOVSB: &[u8] = &[0xf3, 0xa4];
+    const REP_MOVSQ: &[u8] = &[0xf3, 0x48, 0xa5];
+    const REP_STOSQ: &[u8] = &[0xf3, 0x48, 0xab];
+    const REPE_CMPSB: &[u8] = &[0xf3, 0xa6];
+    const REPNE_SCASB: &[u8] = &[0xf2, 0xae];
+
+    fn world(rsi: u64, rdi: u64, rcx: u64) -> World {
+        let mut w = World::new();
+        w.st.gpr[gpr::RSI] = rsi;
+        w.st.gpr[gpr::RDI] = rdi;
+        w.st.gpr[gpr::RCX] = rcx;
+        w
+    }
+    fn registers(w: &World) -> (u64, u64, u64) {
+        (w.st.gpr[gpr::RSI], w.st.gpr[gpr::RDI], w.st.gpr[gpr::RCX])
+    }
+    /// Runs an instruction until it is through; how many steps it took.
+    fn finish(w: &mut World, code: &[u8]) -> u32 {
+        let rip = w.st.rip;
+        for steps in 1.. {
+            match w.exec(code) {
+                Ok(Flow::Next) => return steps,
+                Ok(Flow::Jump) => assert_eq!(w.st.rip, rip),
+                other => panic!("{other:?}"),
+            }
+        }
+        unreachable!()
+    }
+
+    #[test]
+    fn steps_are_4096_iterations() {
+        let mut w = world(USER, USER + 0x10_0000, 4096 * 2 + 1);
+        assert_eq!(w.exec(REP_MOVSB), Ok(Flow::Jump));
+        assert_eq!(registers(&w), (USER + 4096, USER + 0x10_1000, 4097));
+        assert_eq!(finish(&mut w, REP_MOVSB), 2);
+        for (count, steps) in [(0, 1), (1, 1), (4096, 1), (4097, 2)] {
+            let mut w = world(USER + 3, USER + 0x10_0000, count);
+            assert_eq!(finish(&mut w, REP_STOSQ), steps);
+            assert_eq!(registers(&w), (USER + 3, USER + 0x10_0000 + 8 * count, 0));
+        }
+    }
+
+    /// Every size, direction, overlap and alignment against the manual's own definition.
+    #[test]
+    fn movs_equals_one_by_one() {
+        let sizes: [(usize, &[u8]); 4] =
+            [(1, REP_MOVSB), (2, &[0xf3, 0x66, 0xa5]), (4, &[0xf3, 0xa5]), (8, REP_MOVSQ)];
+        for (size, code) in sizes {
+            for down in [false, true] {
+                for (s, d) in [(0, 1), (1, 0), (0, 3), (5, 0), (0, 8), (0, 16), (7, 4000), (4090, 8190), (0, 0), (3000, 2999)] {
+                    for count in [1u64, 2, 13, 500, 700] {
+                        let middle = USER + 0x10_0000;
+                        let mut w = world(middle + s, middle + d, count);
+                        let mut model: Vec<u8> = (0..0x20_0000u32 / 16).map(|i| (i * 7 + i / 256) as u8).collect();
+                        let base = middle - 0x1_0000;
+                        w.put_bytes(base, &model);
+                        if down {
+                            w.st.rflags |= rflags::DF;
+                        }
+                        let (mut from, mut to) = (0x1_0000 + s as usize, 0x1_0000 + d as usize);
+                        for _ in 0..count {
+                            let element: Vec<u8> = model[from..from + size].to_vec();
+                            model[to..to + size].copy_from_slice(&element);
+                            if down {
+                                (from, to) = (from - size, to - size);
+                            } else {
+                                (from, to) = (from + size, to + size);
+                            }
+                        }
+                        finish(&mut w, code);
+                        assert!(w.bytes(base, model.len()) == model, "{size} {down} {s} {d} {count}");
+                        assert_eq!(registers(&w), (base + from as u64, base + to as u64, 0));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn overlap_repeats() {
+        let mut w = world(USER, USER + 1, 5000);
+        w.put(USER, 0xab);
+        finish(&mut w, REP_MOVSB);
+        assert!(w.bytes(USER, 5001).iter().all(|&b| b == 0xab));
+        assert_eq!(w.get(USER + 5001) as u8, 0);
+    }
+
+    #[test]
+    fn stos_fills() {
+        for down in [false, true] {
+            for (size, code) in [(1, &[0xf3u8, 0xaa] as &[u8]), (2, &[0xf3, 0x66, 0xab]), (4, &[0xf3, 0xab]), (8, REP_STOSQ)] {
+                let start = USER + 0x1_0003;
+                let mut w = world(0, start, 1500);
+                w.st.gpr[gpr::RAX] = 0x8877_6655_4433_2211;
+                if down {
+                    w.st.rflags |= rflags::DF;
+                }
+                finish(&mut w, code);
+                let low = if down { start - 1499 * size } else { start };
+                let got = w.bytes(low - 1, 1500 * size as usize + 2);
+                let element = &0x8877_6655_4433_2211u64.to_le_bytes()[..size as usize];
+                assert_eq!((got[0], got[got.len() - 1]), (0, 0));
+                assert!(got[1..got.len() - 1].chunks(size as usize).all(|c| c == element), "{size} {down}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_fault_stays_at_its_iteration() {
+        let mut w = world(USER, USER + 0x10_0ff8, 100);
+        w.unmap(USER + 0x10_1000);
+        assert_eq!(w.exec(REP_MOVSQ), Err(Exception::pf(2, USER + 0x10_1000)));
+        assert_eq!(registers(&w), (USER + 8, USER + 0x10_1000, 99));
+        // The source is read first.
+        let mut w = world(USER + 0x10_0ff8, USER + 0x10_0ff8, 100);
+        w.unmap(USER + 0x10_1000);
+        assert_eq!(w.exec(REP_MOVSQ), Err(Exception::pf(0, USER + 0x10_1000)));
+        // An element that straddles the boundary writes nothing.
+        let mut w = world(0, USER + 0x10_0ffc, 100);
+        w.st.gpr[gpr::RAX] = u64::MAX;
+        w.unmap(USER + 0x10_1000);
+        assert_eq!(w.exec(REP_STOSQ), Err(Exception::pf(2, USER + 0x10_1000)));
+        assert_eq!(registers(&w).2, 100);
+        assert_eq!(w.get(USER + 0x10_0ff8), 0);
+        // User code and a supervisor page.
+        let mut w = World::new().user();
+        w.st.gpr[gpr::RDI] = 0x10_0000;
+        assert_eq!(w.exec(&[0xaa]), Err(Exception::pf(7, 0x10_0000)));
+        w.st.gpr[gpr::RDI] = 1 << 60;
+        assert_eq!(w.exec(&[0xaa]), Err(Exception::gp(0)));
+    }
+
+    #[test]
+    fn compares_stop_where_they_should() {
+        let mut w = world(USER, USER + 0x10_0000, 10000);
+        w.put_bytes(USER + 5000, &[5]);
+        w.put_bytes(USER + 0x10_0000 + 5000, &[6]);
+        assert_eq!(w.exec(REPE_CMPSB), Ok(Flow::Jump));
+        assert_ne!(w.st.rflags & rflags::ZF, 0);
+        assert_eq!(w.exec(REPE_CMPSB), Ok(Flow::Next));
+        assert_eq!(registers(&w), (USER + 5001, USER + 0x10_0000 + 5001, 4999));
+        assert_eq!(w.st.rflags & rflags::STATUS, rflags::CF | rflags::SF | rflags::AF | rflags::PF);
+        // REPNE SCASB finds; nothing found ends with RCX zero and ZF clear.
+        let mut w = world(0, USER + 4000, 1000);
+        w.st.gpr[gpr::RAX] = 0x1142;
+        w.put_bytes(USER + 4000 + 600, &[0x42]);
+        assert_eq!(w.exec(REPNE_SCASB), Ok(Flow::Next));
+        assert_eq!(registers(&w), (0, USER + 4601, 399));
+        assert_ne!(w.st.rflags & rflags::ZF, 0);
+        assert_eq!(w.exec(REPNE_SCASB), Ok(Flow::Next));
+        assert_eq!(registers(&w).2, 0);
+        assert_eq!(w.st.rflags & rflags::ZF, 0);
+        // A count of zero leaves the flags alone.
+        w.st.rflags |= rflags::STATUS;
+        assert_eq!(w.exec(REPNE_SCASB), Ok(Flow::Next));
+        assert_eq!(w.st.rflags & rflags::STATUS, rflags::STATUS);
+        // A fault leaves them as they were, and the registers where it happened.
+        let mut w = world(USER, USER + 0x10_0ff0, 100);
+        w.st.rflags |= rflags::CF;
+        w.unmap(USER + 0x10_1000);
+        assert_eq!(w.exec(REPE_CMPSB), Err(Exception::pf(0, USER + 0x10_1000)));
+        assert_eq!(registers(&w), (USER + 16, USER + 0x10_1000, 84));
+        assert_eq!(w.st.rflags & rflags::STATUS, rflags::CF);
+    }
+
+    /// CMPSx and SCASx leave the flags CMP does: the silicon is asked.
+    #[test]
+    fn flags_are_those_of_the_silicon() {
+        let values = [0u64, 1, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0x7fff_ffff, 0x8000_0000, 1 << 63, u64::MAX, 0x0f, 0x10];
+        for a in values {
+            for b in values {
+                let mut w = world(USER, USER + 64, 0);
+                w.put(USER, a);
+                w.put(USER + 64, b);
+                assert_eq!(w.exec(&[0x48, 0xa7]), Ok(Flow::Next));
+                let flags: u64;
+                // SAFETY: compares two registers and reads the flags through the stack.
+                unsafe { std::arch::asm!("cmp {a}, {b}", "pushfq", "pop {f}", a = in(reg) a, b = in(reg) b, f = out(reg) flags) };
+                assert_eq!(w.st.rflags & rflags::STATUS, flags & rflags::STATUS, "{a:x} {b:x}");
+                let mut w = world(USER, USER + 64, 0);
+                w.put(USER, a);
+                w.put(USER + 64, b);
+                assert_eq!(w.exec(&[0xa6]), Ok(Flow::Next));
+                let flags: u64;
+                // SAFETY: as above.
+                unsafe {
+                    std::arch::asm!("cmp {a}, {b}", "pushfq", "pop {f}", a = in(reg_byte) a as u8, b = in(reg_byte) b as u8, f = out(reg) flags)
+                };
+                assert_eq!(w.st.rflags & rflags::STATUS, flags & rflags::STATUS, "{a:x} {b:x}");
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_addresses_wrap_and_zero_extend() {
+        let mut w = world(0xffff_ffff_0000_0000 | USER, 0x1_0000_0000 | (USER + 64), 0x5_0000_0003);
+        w.put(USER, 0x00cc_bbaa);
+        // REP MOVSB with 32-bit addresses.
+        assert_eq!(w.exec(&[0x67, 0xf3, 0xa4]), Ok(Flow::Next));
+        assert_eq!(registers(&w), (USER + 3, USER + 67, 0));
+        assert_eq!(w.get(USER + 64), 0x00cc_bbaa);
+        // The source has FS's base, the target has none.
+        let mut w = world(0x40, USER, 8);
+        w.st.seg[seg::FS].base = USER + 0x100;
+        w.put(USER + 0x140, 0x55);
+        assert_eq!(w.exec(&[0x64, 0xa4]), Ok(Flow::Next));
+        assert_eq!(w.get(USER), 0x55);
+    }
+
+    #[test]
+    fn devices_get_every_element() {
+        let mut w = world(USER, DEVICE, 3);
+        finish(&mut w, &[0xf3, 0xa5]);
+        assert_eq!(w.bus.log, ["w4 fee00000", "w4 fee00004", "w4 fee00008"]);
+        let mut w = world(DEVICE + 8, USER, 2);
+        finish(&mut w, &[0xf3, 0xa4]);
+        assert_eq!(w.bus.log, ["r1 fee00008", "r1 fee00009"]);
+        assert_eq!(w.get(USER), 0xdada);
+    }
+
+    #[test]
+    fn code_and_table_pages_hear_of_it() {
+        for down in [false, true] {
+            let mut w = world(USER, USER + 0x10_0ff0, 4);
+            let page = (USER + 0x10_0000) as usize / 4096;
+            w.put(USER, 0x1122_3344);
+            w.put(USER - 24, 77);
+            w.mmu.ram().flags().set(page, PageFlags::CODE);
+            if down {
+                w.st.rflags |= rflags::DF;
+            }
+            assert_eq!(w.exec(REP_MOVSQ), if down { Ok(Flow::Next) } else { Ok(Flow::Next) });
+            assert!(w.mmu.pending.code.iter().any(|&(p, _, _)| p == page));
+            assert_eq!(w.get(USER + 0x10_0ff0), 0x1122_3344);
+            assert_eq!(w.get(USER + 0x10_0fd8), if down { 77 } else { 0 });
+        }
+        // Clearing a leaf table with REP STOSQ takes the translation away at once.
+        let mut w = world(0, LEAVES + 0x1000, 512);
+        let at = USER + 0x5000;
+        assert!(w.cx().read(at, &mut [0]).is_ok());
+        w.st.gpr[gpr::RAX] = 0;
+        finish(&mut w, REP_STOSQ);
+        assert_eq!(w.cx().read(at, &mut [0]), Err(Exception::pf(0, at)));
+        assert_eq!(w.get(ROOT) & 1, 1);
+    }
+
+    #[test]
+    fn ports_in_strings() {
+        let mut w = world(USER, USER + 64, 2);
+        w.st.gpr[gpr::RDX] = 0x1f0;
+        w.bus.port_value = 0x1234_5678;
+        finish(&mut w, &[0xf3, 0x66, 0x6d]);
+        assert_eq!(w.get(USER + 64), 0x5678_5678);
+        w.put(USER, 0xbeef);
+        finish(&mut w, &[0x6e]);
+        assert_eq!(w.bus.log, ["in2 1f0", "in2 1f0", "out1 1f0 ef"]);
+        // A fault asks no port.
+        w.unmap(USER + 0x10_0000);
+        w.st.gpr[gpr::RDI] = USER + 0x10_0000;
+        assert_eq!(w.exec(&[0x6c]), Err(Exception::pf(2, USER + 0x10_0000)));
+        assert_eq!(w.bus.log.len(), 3);
+    }
+
+    #[test]
+    fn lods_loads() {
+        let mut w = world(USER, 0, 3);
+        w.st.gpr[gpr::RAX] = u64::MAX;
+        w.put(USER, 0x0605_0403_0201);
+        finish(&mut w, &[0xac]);
+        assert_eq!(w.st.gpr[gpr::RAX], 0xffff_ffff_ffff_ff01);
+        finish(&mut w, &[0xad]);
+        assert_eq!(w.st.gpr[gpr::RAX], 0x0504_0302);
+        finish(&mut w, &[0xf3, 0xac]);
+        assert_eq!(registers(&w), (USER + 8, 0, 0));
+    }
+}

@@ -1,0 +1,325 @@
+//! The code cache: translated blocks, how they are found, linked and dropped.
+//!
+//! **In:** translations, and news that guest bytes or mappings changed. **Out:** host addresses of blocks.
+//!
+//! Blocks are keyed by physical *and* virtual address and mode. A jump inside one virtual page is linked directly (whoever executes
+//! the page has it mapped); a jump to another page goes through the jump cache, whose entries die with the mapping.
+//! When the arena is full everything is dropped at once.
+//!
+//! Invariant: what the cache holds is invisible: a block's code does what its bytes say now.
+use crate::PageFlags;
+use crate::frame::{Frame, JUMP_ENTRIES, Jump};
+use crate::mmu::FixedHasher;
+use crate::ram::PAGE_SIZE;
+use crate::translate::{Mode, Point, Translation};
+use iced_x86::Instruction;
+use std::collections::HashMap;
+
+/// What a block is found by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Guest-physical address of its first byte.
+    pub gpa: u64,
+    /// Guest virtual address of its first byte.
+    pub rip: u64,
+    /// Mode.
+    pub mode: Mode,
+}
+
+/// One translated block.
+pub struct Block {
+    /// Key.
+    pub key: Key,
+    /// Host address of its code.
+    pub entry: u32,
+    /// Its instructions.
+    pub points: Box<[Point]>,
+    /// Those that `sys` executes.
+    pub sys: Box<[(u16, Instruction)]>,
+    /// Guest-physical page address that its (only) instruction reaches into, if it crosses a page.
+    pub second: Option<u64>,
+    guest_len: u16,
+    links: std::ops::Range<u32>,
+    incoming: Vec<u32>,
+    alive: bool,
+}
+
+impl Block {
+    /// Number of instructions.
+    pub fn len(&self) -> u64 {
+        self.points.len() as u64
+    }
+    /// Guest address of instruction `k`.
+    pub fn rip_of(&self, k: usize) -> u64 {
+        self.key.rip + self.points[k].guest as u64
+    }
+}
+
+struct LinkState {
+    patch: u32,
+    stub: u32,
+    target: u64,
+    from: u32,
+    to: Option<u32>,
+}
+
+/// The code cache of one engine.
+pub struct Cache {
+    frame: *mut Frame,
+    start: usize,
+    next: usize,
+    end: usize,
+    blocks: Vec<Block>,
+    links: Vec<LinkState>,
+    by_key: HashMap<Key, u32, FixedHasher>,
+    by_page: HashMap<usize, Vec<u32>, FixedHasher>,
+    /// Filled jump cache entries (user, index) by virtual page; those of global pages and the others apart.
+    jump_pages: [HashMap<u64, Vec<(bool, u32)>, FixedHasher>; 2],
+    /// Counters for people.
+    pub stats: CacheStats,
+}
+
+/// Counters for people.
+#[allow(missing_docs)]
+#[derive(Debug, Default, Clone, Copy)]
+pub struct CacheStats {
+    pub translated_blocks: u64,
+    pub translated_instructions: u64,
+    pub killed_blocks: u64,
+    pub full_flushes: u64,
+}
+
+impl Cache {
+    /// A cache whose code goes to `start..end` of the low area of `frame`.
+    ///
+    /// # Safety
+    /// The area must outlive the cache and be used by nothing else.
+    pub unsafe fn new(frame: *mut Frame, start: usize, end: usize) -> Self {
+        let mut cache = Self {
+            frame,
+            start,
+            next: start,
+            end,
+            blocks: Vec::new(),
+            links: Vec::new(),
+            by_key: HashMap::default(),
+            by_page: HashMap::default(),
+            jump_pages: Default::default(),
+            stats: CacheStats::default(),
+        };
+        cache.flush_jumps();
+        cache
+    }
+
+    /// Where the next block's code goes, its number, and the number of its first link.
+    pub fn next_place(&self) -> (usize, u32, u32) {
+        (self.next, self.blocks.len() as u32, self.links.len() as u32)
+    }
+    /// Whether there may be too little room for one more block.
+    pub fn is_full(&self) -> bool {
+        self.end - self.next < 64 << 10
+    }
+    /// A block by number.
+    pub fn block(&self, id: u32) -> &Block {
+        &self.blocks[id as usize]
+    }
+    /// The block whose code holds host address `pc`.
+    pub fn block_at(&self, pc: usize) -> Option<&Block> {
+        let i = self.blocks.partition_point(|b| b.entry as usize <= pc);
+        self.blocks[..i].last()
+    }
+    /// The living block with this key.
+    pub fn find(&self, key: Key) -> Option<u32> {
+        self.by_key.get(&key).copied()
+    }
+
+    /// Adds a block translated for [`Cache::next_place`]. `pages` are the RAM pages its bytes come from.
+    pub fn add(&mut self, key: Key, t: Translation, second: Option<u64>, pages: &[usize]) -> u32 {
+        assert!(t.code.len() <= self.end - self.next, "block of {} bytes overruns the cache", t.code.len());
+        let id = self.blocks.len() as u32;
+        // SAFETY: the arena is ours, and nothing runs in its free part.
+        unsafe { std::ptr::copy_nonoverlapping(t.code.as_ptr(), self.next as *mut u8, t.code.len()) };
+        let first_link = self.links.len() as u32;
+        for l in &t.links {
+            self.links.push(LinkState { patch: l.patch, stub: l.stub, target: l.target, from: id, to: None });
+        }
+        self.stats.translated_blocks += 1;
+        self.stats.translated_instructions += t.points.len() as u64;
+        self.blocks.push(Block {
+            key,
+            entry: self.next as u32,
+            points: t.points.into(),
+            sys: t.sys.into(),
+            second,
+            guest_len: t.guest_len,
+            links: first_link..self.links.len() as u32,
+            incoming: Vec::new(),
+            alive: true,
+        });
+        self.next = (self.next + t.code.len()).next_multiple_of(16).min(self.end);
+        self.by_key.insert(key, id);
+        for &page in pages {
+            self.by_page.entry(page).or_default().push(id);
+        }
+        id
+    }
+
+    /// The key of the block that link `link` wants to jump to.
+    pub fn link_target(&self, link: u32) -> Key {
+        let l = &self.links[link as usize];
+        let from = &self.blocks[l.from as usize];
+        Key { gpa: from.key.gpa & !(PAGE_SIZE - 1) | l.target & (PAGE_SIZE - 1), rip: l.target, mode: from.key.mode }
+    }
+
+    fn patch(&mut self, patch: u32, target: u32) {
+        // SAFETY: a displacement inside code that `add` wrote; it is not running now.
+        unsafe { (patch as usize as *mut i32).write_unaligned(target.wrapping_sub(patch + 4) as i32) };
+    }
+
+    /// Links a jump to a block. Does nothing if either end is gone or the target crosses a page.
+    pub fn link(&mut self, link: u32, to: u32) {
+        let l = &mut self.links[link as usize];
+        let target = &mut self.blocks[to as usize];
+        if l.to.is_some() || !target.alive || target.second.is_some() || !self.blocks[l.from as usize].alive {
+            return;
+        }
+        l.to = Some(to);
+        let patch = l.patch;
+        let target = &mut self.blocks[to as usize];
+        target.incoming.push(link);
+        let entry = target.entry;
+        self.patch(patch, entry);
+    }
+
+    fn kill(&mut self, id: u32) {
+        let block = &mut self.blocks[id as usize];
+        if !block.alive {
+            return;
+        }
+        block.alive = false;
+        self.stats.killed_blocks += 1;
+        let (key, entry, outgoing) = (block.key, block.entry as u64, block.links.clone());
+        let incoming = std::mem::take(&mut block.incoming);
+        block.sys = Box::default();
+        if self.by_key.get(&key) == Some(&id) {
+            self.by_key.remove(&key);
+        }
+        for link in incoming {
+            let l = &mut self.links[link as usize];
+            l.to = None;
+            let (patch, stub) = (l.patch, l.stub);
+            self.patch(patch, stub);
+        }
+        for link in outgoing {
+            if let Some(to) = self.links[link as usize].to.take() {
+                self.blocks[to as usize].incoming.retain(|&i| i != link);
+            }
+        }
+        let jump = self.jump(key.mode.has(Mode::USER), key.rip);
+        if jump.rip == key.rip && jump.code == entry {
+            *jump = Jump::empty(key.rip as usize & (JUMP_ENTRIES - 1));
+        }
+    }
+
+    /// Bytes `first..=last` of RAM page `page` changed: drops the blocks made from them. Says whether the page holds no code any more.
+    pub fn bytes_changed(&mut self, page: usize, gpa: u64, first: u16, last: u16) -> bool {
+        let Some(mut ids) = self.by_page.remove(&page) else { return true };
+        ids.retain(|&id| {
+            let b = &self.blocks[id as usize];
+            if !b.alive {
+                return false;
+            }
+            let start = b.key.gpa;
+            let end = start + b.guest_len.max(1) as u64;
+            let hit = match b.second {
+                // Crosses pages: a byte of its end in another physical page, or of its start in this one.
+                Some(_) => true,
+                None => start <= gpa + last as u64 && gpa + (first as u64) < end,
+            };
+            if hit {
+                self.kill(id);
+            }
+            !hit
+        });
+        if ids.is_empty() {
+            return true;
+        }
+        self.by_page.insert(page, ids);
+        false
+    }
+
+    /// Drops everything.
+    pub fn flush(&mut self, flags: &PageFlags) {
+        for (&page, _) in self.by_page.iter() {
+            flags.clear(page, PageFlags::CODE);
+        }
+        self.stats.full_flushes += 1;
+        self.blocks.clear();
+        self.links.clear();
+        self.by_key.clear();
+        self.by_page.clear();
+        self.next = self.start;
+        self.flush_jumps();
+    }
+
+    // ---- jump caches ----
+
+    fn jump(&mut self, user: bool, rip: u64) -> &mut Jump {
+        let i = rip as usize & (JUMP_ENTRIES - 1);
+        // SAFETY: contract of `new`.
+        unsafe { &mut (&mut (*self.frame).jumps)[user as usize][i] }
+    }
+
+    /// Lets jumps to the block's address find it, until the mapping of its page(s) changes.
+    pub fn publish(&mut self, id: u32, global: bool, second_page: Option<u64>) {
+        let block = &self.blocks[id as usize];
+        let (rip, code, user) = (block.key.rip, block.entry as u64, block.key.mode.has(Mode::USER));
+        *self.jump(user, rip) = Jump { rip, code };
+        let entry = (user, (rip as usize & (JUMP_ENTRIES - 1)) as u32);
+        for page in [Some(rip & !(PAGE_SIZE - 1)), second_page].into_iter().flatten() {
+            let list = self.jump_pages[global as usize].entry(page).or_default();
+            // Rewritten entries would pile up in the list of a hot page; twice the page's bytes is more than enough.
+            if list.len() > 2 * PAGE_SIZE as usize {
+                list.sort_unstable();
+                list.dedup();
+            }
+            list.push(entry);
+        }
+    }
+
+    fn clear_entries(&mut self, entries: &[(bool, u32)]) {
+        for &(user, i) in entries {
+            // SAFETY: contract of `new`.
+            unsafe { (&mut (*self.frame).jumps)[user as usize][i as usize] = Jump::empty(i as usize) };
+        }
+    }
+
+    /// Forgets all published jumps.
+    pub fn flush_jumps(&mut self) {
+        for user in 0..2 {
+            // SAFETY: contract of `new`.
+            let jumps = unsafe { &mut (&mut (*self.frame).jumps)[user] };
+            for (i, jump) in jumps.iter_mut().enumerate() {
+                *jump = Jump::empty(i);
+            }
+        }
+        self.jump_pages = Default::default();
+    }
+    /// Forgets published jumps through pages that are not global.
+    pub fn flush_jumps_non_global(&mut self) {
+        let mut map = std::mem::take(&mut self.jump_pages[0]);
+        for entries in map.values() {
+            self.clear_entries(entries);
+        }
+        map.clear();
+        self.jump_pages[0] = map;
+    }
+    /// Forgets published jumps into one virtual page.
+    pub fn flush_jumps_page(&mut self, page: u64) {
+        for global in 0..2 {
+            if let Some(entries) = self.jump_pages[global].remove(&page) {
+                self.clear_entries(&entries);
+            }
+        }
+    }
+}

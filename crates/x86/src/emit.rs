@@ -1,0 +1,447 @@
+//! Emission of host code: the engine's own sequences (dynasm) and rewritten guest instructions (iced encoder).
+//!
+//! **In:** what to do. **Out:** bytes for a known address. Nothing here knows what a guest instruction means.
+//!
+//! Register convention of translated code: guest registers live in the host registers of the same name, but for r10, r11
+//! (scratch: addend and address) and r15 (budget), whose guest values live in the frame. RSP is the guest's: code here never uses
+//! the host stack, and `call` does not exist.
+use crate::frame::FrameAt;
+use crate::mmu::{TLB_ENTRIES, Tlb};
+use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, VecAssembler, dynasm, x64::X64Relocation};
+use iced_x86::{Encoder, Instruction};
+
+/// Host addresses of the shared routines at the start of the code cache.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Shared {
+    /// `extern "sysv64" fn(code)`: enters translated code; returns when it leaves.
+    pub enter: i32,
+    /// Saves everything and leaves; `exit` is set already.
+    pub leave: i32,
+    /// Leaves with [`crate::frame::exit::LOOKUP`] at the address in r11.
+    pub leave_lookup: i32,
+    /// Calls the memory helper of multi-instruction blocks, then jumps to `ret`, or leaves.
+    pub mem: i32,
+    /// Calls the memory helper of single-instruction blocks.
+    pub mem_alone: i32,
+    /// Calls the write-back helper of single-instruction blocks.
+    pub write_back: i32,
+    /// Calls the helper for system instructions.
+    pub sys: i32,
+    /// Where the signal handler sends a faulting host instruction.
+    pub fault: i32,
+}
+
+/// Addresses of the Rust helpers. Each returns 0 to go on in translated code, 1 to leave.
+#[derive(Clone, Copy)]
+pub struct Helpers {
+    /// See [`Shared::mem`].
+    pub mem: extern "sysv64" fn(*mut crate::frame::Frame) -> u32,
+    /// See [`Shared::mem_alone`].
+    pub mem_alone: extern "sysv64" fn(*mut crate::frame::Frame) -> u32,
+    /// See [`Shared::write_back`].
+    pub write_back: extern "sysv64" fn(*mut crate::frame::Frame) -> u32,
+    /// See [`Shared::sys`].
+    pub sys: extern "sysv64" fn(*mut crate::frame::Frame) -> u32,
+}
+
+/// Hardware numbers of the registers that hold themselves.
+const IDENTITY: [u8; 12] = [0, 1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 14];
+
+/// An assembler for one piece of code at a known address.
+pub struct Emit {
+    pub(crate) ops: VecAssembler<X64Relocation>,
+    encoder: Encoder,
+    at: FrameAt,
+    base: usize,
+    user: bool,
+    shared: Shared,
+}
+
+fn is_imm32(v: u64) -> bool {
+    v as i64 == v as i32 as i64
+}
+
+impl Emit {
+    /// Starts a piece of code at host address `base`.
+    pub fn new(base: usize, at: FrameAt, user: bool, shared: Shared) -> Self {
+        Self { ops: VecAssembler::new(base), encoder: Encoder::new(64), at, base, user, shared }
+    }
+    /// Bytes so far.
+    pub fn offset(&self) -> usize {
+        self.ops.offset().0
+    }
+    /// Host address of the next byte.
+    pub fn here(&self) -> usize {
+        self.base + self.offset()
+    }
+    /// A new label.
+    pub fn label(&mut self) -> DynamicLabel {
+        self.ops.new_dynamic_label()
+    }
+    /// Binds a label here.
+    pub fn bind(&mut self, label: DynamicLabel) {
+        dynasm!(self.ops ; .arch x64 ; =>label);
+    }
+    /// The finished bytes.
+    ///
+    /// # Panics
+    /// If a label was used and never bound (a bug of the translator).
+    pub fn finish(self) -> Vec<u8> {
+        self.ops.finalize().expect("every label is bound")
+    }
+
+    /// Encodes an instruction that has no branch target and no RIP-relative operand.
+    /// Returns false if it cannot be encoded.
+    pub fn raw(&mut self, insn: &Instruction) -> bool {
+        let ok = self.encoder.encode(insn, self.here() as u64).is_ok();
+        let bytes = self.encoder.take_buffer();
+        if ok {
+            self.ops.extend(bytes.iter());
+        }
+        ok
+    }
+
+    /// jmp to an absolute host address.
+    pub fn jmp_abs(&mut self, target: i32) {
+        let rel = target.wrapping_sub(self.here() as i32 + 5);
+        self.ops.push(0xe9);
+        self.ops.push_i32(rel);
+    }
+    /// jmp to a label.
+    pub fn jmp(&mut self, label: DynamicLabel) {
+        dynasm!(self.ops ; .arch x64 ; jmp =>label);
+    }
+    /// jcc rel32 to a label; `cc` is the condition's number in the opcode.
+    pub fn jcc(&mut self, cc: u8, label: DynamicLabel) {
+        match cc & 15 {
+            0 => dynasm!(self.ops ; .arch x64 ; jo =>label),
+            1 => dynasm!(self.ops ; .arch x64 ; jno =>label),
+            2 => dynasm!(self.ops ; .arch x64 ; jb =>label),
+            3 => dynasm!(self.ops ; .arch x64 ; jae =>label),
+            4 => dynasm!(self.ops ; .arch x64 ; je =>label),
+            5 => dynasm!(self.ops ; .arch x64 ; jne =>label),
+            6 => dynasm!(self.ops ; .arch x64 ; jbe =>label),
+            7 => dynasm!(self.ops ; .arch x64 ; ja =>label),
+            8 => dynasm!(self.ops ; .arch x64 ; js =>label),
+            9 => dynasm!(self.ops ; .arch x64 ; jns =>label),
+            10 => dynasm!(self.ops ; .arch x64 ; jp =>label),
+            11 => dynasm!(self.ops ; .arch x64 ; jnp =>label),
+            12 => dynasm!(self.ops ; .arch x64 ; jl =>label),
+            13 => dynasm!(self.ops ; .arch x64 ; jge =>label),
+            14 => dynasm!(self.ops ; .arch x64 ; jle =>label),
+            _ => dynasm!(self.ops ; .arch x64 ; jg =>label),
+        }
+    }
+    /// jrcxz (or jecxz) to a label near by.
+    pub fn jrcxz(&mut self, label: DynamicLabel, wide: bool) {
+        // Always rel8, over one jump of five bytes: jrcxz +5; jmp over; (taken:) jmp label
+        if !wide {
+            self.ops.push(0x67);
+        }
+        self.ops.push(0xe3);
+        self.ops.push(5);
+        dynasm!(self.ops ; .arch x64 ; jmp >over ; jmp =>label ; over:);
+    }
+    /// lea rcx,[rcx-1] or its 32-bit form.
+    pub fn dec_rcx(&mut self, wide: bool) {
+        if wide {
+            dynasm!(self.ops ; .arch x64 ; lea rcx, [rcx - 1]);
+        } else {
+            dynasm!(self.ops ; .arch x64 ; lea ecx, [rcx - 1]);
+        }
+    }
+
+    /// Loads a guest register (any) into a host register; no flags.
+    pub fn load(&mut self, host: u8, guest: usize) {
+        let slot = self.at.gpr(guest);
+        match guest {
+            10 | 11 | 15 => dynasm!(self.ops ; .arch x64 ; mov Rq(host), [slot]),
+            _ if guest as u8 != host => dynasm!(self.ops ; .arch x64 ; mov Rq(host), Rq(guest as u8)),
+            _ => {}
+        }
+    }
+    /// Stores a host register into the slot of a guest register that lives in memory.
+    pub fn store(&mut self, guest: usize, host: u8) {
+        let slot = self.at.gpr(guest);
+        dynasm!(self.ops ; .arch x64 ; mov [slot], Rq(host));
+    }
+    /// mov host, host (64 bits).
+    pub fn mov(&mut self, to: u8, from: u8) {
+        dynasm!(self.ops ; .arch x64 ; mov Rq(to), Rq(from));
+    }
+    /// Loads a constant; no flags.
+    pub fn imm(&mut self, to: u8, value: u64) {
+        if is_imm32(value) {
+            dynasm!(self.ops ; .arch x64 ; mov Rq(to), DWORD value as i32);
+        } else {
+            dynasm!(self.ops ; .arch x64 ; mov Rq(to), QWORD value as i64);
+        }
+    }
+    /// Loads a word of the frame.
+    pub fn load_word(&mut self, to: u8, addr: i32) {
+        dynasm!(self.ops ; .arch x64 ; mov Rq(to), [addr]);
+    }
+    /// Stores a word of the frame.
+    pub fn store_word(&mut self, addr: i32, from: u8) {
+        dynasm!(self.ops ; .arch x64 ; mov [addr], Rq(from));
+    }
+    /// Stores a sign-extended constant into a word of the frame.
+    pub fn store_imm(&mut self, addr: i32, value: i32) {
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [addr], value);
+    }
+    /// lea to, [base + disp]
+    pub fn lea(&mut self, to: u8, base: u8, disp: i32) {
+        dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + disp]);
+    }
+    /// lea to, [base + index*scale + disp]; scale 1, 2, 4 or 8.
+    pub fn lea_index(&mut self, to: u8, base: u8, index: u8, scale: u32, disp: i32) {
+        match scale {
+            1 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + Rq(index) + disp]),
+            2 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + Rq(index) * 2 + disp]),
+            4 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + Rq(index) * 4 + disp]),
+            _ => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + Rq(index) * 8 + disp]),
+        }
+    }
+    /// lea to, [index*scale + disp]
+    pub fn lea_scaled(&mut self, to: u8, index: u8, scale: u32, disp: i32) {
+        match scale {
+            1 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(index) + disp]),
+            2 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(index) * 2 + disp]),
+            4 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(index) * 4 + disp]),
+            _ => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(index) * 8 + disp]),
+        }
+    }
+    /// Truncates a register to 32 bits; no flags.
+    pub fn zero_extend(&mut self, reg: u8) {
+        dynasm!(self.ops ; .arch x64 ; mov Rd(reg), Rd(reg));
+    }
+    /// add reg, word of the frame. Clobbers flags.
+    pub fn add_word(&mut self, reg: u8, addr: i32) {
+        dynasm!(self.ops ; .arch x64 ; add Rq(reg), [addr]);
+    }
+    /// add reg, imm as lea; no flags.
+    pub fn add_no_flags(&mut self, reg: u8, other: u8) {
+        dynasm!(self.ops ; .arch x64 ; lea Rq(reg), [Rq(reg) + Rq(other)]);
+    }
+
+    /// Saves the host's status flags; they stay valid in the host. Clobbers r11.
+    pub fn save_flags(&mut self) {
+        let flags = self.at.flags();
+        dynasm!(self.ops ; .arch x64 ; mov r11, rax ; lahf ; seto al ; mov [flags], ax ; mov rax, r11);
+    }
+    /// Restores the status flags from the frame. Clobbers a scratch word only.
+    pub fn restore_flags(&mut self) {
+        let (flags, tmp) = (self.at.flags(), self.at.tmp(3));
+        dynasm!(self.ops ; .arch x64
+            ; mov [tmp], rax ; movzx eax, WORD [flags] ; add al, 0x7f ; sahf ; mov rax, [tmp]);
+    }
+
+    /// Pays for `n` instructions; jumps to `short` (with the budget still reduced) if the budget is too small. Clobbers flags.
+    pub fn pay(&mut self, n: i32, short: DynamicLabel) {
+        dynasm!(self.ops ; .arch x64 ; sub r15, n ; js =>short);
+    }
+    /// Gives back `n` instructions; no flags.
+    pub fn refund(&mut self, n: i32) {
+        if n != 0 {
+            dynasm!(self.ops ; .arch x64 ; lea r15, [r15 + n]);
+        }
+    }
+
+    /// The soft TLB check for the address in r11: afterwards r10 is the addend and r11 is gone. Jumps to `slow` on a miss,
+    /// a missing permission or a page crossing. Clobbers flags.
+    pub fn tlb_check(&mut self, size: usize, write: bool, slow: DynamicLabel) {
+        let tags = if write { self.at.tlb_write(self.user) } else { self.at.tlb_read(self.user) };
+        let addends = self.at.tlb_addend(self.user);
+        let limit = 0x1000 - size as i32;
+        dynasm!(self.ops ; .arch x64
+            ; mov r10d, r11d
+            ; shr r10d, 12
+            ; and r10d, (TLB_ENTRIES - 1) as i32
+            ; xor r11, [r10 * 8 + tags]
+            ; cmp r11, limit
+            ; ja =>slow
+            ; mov r10, [r10 * 8 + addends]);
+    }
+    /// Calls a helper (a field of [`Shared`]); execution goes on at `resume` unless it leaves.
+    pub fn call_helper(&mut self, helper: i32, arg: i32, resume: DynamicLabel) {
+        let (ret, argument) = (self.at.ret(), self.at.arg());
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [argument], arg ; lea r10, [=>resume] ; mov [ret], r10);
+        self.jmp_abs(helper);
+    }
+
+    /// Goes on at the guest address in r11 through the jump cache. Clobbers flags.
+    pub fn jump_cache(&mut self) {
+        let jumps = self.at.jumps(self.user);
+        let mask = ((crate::frame::JUMP_ENTRIES - 1) << 4) as i32;
+        dynasm!(self.ops ; .arch x64
+            ; mov r10d, r11d
+            ; shl r10d, 4
+            ; and r10d, mask
+            ; cmp [r10 + jumps], r11
+            ; jne >miss
+            ; jmp QWORD [r10 + jumps + 8]
+            ; miss:);
+        self.jmp_abs(self.shared.leave_lookup);
+    }
+    /// Leaves at the guest address in r11.
+    pub fn leave_lookup(&mut self) {
+        self.jmp_abs(self.shared.leave_lookup);
+    }
+    /// Leaves with a reason and an argument.
+    pub fn leave(&mut self, reason: u64, arg: i32) {
+        let (exit, exit_arg) = (self.at.exit(), self.at.exit_arg());
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], reason as i32 ; mov QWORD [exit_arg], arg);
+        self.jmp_abs(self.shared.leave);
+    }
+    /// r10 = sign-extended guest register `reg` (bits 16, 32, 64) shifted right by log2(bits): the word index of a bit string
+    /// access. Clobbers flags.
+    pub fn bit_word_index(&mut self, guest: usize, bits: u32) {
+        self.load(10, guest);
+        match bits {
+            16 => dynasm!(self.ops ; .arch x64 ; movsx r10, r10w ; sar r10, 4),
+            32 => dynasm!(self.ops ; .arch x64 ; movsxd r10, r10d ; sar r10, 5),
+            _ => dynasm!(self.ops ; .arch x64 ; sar r10, 6),
+        }
+    }
+    /// r10 = guest register & (bits - 1). Clobbers flags.
+    pub fn bit_in_word(&mut self, guest: usize, bits: u32) {
+        self.load(10, guest);
+        dynasm!(self.ops ; .arch x64 ; and r10d, bits as i32 - 1);
+    }
+    /// r11b (or r10b) = one of AH, CH, DH, BH through a scratch word; no flags.
+    pub fn load_high(&mut self, to: u8, holder: u8) {
+        let tmp = self.at.tmp(0);
+        dynasm!(self.ops ; .arch x64 ; mov [tmp], Rq(holder) ; movzx Rd(to), BYTE [tmp + 1]);
+    }
+    /// The reverse of [`Emit::load_high`]; the holder must still be what the scratch word says.
+    pub fn store_high(&mut self, from: u8, holder: u8) {
+        let tmp = self.at.tmp(0);
+        dynasm!(self.ops ; .arch x64 ; mov [tmp], Rq(holder) ; mov [tmp + 1], Rb(from) ; mov Rq(holder), [tmp]);
+    }
+    /// to = zero-extended 16-bit part of itself; no flags.
+    pub fn mov_zx16(&mut self, reg: u8) {
+        dynasm!(self.ops ; .arch x64 ; movzx Rd(reg), Rw(reg));
+    }
+    /// The low 16 bits of `to` = those of `from`; no flags.
+    pub fn mov16(&mut self, to: u8, from: u8) {
+        dynasm!(self.ops ; .arch x64 ; mov Rw(to), Rw(from));
+    }
+    /// to = 64 bits at [base + index + disp].
+    pub fn load_sum(&mut self, to: u8, base: u8, index: u8, disp: i32) {
+        dynasm!(self.ops ; .arch x64 ; mov Rq(to), [Rq(base) + Rq(index) + disp]);
+    }
+    /// to = zero-extended 16 bits at [base + index + disp].
+    pub fn load_sum16(&mut self, to: u8, base: u8, index: u8, disp: i32) {
+        dynasm!(self.ops ; .arch x64 ; movzx Rd(to), WORD [Rq(base) + Rq(index) + disp]);
+    }
+    /// 64 bits at [base + index + disp] = from.
+    pub fn store_sum(&mut self, from: u8, base: u8, index: u8, disp: i32) {
+        dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + Rq(index) + disp], Rq(from));
+    }
+    /// 16 bits at [base + index + disp] = from.
+    pub fn store_sum16(&mut self, from: u8, base: u8, index: u8, disp: i32) {
+        dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + Rq(index) + disp], Rw(from));
+    }
+    /// 64 bits at [base] = from.
+    pub fn store_at(&mut self, from: u8, base: u8) {
+        dynasm!(self.ops ; .arch x64 ; mov [Rq(base)], Rq(from));
+    }
+    /// 16 bits at [base] = from.
+    pub fn store_at16(&mut self, from: u8, base: u8) {
+        dynasm!(self.ops ; .arch x64 ; mov [Rq(base)], Rw(from));
+    }
+    /// Sets or clears DF in the frame. Clobbers flags.
+    pub fn direction(&mut self, set: bool) {
+        let rflags = self.at.rflags();
+        let df = crate::state::rflags::DF as i32;
+        if set {
+            dynasm!(self.ops ; .arch x64 ; or DWORD [rflags], df);
+        } else {
+            dynasm!(self.ops ; .arch x64 ; and DWORD [rflags], !df);
+        }
+    }
+
+    fn save_all(&mut self) {
+        let at = self.at;
+        for r in IDENTITY.into_iter().chain([4]) {
+            self.store_word(at.gpr(r as usize), r);
+        }
+        self.store_word(at.budget(), 15);
+        let (fx, host) = (at.fx(), at.host_mxcsr());
+        for x in 0..16u8 {
+            let slot = fx + 160 + 16 * x as i32;
+            dynasm!(self.ops ; .arch x64 ; movaps [slot], Rx(x));
+        }
+        dynasm!(self.ops ; .arch x64 ; stmxcsr [fx + 24] ; ldmxcsr [host]);
+    }
+    fn restore_all(&mut self) {
+        let at = self.at;
+        let fx = at.fx();
+        dynasm!(self.ops ; .arch x64 ; ldmxcsr [fx + 24]);
+        for x in 0..16u8 {
+            let slot = fx + 160 + 16 * x as i32;
+            dynasm!(self.ops ; .arch x64 ; movaps Rx(x), [slot]);
+        }
+        self.load_word(15, at.budget());
+        for r in IDENTITY.into_iter().chain([4]) {
+            self.load_word(r, at.gpr(r as usize));
+        }
+    }
+    fn return_to_rust(&mut self) {
+        let (host_sp, mxcsr) = (self.at.host_rsp(), self.at.host_mxcsr());
+        dynasm!(self.ops ; .arch x64
+            ; mov rsp, [host_sp] ; ldmxcsr [mxcsr]
+            ; add rsp, 8 ; pop r15 ; pop r14 ; pop r13 ; pop r12 ; pop rbp ; pop rbx ; ret);
+    }
+
+    /// Emits the shared routines. `self` must have been made at the start of the code cache.
+    pub fn shared(mut self, frame: i32, helpers: Helpers) -> (Vec<u8>, Shared) {
+        let at = self.at;
+        let mut shared = Shared { enter: self.here() as i32, ..Shared::default() };
+        let (host_sp, mxcsr, tmp) = (at.host_rsp(), at.host_mxcsr(), at.tmp(0));
+        dynasm!(self.ops ; .arch x64
+            ; push rbx ; push rbp ; push r12 ; push r13 ; push r14 ; push r15 ; sub rsp, 8
+            ; mov [host_sp], rsp ; stmxcsr [mxcsr] ; mov [tmp], rdi);
+        self.restore_all();
+        dynasm!(self.ops ; .arch x64 ; jmp QWORD [tmp]);
+
+        shared.leave_lookup = self.here() as i32;
+        let (rip_slot, exit) = (at.rip(), at.exit());
+        dynasm!(self.ops ; .arch x64
+            ; mov [rip_slot], r11 ; mov QWORD [exit], crate::frame::exit::LOOKUP as i32);
+        shared.leave = self.here() as i32;
+        self.save_all();
+        self.return_to_rust();
+
+        shared.fault = self.here() as i32;
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], crate::frame::exit::HOST_FAULT as i32);
+        self.jmp_abs(shared.leave);
+
+        let helper = |emit: &mut Self, f: extern "sysv64" fn(*mut crate::frame::Frame) -> u32| {
+            let address = emit.here() as i32;
+            emit.save_all();
+            let (host_sp, ret) = (at.host_rsp(), at.ret());
+            dynasm!(emit.ops ; .arch x64
+                ; mov rsp, [host_sp] ; mov edi, frame ; mov rax, QWORD f as usize as i64 ; call rax
+                ; test eax, eax ; jne >out);
+            emit.restore_all();
+            emit.load_word(10, at.addend());
+            emit.load_word(11, at.ea());
+            dynasm!(emit.ops ; .arch x64 ; jmp QWORD [ret] ; out:);
+            emit.return_to_rust();
+            address
+        };
+        let store_ea = |emit: &mut Self| emit.store_word(at.ea(), 11);
+        shared.mem = self.here() as i32;
+        store_ea(&mut self);
+        helper(&mut self, helpers.mem);
+        shared.mem_alone = self.here() as i32;
+        store_ea(&mut self);
+        helper(&mut self, helpers.mem_alone);
+        shared.write_back = helper(&mut self, helpers.write_back);
+        shared.sys = helper(&mut self, helpers.sys);
+        (self.finish(), shared)
+    }
+}
+
+const _: () = assert!(size_of::<Tlb>() == 3 * 8 * TLB_ENTRIES);

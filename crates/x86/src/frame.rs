@@ -1,0 +1,216 @@
+//! The low area: everything translated code addresses directly, below 2 GiB, so that an address is a plain 32-bit
+//! displacement and no register is spent on it. One area a machine; its addresses are baked into that machine's code.
+//!
+//! Layout: [`Frame`], then the code cache. Invariant: the area never moves and is unmapped only when the engine is dropped.
+use crate::CpuState;
+use crate::mmu::Tlb;
+use std::mem::offset_of;
+
+/// Entries in a jump cache; a power of two.
+pub const JUMP_ENTRIES: usize = 1 << 14;
+
+/// One entry of a jump cache: guest virtual address to host code.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Jump {
+    /// Guest virtual address.
+    pub rip: u64,
+    /// Host address of the block's entry.
+    pub code: u64,
+}
+
+impl Jump {
+    /// Empty entry `i`: an address that belongs into another entry, so that no jump finds it.
+    pub fn empty(i: usize) -> Self {
+        Self { rip: (i ^ 1) as u64, code: 0 }
+    }
+}
+
+/// What translated code shares with Rust.
+#[repr(C, align(64))]
+pub struct Frame {
+    /// Architectural state; `rflags` holds all but the six status flags while code runs, those are in `flags`.
+    pub st: CpuState,
+    /// Status flags as LAHF and SETO AL leave them in AX.
+    pub flags: u64,
+    /// Instructions left until the stop; in r15 while code runs.
+    pub budget: u64,
+    /// Rust's stack pointer while code runs.
+    pub host_rsp: u64,
+    /// Where a helper returns to, in translated code.
+    pub ret: u64,
+    /// A helper's argument: index of the instruction in its block and what it wants.
+    pub arg: u64,
+    /// Linear address of a memory access on its way to a helper.
+    pub ea: u64,
+    /// Host address minus linear address, a helper's answer (single-instruction blocks).
+    pub addend: u64,
+    /// Scratch for code sequences.
+    pub tmp: [u64; 4],
+    /// Why code was left ([`exit`]).
+    pub exit: u64,
+    /// What goes with `exit`.
+    pub exit_arg: u64,
+    /// The host fault that was caught in code: trap number, address of the code, host flags.
+    pub fault_trap: u64,
+    #[allow(missing_docs)]
+    pub fault_pc: u64,
+    #[allow(missing_docs)]
+    pub fault_flags: u64,
+    /// MXCSR of Rust code.
+    pub host_mxcsr: u32,
+    /// MXCSR for single-instruction detours.
+    pub pad: u32,
+    /// The engine, for helpers.
+    pub core: *mut crate::engine::Core,
+    /// Stand-in for memory that an instruction cannot access in place (two pages, a device, a watched page).
+    pub bounce: [u8; 768],
+    /// Soft TLBs: kernel, user.
+    pub tlb: [Tlb; 2],
+    /// Jump caches: kernel, user.
+    pub jumps: [[Jump; JUMP_ENTRIES]; 2],
+}
+
+/// Values of [`Frame::exit`].
+#[allow(missing_docs)]
+pub mod exit {
+    /// `st.rip` says where to go on.
+    pub const LOOKUP: u64 = 1;
+    /// A direct jump that is not linked yet; `exit_arg` is its slot.
+    pub const LINK: u64 = 2;
+    /// Too little budget for the block `exit_arg`; nothing of it ran.
+    pub const BUDGET: u64 = 3;
+    /// A helper decided; `st.rip` and `budget` are exact.
+    pub const HELPER: u64 = 4;
+    /// The instruction at `st.rip` must run alone; `st.rip` and `budget` are exact.
+    pub const ALONE: u64 = 5;
+    /// The host faulted in translated code.
+    pub const HOST_FAULT: u64 = 6;
+    /// The instruction at `exit_arg` (index) of the block whose code holds `ret` must run alone.
+    pub const BAIL: u64 = 7;
+}
+
+/// Field addresses for the emitter.
+macro_rules! field {
+    ($self:expr, $($f:tt)+) => { ($self + offset_of!(Frame, $($f)+) as i32) };
+}
+
+/// The frame's address with named offsets.
+#[derive(Clone, Copy)]
+pub struct FrameAt(pub i32);
+
+#[allow(missing_docs)]
+impl FrameAt {
+    pub fn gpr(self, n: usize) -> i32 {
+        field!(self.0, st.gpr) + 8 * n as i32
+    }
+    pub fn rip(self) -> i32 {
+        field!(self.0, st.rip)
+    }
+    pub fn rflags(self) -> i32 {
+        field!(self.0, st.rflags)
+    }
+    pub fn seg_base(self, n: usize) -> i32 {
+        field!(self.0, st.seg) + (size_of::<crate::Segment>() * n + offset_of!(crate::Segment, base)) as i32
+    }
+    pub fn fx(self) -> i32 {
+        field!(self.0, st.fx)
+    }
+    pub fn flags(self) -> i32 {
+        field!(self.0, flags)
+    }
+    pub fn budget(self) -> i32 {
+        field!(self.0, budget)
+    }
+    pub fn host_rsp(self) -> i32 {
+        field!(self.0, host_rsp)
+    }
+    pub fn ret(self) -> i32 {
+        field!(self.0, ret)
+    }
+    pub fn arg(self) -> i32 {
+        field!(self.0, arg)
+    }
+    pub fn ea(self) -> i32 {
+        field!(self.0, ea)
+    }
+    pub fn addend(self) -> i32 {
+        field!(self.0, addend)
+    }
+    pub fn tmp(self, n: usize) -> i32 {
+        field!(self.0, tmp) + 8 * n as i32
+    }
+    pub fn exit(self) -> i32 {
+        field!(self.0, exit)
+    }
+    pub fn exit_arg(self) -> i32 {
+        field!(self.0, exit_arg)
+    }
+    pub fn host_mxcsr(self) -> i32 {
+        field!(self.0, host_mxcsr)
+    }
+    pub fn tlb_read(self, user: bool) -> i32 {
+        field!(self.0, tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, read)) as i32
+    }
+    pub fn tlb_write(self, user: bool) -> i32 {
+        field!(self.0, tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, write)) as i32
+    }
+    pub fn tlb_addend(self, user: bool) -> i32 {
+        field!(self.0, tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, addend)) as i32
+    }
+    pub fn jumps(self, user: bool) -> i32 {
+        field!(self.0, jumps) + (user as usize * JUMP_ENTRIES * size_of::<Jump>()) as i32
+    }
+}
+
+/// An owned low area.
+pub struct LowArea {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: plain memory, used by one thread at a time (the engine is not Sync).
+unsafe impl Send for LowArea {}
+
+impl LowArea {
+    /// Maps an area with `code` bytes of code cache.
+    ///
+    /// # Panics
+    /// If the host has no memory left below 2 GiB, or forbids memory that is writable and executable.
+    pub fn new(code: usize) -> Self {
+        let len = (size_of::<Frame>() + code).next_multiple_of(4096);
+        // SAFETY: a fresh anonymous mapping.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        assert!(
+            base != libc::MAP_FAILED && (base as usize + len) < 1 << 31,
+            "no {len} bytes of executable memory below 2 GiB: {}",
+            std::io::Error::last_os_error()
+        );
+        Self { base: base.cast(), len }
+    }
+    /// The frame at its start. Zeroed memory at first, which is valid for every field.
+    pub fn frame(&self) -> *mut Frame {
+        self.base.cast()
+    }
+    /// Host address and length of the code cache.
+    pub fn code(&self) -> (usize, usize) {
+        let start = (self.base as usize + size_of::<Frame>()).next_multiple_of(64);
+        (start, self.base as usize + self.len - start)
+    }
+}
+
+impl Drop for LowArea {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new`, and the engine that used it is gone.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
