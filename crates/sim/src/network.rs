@@ -23,6 +23,8 @@ pub(crate) struct Direction {
     pub(crate) closing: bool,
     /// Nothing arrives any more, and the receiver is not told.
     pub(crate) silent: bool,
+    /// A delivery is in the world's queue already.
+    pub(crate) planned: bool,
 }
 
 /// A connection between two sides.
@@ -46,16 +48,25 @@ impl Connection {
 }
 
 impl Direction {
-    /// Sends bytes; returns when they arrive, if they do.
-    pub(crate) fn send(&mut self, now: Nanos, bytes: Vec<u8>, profile: &Profile, random: &mut Random) -> Option<Nanos> {
+    /// Sends bytes.
+    pub(crate) fn send(&mut self, now: Nanos, bytes: Vec<u8>, profile: &Profile, random: &mut Random) {
         if self.silent || self.closing {
-            return None;
+            return;
         }
         let delay = random.between(profile.delay_min_ns, profile.delay_max_ns);
         let due = Nanos(now.0 + delay + bytes.len() as u64 * profile.ns_per_byte);
         self.last_due = self.last_due.max(due).max(self.blocked_until);
         self.in_flight.push_back((self.last_due, bytes));
-        Some(self.last_due)
+    }
+
+    /// When a delivery is to be planned, if none is.
+    pub(crate) fn plan_next(&mut self, now: Nanos) -> Option<Nanos> {
+        if self.planned {
+            return None;
+        }
+        let (due, _) = self.in_flight.front()?;
+        self.planned = true;
+        Some((*due).max(now))
     }
 
     /// Nothing arrives until then.
@@ -66,24 +77,23 @@ impl Direction {
         }
     }
 
-    /// The connection is reset: a random prefix of what is in flight arrives, then the end. Returns when that is.
-    pub(crate) fn cut(&mut self, now: Nanos, random: &mut Random) -> Nanos {
+    /// The connection is reset: a random prefix of what is in flight arrives, then the end.
+    pub(crate) fn cut(&mut self, now: Nanos, random: &mut Random) {
         let mut bytes: Vec<u8> = self.in_flight.drain(..).flat_map(|(_, bytes)| bytes).collect();
         bytes.truncate(random.between(0, bytes.len() as u64) as usize);
-        self.finish(now, bytes, random)
+        self.finish(now, bytes, random);
     }
 
-    /// The connection is closed properly: everything in flight arrives, then the end. Returns when that is.
-    pub(crate) fn close(&mut self, now: Nanos, random: &mut Random) -> Nanos {
+    /// The connection is closed properly: everything in flight arrives, then the end.
+    pub(crate) fn close(&mut self, now: Nanos, random: &mut Random) {
         let bytes: Vec<u8> = self.in_flight.drain(..).flat_map(|(_, bytes)| bytes).collect();
-        self.finish(now, bytes, random)
+        self.finish(now, bytes, random);
     }
 
-    fn finish(&mut self, now: Nanos, bytes: Vec<u8>, random: &mut Random) -> Nanos {
+    fn finish(&mut self, now: Nanos, bytes: Vec<u8>, random: &mut Random) {
         let due = Nanos(now.0 + random.between(1_000, 2_000_000)).max(self.blocked_until);
         self.in_flight.push_back((due, bytes));
         self.closing = true;
-        due
     }
 
     /// Takes what has arrived: all of it, or a piece.

@@ -25,12 +25,16 @@ pub(crate) struct Profile {
     pub(crate) arbiter_away: (Nanos, Nanos),
     /// How many faults there are.
     pub(crate) faults: u64,
+    /// How often a change of state is followed by a fault at once: the moments at which protocols break.
+    pub(crate) fault_at_change_percent: u64,
     /// Which kinds, as weights: see `Fault`.
     pub(crate) fault_weights: [u64; 7],
     /// Instructions that a guest runs in one slice, at most.
     pub(crate) slice_max: u64,
     /// Instructions that replay runs in one slice, at most.
     pub(crate) replay_slice_max: u64,
+    /// How often the host takes in more events before it does what it was asked for.
+    pub(crate) lazy_percent: u64,
     /// Padding of inputs, at most: the weight of the log.
     pub(crate) input_padding_max: u64,
     pub(crate) image_padding: u64,
@@ -97,16 +101,23 @@ impl Profile {
             arbiter_answer_lost_percent: random.pick(&[0, 0, 30, 80]),
             arbiter_away: (Nanos(away_from), Nanos(away_from + away_for)),
             faults: random.pick(&[0, 1, 1, 2, 2, 3, 5]),
+            fault_at_change_percent: random.pick(&[0, 0, 10, 50]),
             fault_weights,
             slice_max: random.pick(&[10, 100, 400]),
             replay_slice_max: random.pick(&[20, 300, 2_000]),
+            lazy_percent: random.pick(&[0, 20, 90]),
             input_padding_max: random.pick(&[0, 30, 400]),
-            image_padding: random.pick(&[0, 100, 20_000]),
+            image_padding: random.pick(&[0, 100, 2_000]),
             pause_during_copy: random.percent(30),
             leave_delay_max_ns: random.pick(&[1_000, 200_000, 3_000_000]),
             clients: random.between(1, 4),
             heal: random.percent(50),
         }
+    }
+
+    /// Whether such faults happen in this world.
+    pub(crate) fn allows(&self, fault: Fault) -> bool {
+        Fault::ALL.iter().zip(self.fault_weights).any(|(other, weight)| *other == fault && weight > 0)
     }
 
     /// Draws a fault.
@@ -139,6 +150,6 @@ fn draw_config(random: &mut Random) -> Config {
         max_held_outputs: random.pick(&[8, 200]),
         // A slice of the toy guest may pass the small bounds several times over; the hard bound is far.
         hard_bound_factor: 64,
-        image_window_bytes: random.pick(&[64, 4_096]),
+        image_window_bytes: random.pick(&[256, 4_096]),
     }
 }

@@ -94,7 +94,7 @@ fn live(seed: u64, bug: Option<Bug>, traced: bool) -> (World, Result<u64, String
                 return Ok(steps);
             }
         }
-        Err("the history does not end".to_owned())
+        Err(format!("the history does not end; it is stuck at {}", world.now))
     }));
     let result = result.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();

@@ -33,6 +33,8 @@ pub(crate) enum Role {
 pub(crate) struct Side {
     pub(crate) role: Role,
     pub(crate) alive: bool,
+    /// Its process dies after so many further actions.
+    pub(crate) doomed: Option<u64>,
     pub(crate) stopped: Option<StopReason>,
     pub(crate) machine: Machine,
     /// Data of outputs that may still be needed.
@@ -46,6 +48,8 @@ pub(crate) struct Side {
     // As a primary:
     pub(crate) throttled: bool,
     pub(crate) paused: bool,
+    /// The newest output that was made while nothing was protected.
+    pub(crate) made_freely: u64,
     pub(crate) inputs: VecDeque<u64>,
     /// What is left to feed of the image; as a secondary, what came so far.
     pub(crate) image: Vec<u8>,
@@ -76,6 +80,7 @@ impl Side {
         Side {
             role,
             alive: true,
+            doomed: None,
             stopped: None,
             machine: Machine::new(),
             outputs: BTreeMap::new(),
@@ -86,6 +91,7 @@ impl Side {
             last_leave: Nanos(0),
             throttled: false,
             paused: false,
+            made_freely: 0,
             inputs: VecDeque::new(),
             image: Vec::new(),
             image_wanted: 0,

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use twinstep_pair::{
-    Bug, Claim, Epoch, Nanos, PrimaryAction, PrimaryEvent, PrimaryState, Record, SecondaryAction, SecondaryEvent,
+    Bug, Claim, Epoch, Nanos, Notice, PrimaryAction, PrimaryEvent, PrimaryState, Record, SecondaryAction, SecondaryEvent,
     Verdict,
 };
 
@@ -27,6 +27,8 @@ const MAX_SIDES: usize = 6;
 pub(crate) enum Happening {
     /// The guest gets a slice.
     Run(usize),
+    /// The host gets round to doing what it was asked for.
+    Poll(usize),
     /// Replay gets a slice.
     Replay(usize),
     /// A deadline; only the one the side waits for counts.
@@ -57,6 +59,7 @@ impl Happening {
     fn side(&self, connections: &[Connection]) -> Option<usize> {
         match *self {
             Happening::Run(side)
+            | Happening::Poll(side)
             | Happening::Replay(side)
             | Happening::Tick(side, _)
             | Happening::Leave(side, _)
@@ -169,6 +172,7 @@ impl World {
     fn happen(&mut self, happening: Happening) -> Result<(), String> {
         match happening {
             Happening::Run(side) => self.run_guest(side),
+            Happening::Poll(side) => self.carry_out(side),
             Happening::Replay(side) => self.run_replay(side),
             Happening::Tick(side, at) => {
                 if self.sides[side].tick_at == Some(at) {
@@ -244,6 +248,15 @@ impl World {
     /// Polls a side and does what it asks for.
     fn carry_out(&mut self, side: usize) -> Result<(), String> {
         loop {
+            if let Some(actions_left) = self.sides[side].doomed.as_mut() {
+                if *actions_left == 0 {
+                    self.note(|_| format!("side {side} dies between two actions"));
+                    self.sides[side].doomed = None;
+                    self.kill(side, false);
+                    return Ok(());
+                }
+                *actions_left -= 1;
+            }
             match &mut self.sides[side].role {
                 Role::Primary(primary) => match primary.poll() {
                     Some(action) => self.do_for_primary(side, action)?,
@@ -288,6 +301,10 @@ impl World {
             }
             PrimaryAction::Release { up_to } => {
                 self.checker.check_release(&self.sides, side, up_to)?;
+                // Some hosts write at once and report later, others have a queue.
+                if self.sides[side].last_leave <= self.now && self.random.percent(50) {
+                    self.emit(side, up_to)?;
+                }
                 self.plan_leave(side, up_to);
             }
             PrimaryAction::AskArbiter(claim) => self.ask(side, claim),
@@ -296,6 +313,7 @@ impl World {
                 self.checker.check_owner(side, epoch)?;
                 self.outside.check_survivor(&self.sides[side].machine)?;
                 self.checker.alone += 1;
+                self.sides[side].made_freely = self.sides[side].machine.outputs;
                 self.plan_heal(side);
             }
             PrimaryAction::Stop(reason) => {
@@ -305,7 +323,7 @@ impl World {
             }
             PrimaryAction::Throttle(on) => self.sides[side].throttled = on,
             PrimaryAction::Notice(notice) => {
-                self.note(|_| format!("side {side}: {notice}"));
+                self.announce(side, &notice);
                 if self.sides[side].primary_state() == Some(PrimaryState::Unprotected) {
                     self.plan_heal(side);
                 }
@@ -360,9 +378,23 @@ impl World {
                 self.checker.check_stop(side, &reason, &self.arbiter.table)?;
                 self.sides[side].stopped = Some(reason);
             }
-            SecondaryAction::Notice(notice) => self.note(|_| format!("side {side}: {notice}")),
+            SecondaryAction::Notice(notice) => self.announce(side, &notice),
         }
         Ok(())
+    }
+
+    fn announce(&mut self, side: usize, notice: &Notice) {
+        self.note(|_| format!("side {side}: {notice}"));
+        let change = matches!(notice, Notice::State { .. });
+        if change && self.now < CALM_FROM && self.random.percent(self.profile.fault_at_change_percent) {
+            if self.profile.allows(Fault::Crash) && self.random.percent(50) {
+                self.checker.faults += 1;
+                self.sides[side].doomed = Some(self.random.pick(&[0, 0, 0, 1, 2, 4]));
+                return;
+            }
+            let delay = self.random.between(0, 1_000_000);
+            self.plan(delay, Happening::Fault);
+        }
     }
 
     // ---- machines ----
@@ -373,6 +405,8 @@ impl World {
             return Ok(());
         }
         self.plan(pause, Happening::Run(side));
+        // However lazy a host is, it looks for a throttle before it lets the guest run on.
+        self.carry_out(side)?;
         if !self.sides[side].may_run() {
             return Ok(());
         }
@@ -392,12 +426,22 @@ impl World {
             self.sides[side].outputs.insert(id, output);
             let note = Record { position, kind: NOTE, bytes: id.to_le_bytes().to_vec() };
             self.give_primary(side, PrimaryEvent::Output { id, note });
+            if self.sides[side].on_its_own() {
+                self.sides[side].made_freely = id;
+            }
             if !batched {
                 self.carry_out(side)?;
             }
         }
         let position = self.sides[side].machine.position;
-        self.tell_primary(side, PrimaryEvent::Progress { position })
+        self.give_primary(side, PrimaryEvent::Progress { position });
+        if !self.random.percent(self.profile.lazy_percent) {
+            return self.carry_out(side);
+        }
+        // The host's loop has other events to take in first.
+        let delay = self.random.between(0, 800_000);
+        self.plan(delay, Happening::Poll(side));
+        Ok(())
     }
 
     fn give_input(&mut self, side: usize, input: Input) {
@@ -490,6 +534,12 @@ impl World {
     }
 
     fn leave(&mut self, side: usize, up_to: u64) -> Result<(), String> {
+        self.emit(side, up_to)?;
+        self.tell_primary(side, PrimaryEvent::OutputsLeft { up_to })
+    }
+
+    /// Outputs really leave.
+    fn emit(&mut self, side: usize, up_to: u64) -> Result<(), String> {
         while let Some(entry) = self.sides[side].outputs.first_entry() {
             if *entry.key() > up_to {
                 break;
@@ -497,7 +547,7 @@ impl World {
             let output = entry.remove();
             self.outside.see(&output).map_err(|problem| format!("side {side}: {problem}"))?;
         }
-        self.tell_primary(side, PrimaryEvent::OutputsLeft { up_to })
+        Ok(())
     }
 
     fn client(&mut self, writer: usize) {
@@ -567,8 +617,14 @@ impl World {
         let Some(index) = self.sides[side].connection else { return };
         let connection = &mut self.connections[index];
         let other = 1 - connection.end_of(side);
-        if let Some(due) = connection.toward[other].send(self.now, bytes, &self.profile, &mut self.random) {
-            self.plan_at(due, Happening::Deliver(index, other));
+        connection.toward[other].send(self.now, bytes, &self.profile, &mut self.random);
+        self.plan_delivery(index, other);
+    }
+
+    /// One delivery is planned as long as anything is in flight.
+    fn plan_delivery(&mut self, index: usize, end: usize) {
+        if let Some(due) = self.connections[index].toward[end].plan_next(self.now) {
+            self.plan_at(due, Happening::Deliver(index, end));
         }
     }
 
@@ -580,8 +636,8 @@ impl World {
         connection.toward[end].silent = true;
         let other = &mut connection.toward[1 - end];
         if !other.silent && !other.closing {
-            let due = other.close(self.now, &mut self.random);
-            self.plan_at(due, Happening::Deliver(index, 1 - end));
+            other.close(self.now, &mut self.random);
+            self.plan_delivery(index, 1 - end);
         }
     }
 
@@ -590,8 +646,8 @@ impl World {
         for end in ends {
             let direction = &mut self.connections[index].toward[*end];
             if !direction.silent && !direction.closing {
-                let due = direction.cut(self.now, &mut self.random);
-                self.plan_at(due, Happening::Deliver(index, *end));
+                direction.cut(self.now, &mut self.random);
+                self.plan_delivery(index, *end);
             }
         }
     }
@@ -599,24 +655,21 @@ impl World {
     fn deliver(&mut self, index: usize, end: usize) -> Result<(), String> {
         let side = self.connections[index].ends[end];
         let direction = &mut self.connections[index].toward[end];
+        direction.planned = false;
         if direction.silent || self.sides[side].connection != Some(index) {
             return Ok(());
         }
-        if let Some(bytes) = direction.take(self.now, &mut self.random) {
-            if let Some((due, _)) = direction.in_flight.front() {
-                let due = (*due).max(self.now);
-                self.plan_at(due, Happening::Deliver(index, end));
-            }
+        let arrived = direction.take(self.now, &mut self.random);
+        self.plan_delivery(index, end);
+        if let Some(bytes) = arrived {
             match self.sides[side].role {
                 Role::Primary(_) => self.tell_primary(side, PrimaryEvent::Bytes(bytes))?,
                 Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::Bytes(bytes))?,
             }
-        } else if let Some((due, _)) = direction.in_flight.front() {
-            let due = *due;
-            self.plan_at(due, Happening::Deliver(index, end));
         }
         let direction = &self.connections[index].toward[end];
-        if direction.closing && direction.in_flight.is_empty() && self.sides[side].connection == Some(index) {
+        let ended = direction.closing && direction.in_flight.is_empty();
+        if ended && self.sides[side].connection == Some(index) {
             self.sides[side].connection = None;
             let reason = "reset".to_owned();
             match self.sides[side].role {
@@ -634,7 +687,7 @@ impl World {
         let victims: Vec<usize> = (0..self.sides.len())
             .filter(|side| self.sides[*side].alive && self.sides[*side].stopped.is_none())
             .collect();
-        if victims.is_empty() {
+        if victims.is_empty() || self.now >= CALM_FROM {
             return Ok(());
         }
         let victim = self.random.pick(&victims);

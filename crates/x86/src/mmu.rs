@@ -155,7 +155,7 @@ mod foldhash_free {
             }
         }
         fn write_u64(&mut self, v: u64) {
-            let p = ((self.0 ^ v) as u128) * 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835u128;
+            let p = ((self.0 ^ v) as u128).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
             self.0 = (p as u64) ^ ((p >> 64) as u64);
         }
         fn write_u32(&mut self, v: u32) {

@@ -92,7 +92,7 @@ pub enum PrimaryAction {
         /// Why.
         reason: String,
     },
-    /// Stop the guest for good. Outputs that are still held must never leave.
+    /// Stop the guest for good. Outputs that were not released must never leave; those that were may.
     Stop(StopReason),
     /// The guest must not run while this is on.
     Throttle(bool),
