@@ -1,0 +1,151 @@
+//! What has to be equal, and how a difference is told.
+use crate::case::Case;
+use crate::layout::{BREAKPOINT, CODE_AT, DATA_AT, IMAGE, NO_VECTOR, Outcome, PAGE_FAULT, RAN_AWAY, Regs, SHUT_DOWN, STACK_AT, STRANGE_EXIT, TIMED_OUT};
+use crate::native::Slot;
+
+/// Resume flag: set in what a fault pushes, and in the kernel's picture of a single step inside a string instruction.
+const RF: u64 = 1 << 16;
+const NAMES: [&str; 16] = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+
+/// Parts of an FXSAVE image that are not compared: FOP, FIP and FDP (zero here by definition, docs/positions.md), MXCSR_MASK, and what
+/// is reserved.
+const FX_IGNORED: [(usize, usize); 3] = [(6, 24), (28, 32), (416, 512)];
+
+/// Compares registers. Appends a line a difference.
+pub fn registers(silicon: &Regs, engine: &Regs, out: &mut Vec<String>) {
+    for (i, name) in NAMES.iter().enumerate() {
+        value(name, silicon.gpr[i], engine.gpr[i], out);
+    }
+    value("rip", silicon.rip, engine.rip, out);
+    value("rflags", silicon.rflags, engine.rflags, out);
+    value("fs base", silicon.fs_base, engine.fs_base, out);
+    value("gs base", silicon.gs_base, engine.gs_base, out);
+    let compared = |i: usize| !FX_IGNORED.iter().any(|&(from, to)| (from..to).contains(&i));
+    if (0..512).any(|i| compared(i) && silicon.fx.0[i] != engine.fx.0[i]) {
+        for (from, len, name) in fx_fields() {
+            let (a, b) = (&silicon.fx.0[from..from + len], &engine.fx.0[from..from + len]);
+            if a != b && (from..from + len).any(compared) {
+                out.push(format!("{name}: silicon {} engine {}", hex(a), hex(b)));
+            }
+        }
+    }
+}
+
+fn fx_fields() -> Vec<(usize, usize, String)> {
+    let mut fields = vec![(0, 2, "fcw".into()), (2, 2, "fsw".into()), (4, 2, "ftw".into()), (24, 4, "mxcsr".into())];
+    fields.extend((0..8).map(|i| (32 + 16 * i, 16, format!("st{i}"))));
+    fields.extend((0..16).map(|i| (160 + 16 * i, 16, format!("xmm{i}"))));
+    fields
+}
+
+/// Most significant byte first.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
+}
+
+fn value(name: &str, silicon: u64, engine: u64, out: &mut Vec<String>) {
+    if silicon != engine {
+        out.push(format!("{name}: silicon {silicon:#x} engine {engine:#x}"));
+    }
+}
+
+/// Compares how two runs ended.
+pub fn outcomes(case: &Case, silicon: &Outcome, engine: &Outcome, out: &mut Vec<String>) {
+    if silicon.vector != engine.vector {
+        out.push(format!("end: silicon {} engine {}", vector_name(silicon.vector), vector_name(engine.vector)));
+    } else {
+        let mut ignored = 0;
+        if silicon.vector == PAGE_FAULT {
+            if case.cpl != 3 {
+                ignored |= 4; // user
+            }
+            if silicon.cr2 >> 47 != 0 {
+                ignored |= 1; // Linux says "present" of all addresses that are its own
+            }
+        }
+        value("error code", silicon.error & !ignored, engine.error & !ignored, out);
+        value("cr2", silicon.cr2, engine.cr2, out);
+    }
+    registers(&silicon.regs, &engine.regs, out);
+}
+
+/// Compares two images.
+pub fn images(case: &Case, silicon: &[u8; IMAGE], engine: &[u8; IMAGE], out: &mut Vec<String>) {
+    if silicon == engine {
+        return;
+    }
+    let differing: Vec<usize> = (0..IMAGE).filter(|&i| silicon[i] != engine[i] && case.compares(i)).collect();
+    let (Some(&first), Some(&last)) = (differing.first(), differing.last()) else { return };
+    let window = match first {
+        _ if first >= STACK_AT => format!("stack+{:#x}", first - STACK_AT),
+        _ if first >= DATA_AT => format!("data+{:#x}", first - DATA_AT),
+        _ => format!("code+{:#x}", first - CODE_AT),
+    };
+    let end = last.min(first + 31) + 1;
+    out.push(format!(
+        "memory at {window}, {} bytes up to +{}: silicon {} engine {} (highest byte first)",
+        differing.len(),
+        last - first,
+        hex(&silicon[first..end]),
+        hex(&engine[first..end])
+    ));
+}
+
+/// Compares the silicon's picture at a position with the engine's state there.
+pub fn picture(case: &Case, slot: &Slot, regs: &Regs, image: &[u8; IMAGE], out: &mut Vec<String>) {
+    let (mut silicon, mut engine) = (slot.picture, *regs);
+    silicon.rflags &= !RF;
+    engine.rflags &= !RF;
+    registers(&silicon, &engine, out);
+    images(case, &slot.picture_memory, image, out);
+}
+
+/// The silicon at full speed and in single steps.
+pub fn stepping(case: &Case, slot: &Slot, out: &mut Vec<String>) {
+    let _ = case;
+    if slot.single_step != 0 && slot.end != slot.stepped_end {
+        let mut same = slot.stepped_end;
+        // The step before a fault in the middle of a string instruction leaves the resume flag as the fault does.
+        same.regs.rflags = slot.end.regs.rflags & RF | same.regs.rflags & !RF;
+        outcomes(case, &slot.end, &same, out);
+    }
+}
+
+/// A vector for people.
+pub fn vector_name(vector: u64) -> String {
+    match vector {
+        BREAKPOINT => "the final int3".into(),
+        NO_VECTOR => "nothing".into(),
+        TIMED_OUT => "a time-out".into(),
+        SHUT_DOWN => "triple fault".into(),
+        RAN_AWAY => "far too many instructions".into(),
+        STRANGE_EXIT => "an exit that makes no sense".into(),
+        0 => "#DE".into(),
+        1 => "#DB".into(),
+        6 => "#UD".into(),
+        7 => "#NM".into(),
+        8 => "#DF".into(),
+        10 => "#TS".into(),
+        11 => "#NP".into(),
+        12 => "#SS".into(),
+        13 => "#GP".into(),
+        14 => "#PF".into(),
+        16 => "#MF".into(),
+        17 => "#AC".into(),
+        19 => "#XM".into(),
+        _ => format!("vector {vector}"),
+    }
+}
+
+/// Starting registers for people.
+pub fn start(regs: &Regs) -> String {
+    let mut text = String::new();
+    for (i, name) in NAMES.iter().enumerate() {
+        text += &format!("  {name:<3} {:016x}{}", regs.gpr[i], if i % 4 == 3 { "\n" } else { "" });
+    }
+    text += &format!("  rflags {:x} fs {:x} gs {:x}\n", regs.rflags, regs.fs_base, regs.gs_base);
+    for (from, len, name) in fx_fields() {
+        text += &format!("  {name} {}{}", hex(&regs.fx.0[from..from + len]), if name.starts_with("st") || name.starts_with("xmm") { "\n" } else { "" });
+    }
+    text
+}

@@ -1,0 +1,632 @@
+//! Random cases: an instruction form in the middle, random instructions around it, and starting registers with which its memory
+//! operands reach the windows.
+//!
+//! Some general registers are *pinned*: they start with a known value (a pointer into a window, a small index, a count), and other
+//! instructions mostly leave them alone.
+use crate::case::{Case, Item, Place};
+use crate::forms::{self, FLAG_READERS, Form};
+use crate::layout::{CODE_AT, DATA, DATA_AT, DATA_BYTES, DATA_HIGH, DF, Fx, IF, IMAGE, PAGE, Regs, STACK, STACK_AT, STACK_PAGES, STATUS_FLAGS, image_offset};
+use crate::operands::{Memory, gpr, gpr_number, operand_size};
+use crate::prng::Rng;
+use crate::rep;
+use iced_x86::{Code, Instruction, InstructionInfoFactory, MemorySize, OpAccess};
+
+/// What a pinned register holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A pointer into the data window.
+    Low,
+    /// A pointer into its high mapping.
+    High,
+    /// A small number, perhaps negative.
+    Index,
+    /// A small positive count.
+    Count,
+    /// A pointer into the stack.
+    Stack,
+    /// The address of an item.
+    Address,
+}
+
+/// A pinned register.
+#[derive(Debug, Clone, Copy)]
+pub struct Pin {
+    pub number: usize,
+    pub kind: Kind,
+    pub value: u64,
+    /// Still holds `value`.
+    pub exact: bool,
+    /// Still holds something near it.
+    pub usable: bool,
+}
+
+/// A case in the making.
+pub struct Builder<'a> {
+    pub rng: &'a mut Rng,
+    pub case: Case,
+    pub pins: Vec<Pin>,
+    /// Whether the next choice between register and memory is already made.
+    pub force_memory: Option<bool>,
+    /// String instructions use 32-bit addresses.
+    pub narrow_strings: bool,
+    /// Implicit memory operands may point anywhere.
+    pub allow_wild: bool,
+    /// Address places that wait for an item after this one.
+    waiting: Vec<(Place, usize)>,
+    info: InstructionInfoFactory,
+    forms: &'a [Form],
+}
+
+const RAX: usize = 0;
+const RCX: usize = 1;
+const RDX: usize = 2;
+const RBX: usize = 3;
+const RSP: usize = 4;
+const RBP: usize = 5;
+const RSI: usize = 6;
+const RDI: usize = 7;
+
+/// The contents the image starts with.
+pub fn template(rng: &mut Rng) -> Box<[u8; IMAGE]> {
+    let mut image = Box::new([0xcc; IMAGE]);
+    for word in image[DATA_AT..].as_chunks_mut::<8>().0 {
+        *word = if rng.chance(50) { rng.double() } else { rng.value() }.to_le_bytes();
+    }
+    image
+}
+
+/// A random case about `focus`.
+pub fn case(rng: &mut Rng, forms: &[Form], focus: Form) -> Case {
+    for _ in 0..10_000 {
+        if let Some(case) = attempt(rng, forms, focus)
+            && let Some(program) = case.assemble()
+            && program.bytes.len() <= crate::native::CODE_BYTES
+            && case.code_at + program.bytes.len() <= CODE_AT + crate::layout::CODE_PAGES * PAGE
+        {
+            return case;
+        }
+    }
+    panic!("cannot build a case of {:?}", focus.code);
+}
+
+fn attempt(rng: &mut Rng, forms: &[Form], focus: Form) -> Option<Case> {
+    let single = rng.chance(35);
+    let (before, after) = if single { (0, 0) } else { (rng.below(5), rng.below(5)) };
+    let mut b = Builder::new(rng, forms, focus);
+    // A counted loop inside another would start its second round with a count of zero, which is 2^64 rounds.
+    let counted = focus.code.is_loop() || focus.code.is_loopcc();
+    let looping = !single && !focus.faulting && !focus.last && !counted && b.rng.chance(8);
+    let counter = if looping { Some(b.pin_new(Kind::Count, None)) } else { None };
+    b.require(focus.code)?;
+    b.random_pins();
+    let start = b.case.items.len();
+    for _ in 0..before {
+        b.filler()?;
+    }
+    b.focus(focus, start)?;
+    if focus.last {
+        return b.finish();
+    }
+    for _ in 0..after {
+        b.filler()?;
+    }
+    if let Some(counter) = counter {
+        let mut step = Instruction::default();
+        step.set_code(Code::Dec_rm64);
+        step.set_op0_register(gpr(counter));
+        b.push(step, None, false);
+        let mut back = Instruction::default();
+        back.set_code(Code::Jne_rel32_64);
+        back.set_op0_kind(iced_x86::OpKind::NearBranch64);
+        b.push(back, Some(start), true);
+    }
+    if !single && b.rng.chance(70) {
+        for _ in 0..1 + b.rng.below(3) {
+            let code = b.rng.pick(FLAG_READERS);
+            b.ordinary(code)?;
+        }
+    }
+    b.finish()
+}
+
+impl<'a> Builder<'a> {
+    fn new(rng: &'a mut Rng, forms: &'a [Form], focus: Form) -> Self {
+        let mut init = Regs::ZERO;
+        for value in &mut init.gpr {
+            *value = rng.value();
+        }
+        init.rflags = 2 | IF | (rng.next() & STATUS_FLAGS);
+        if rng.chance(if focus.code.is_string_instruction() { 40 } else { 5 }) {
+            init.rflags |= DF;
+        }
+        init.fs_base = match rng.below(3) {
+            0 => rng.below(0x1000),
+            1 => DATA + rng.below(DATA_BYTES as u64),
+            _ => DATA_HIGH + rng.below(DATA_BYTES as u64),
+        };
+        init.gs_base = match rng.below(3) {
+            0 => rng.below(0x1000),
+            1 => DATA + rng.below(DATA_BYTES as u64),
+            _ => DATA_HIGH + rng.below(DATA_BYTES as u64),
+        };
+        init.fx = fx(rng);
+        let cpl = if focus.privileged || needs_user(focus.code) || rng.chance(70) { 3 } else { 0 };
+        let code_at = CODE_AT + if rng.chance(25) { PAGE - 1 - rng.below(60) as usize } else { rng.below(1500) as usize };
+        let case = Case {
+            items: Vec::new(),
+            focus: focus.code,
+            init,
+            cpl,
+            code_at,
+            pokes: Vec::new(),
+            addresses: Vec::new(),
+            ignored: Vec::new(),
+            stepping: true,
+            rep_mask: None,
+        };
+        let narrow_strings = rng.chance(15);
+        let mut builder = Self {
+            rng,
+            case,
+            pins: Vec::new(),
+            force_memory: None,
+            narrow_strings,
+            allow_wild: false,
+            waiting: Vec::new(),
+            info: InstructionInfoFactory::new(),
+            forms,
+        };
+        builder.pin_new(Kind::Stack, Some(RSP));
+        builder
+    }
+
+    /// Pins a register (`number`, or any) to a value of `kind`.
+    fn pin_new(&mut self, kind: Kind, number: Option<usize>) -> usize {
+        let number = number.unwrap_or_else(|| {
+            loop {
+                let n = self.rng.below(16) as usize;
+                if self.pins.iter().all(|p| p.number != n) {
+                    return n;
+                }
+            }
+        });
+        let inside = self.rng.below(DATA_BYTES as u64 - 512) + 128;
+        let value = match kind {
+            Kind::Low => DATA + inside,
+            Kind::High => DATA_HIGH + inside,
+            Kind::Index => self.rng.within(-64, 64) as u64,
+            Kind::Count => 1 + self.rng.below(20),
+            Kind::Stack => STACK + (STACK_PAGES * PAGE / 2) as u64 + self.rng.within(-600, 600) as u64,
+            Kind::Address => 0,
+        };
+        // The stack is mostly aligned, as in real programs.
+        let value = if kind == Kind::Stack && self.rng.chance(80) { value & !7 } else { value };
+        self.case.init.gpr[number] = value;
+        self.pins.push(Pin { number, kind, value, exact: true, usable: true });
+        number
+    }
+
+    /// Pins what `code` uses without naming it.
+    fn require(&mut self, code: Code) -> Option<()> {
+        let pointer = if self.narrow_strings || self.rng.chance(50) { Kind::Low } else { Kind::High };
+        if self.pins.iter().any(|p| p.number != RSP && implicit_registers(code).contains(&p.number)) {
+            return None;
+        }
+        for &number in implicit_registers(code) {
+            let kind = match number {
+                RCX => Kind::Count,
+                RBP => Kind::Stack,
+                _ => pointer,
+            };
+            self.pin_new(kind, Some(number));
+        }
+        Some(())
+    }
+
+    fn random_pins(&mut self) {
+        self.pin_new(Kind::Low, None);
+        self.pin_new(Kind::Index, None);
+        if self.rng.chance(60) {
+            self.pin_new(Kind::High, None);
+        }
+        if self.rng.chance(30) {
+            self.pin_new(Kind::Low, None);
+        }
+    }
+
+    /// Adds an instruction as it is.
+    fn push(&mut self, instruction: Instruction, target: Option<usize>, glued: bool) {
+        self.case.items.push(Item { instruction, prefix: None, target, glued });
+    }
+
+    /// Adds a random instruction that is not the case's focus.
+    fn filler(&mut self) -> Option<()> {
+        for _ in 0..200 {
+            let form = if self.rng.chance(15) {
+                let code = self.rng.pick(FLAG_READERS);
+                *self.forms.iter().find(|f| f.code == code)?
+            } else {
+                self.rng.pick(self.forms)
+            };
+            if form.last || (form.faulting && !self.rng.chance(2)) || self.case.cpl != 3 && (form.privileged || needs_user(form.code)) {
+                continue;
+            }
+            if is_special(form.code) || form.code.is_string_instruction() && !self.has_pins(form.code) {
+                continue;
+            }
+            if self.ordinary(form.code).is_some() {
+                return Some(());
+            }
+        }
+        None
+    }
+
+    fn has_pins(&self, code: Code) -> bool {
+        implicit_registers(code).iter().all(|n| self.pins.iter().any(|p| p.number == *n && p.usable))
+    }
+
+    /// Adds an instruction of form `code` that does not spoil the pins (mostly).
+    fn ordinary(&mut self, code: Code) -> Option<()> {
+        let length = self.case.items.len();
+        self.add(code)?;
+        let item = *self.case.items.last().expect("just added");
+        if item.instruction.op0_kind() == iced_x86::OpKind::NearBranch64 {
+            self.branch_forward();
+        }
+        if self.spoils(&item.instruction) {
+            self.case.items.truncate(length);
+            return None;
+        }
+        Some(())
+    }
+
+    /// Whether an instruction writes a pinned register. If so, now and then that is let pass and the pin is given up.
+    fn spoils(&mut self, instruction: &Instruction) -> bool {
+        let mut written = 0u32;
+        for used in self.info.info(instruction).used_registers() {
+            let writes = matches!(used.access(), OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
+            if let Some(n) = gpr_number(used.register())
+                && writes
+            {
+                written |= 1 << n;
+            }
+        }
+        let stack = instruction.is_stack_instruction();
+        let string = instruction.is_string_instruction();
+        let let_pass = self.rng.chance(10);
+        for pin in &mut self.pins {
+            if written >> pin.number & 1 == 0 || !pin.usable {
+                continue;
+            }
+            let moves = stack && pin.number == RSP || string && matches!(pin.number, RSI | RDI);
+            if moves {
+                pin.exact = false;
+            } else if let_pass && pin.kind != Kind::Count && pin.kind != Kind::Address {
+                pin.usable = false;
+            } else {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Encodes and adds an instruction of form `code` with random operands.
+    fn add(&mut self, code: Code) -> Option<Memory> {
+        let (mut item, memory) = self.instruction(code)?;
+        if matches!(code, Code::Popfw | Code::Popfq) {
+            let mut image = Instruction::default();
+            image.set_code(Code::Pushq_imm32);
+            image.set_op0_kind(iced_x86::OpKind::Immediate32to64);
+            const NT_ID: u64 = 1 << 14 | 1 << 21;
+            image.set_immediate32to64((2 | IF | (self.rng.next() & (STATUS_FLAGS | DF | NT_ID))) as i64);
+            self.push(image, None, false);
+            item.glued = true;
+        }
+        if forms::disturbs_stepping(code) {
+            self.case.stepping = false;
+        }
+        self.case.items.push(item);
+        Some(memory)
+    }
+
+    /// The near branch just added goes to an item that is not there yet.
+    fn branch_forward(&mut self) {
+        let item = self.case.items.len() - 1;
+        self.case.items[item].target = Some(usize::MAX);
+    }
+
+    /// Adds what the case is about.
+    fn focus(&mut self, focus: Form, start: usize) -> Option<()> {
+        let code = focus.code;
+        match code {
+            _ if code.is_string_instruction() && !focus.privileged => return self.string_focus(code),
+            _ if code.is_loop() || code.is_loopcc() => {
+                if start == self.case.items.len() {
+                    self.filler()?;
+                }
+                self.add(code)?;
+                self.case.items.last_mut().expect("just added").target = Some(start);
+                return Some(());
+            }
+            Code::Jmp_rm64 | Code::Call_rm64 => return self.indirect_focus(code),
+            Code::Retnq | Code::Retnq_imm16 => return self.return_focus(code),
+            _ if forms::is_divide(code) && self.rng.chance(60) => self.ease_divide(code),
+            _ => {}
+        }
+        let memory = self.add(code)?;
+        let instruction = self.case.items.last().expect("just added").instruction;
+        if instruction.op0_kind() == iced_x86::OpKind::NearBranch64 {
+            self.branch_forward();
+        }
+        // What follows must not rely on a pin that this has overwritten.
+        if self.spoils(&instruction) {
+            return None;
+        }
+        self.set_operand(&instruction, memory);
+        if let Some(ranges) = forms::unspecified_bytes(code) {
+            let at = image_offset(memory.address?)?;
+            self.case.ignored.extend(ranges.iter().map(|&(from, to)| (at + from, at + to)));
+        }
+        Some(())
+    }
+
+    /// Makes a quotient fit, more often than chance would.
+    fn ease_divide(&mut self, code: Code) {
+        if self.pins.iter().any(|p| p.number == RDX || p.number == RAX) || !self.case.items.is_empty() {
+            return;
+        }
+        let wide = !matches!(code, Code::Div_rm8 | Code::Idiv_rm8);
+        self.case.init.gpr[RDX] = if wide { self.rng.below(3) } else { self.rng.next() };
+        self.case.init.gpr[RAX] = if wide { self.rng.value() } else { self.rng.below(1000) };
+    }
+
+    fn string_focus(&mut self, code: Code) -> Option<()> {
+        let (mut item, _) = self.instruction(code)?;
+        let alone = self.case.items.is_empty();
+        let form = self.forms.iter().find(|f| f.code == code)?;
+        if self.rng.chance(60) {
+            if form.info.can_use_repne_prefix() && self.rng.chance(40) {
+                item.instruction.set_has_repne_prefix(true);
+            } else {
+                item.instruction.set_has_rep_prefix(true);
+            }
+            let count = match self.rng.below(10) {
+                0 => 0,
+                1 | 2 if alone => self.rng.below(3 * rep::STEP),
+                3 if alone => rep::STEP * (1 + self.rng.below(2)) + self.rng.below(3) - 1,
+                _ => self.rng.below(60),
+            };
+            self.case.init.gpr[RCX] = count;
+            if self.rng.chance(50) && matches!(code, Code::Stosb_m8_AL | Code::Scasb_AL_m8) {
+                self.case.init.gpr[RDI] = DATA + self.rng.below(DATA_BYTES as u64);
+            }
+            let narrow = item.instruction.op_kinds().any(is_narrow_string);
+            if narrow && self.rng.chance(50) {
+                self.case.init.gpr[RCX] |= self.rng.next() << 32;
+            }
+            if alone {
+                self.case.rep_mask = Some(if narrow { u64::from(u32::MAX) } else { u64::MAX });
+            }
+            self.case.stepping &= count < 100;
+        }
+        // Make it end early or late: fill with what is compared.
+        if self.rng.chance(50) {
+            let value = self.case.init.gpr[RAX].to_le_bytes();
+            for pointer in [RSI, RDI] {
+                if let Some(at) = image_offset(self.case.init.gpr[pointer]).filter(|at| at + 128 <= DATA_AT + DATA_BYTES && *at >= DATA_AT + 64) {
+                    let bytes = (0..128).map(|i| value[i % 8 & (operand_size(&item.instruction) as usize - 1)]).collect();
+                    self.case.pokes.push((at - 64, bytes));
+                }
+            }
+        }
+        self.case.items.push(item);
+        self.spoils(&item.instruction);
+        Some(())
+    }
+
+    fn indirect_focus(&mut self, code: Code) -> Option<()> {
+        self.force_memory = Some(self.rng.chance(50));
+        let result = self.instruction(code);
+        self.force_memory = None;
+        let (mut item, memory) = result?;
+        let place = if item.instruction.op0_kind() == iced_x86::OpKind::Memory {
+            Place::Memory(image_offset(memory.address?).filter(|at| *at + 8 <= IMAGE)?)
+        } else {
+            let number = self.pin_new(Kind::Address, None);
+            item.instruction.set_op0_register(gpr(number));
+            Place::Register(number)
+        };
+        self.case.items.push(item);
+        self.spoils(&item.instruction);
+        self.waiting.push((place, self.case.items.len() - 1));
+        Some(())
+    }
+
+    fn return_focus(&mut self, code: Code) -> Option<()> {
+        let number = self.pin_new(Kind::Address, None);
+        let mut push = Instruction::default();
+        push.set_code(Code::Push_r64);
+        push.set_op0_register(gpr(number));
+        self.push(push, None, false);
+        self.add(code)?;
+        let item = self.case.items.len() - 1;
+        self.case.items[item].glued = true;
+        if let Some(pin) = self.pins.iter_mut().find(|p| p.number == RSP) {
+            pin.exact = false;
+        }
+        self.waiting.push((Place::Register(number), item));
+        Some(())
+    }
+
+    /// Gives the memory operand a value that makes sense for the instruction.
+    fn set_operand(&mut self, instruction: &Instruction, memory: Memory) {
+        let Some(at) = memory.address.and_then(image_offset) else { return };
+        let size = operand_size(instruction) as usize;
+        if at + size > IMAGE || !(DATA_AT..STACK_AT).contains(&at) || self.rng.chance(10) {
+            return;
+        }
+        let rng = &mut *self.rng;
+        let bytes: Vec<u8> = match instruction.memory_size() {
+            MemorySize::Float32 | MemorySize::Packed128_Float32 | MemorySize::Packed64_Float32 => {
+                (0..size / 4).flat_map(|_| rng.float().to_le_bytes()).collect()
+            }
+            MemorySize::Float64 | MemorySize::Packed128_Float64 => (0..size / 8).flat_map(|_| rng.double().to_le_bytes()).collect(),
+            MemorySize::Float80 => rng.extended().to_vec(),
+            MemorySize::Bcd => (0..10).map(|i| if i == 9 { rng.pick(&[0, 0x80]) } else { (rng.below(10) << 4 | rng.below(10)) as u8 }).collect(),
+            MemorySize::Fxsave_512Byte | MemorySize::Fxsave64_512Byte => {
+                let mut image = fx(rng).0.to_vec();
+                // Where the pointers are: zero, as positions.md has them.
+                image[464..].fill(0);
+                image
+            }
+            MemorySize::FpuEnv14 | MemorySize::FpuEnv28 | MemorySize::FpuState94 | MemorySize::FpuState108 => legacy_fpu(rng, size),
+            _ => match instruction.code() {
+                Code::Ldmxcsr_m32 => mxcsr(rng).to_le_bytes().to_vec(),
+                Code::Fldcw_m2byte => fcw(rng).to_le_bytes().to_vec(),
+                _ => return,
+            },
+        };
+        self.case.pokes.push((at, bytes));
+    }
+
+    /// Resolves the branches forward, and hands over the case.
+    fn finish(mut self) -> Option<Case> {
+        let end = self.case.items.len();
+        for i in 0..end {
+            if self.case.items[i].target == Some(usize::MAX) {
+                let target = self.forward(i, end);
+                self.case.items[i].target = Some(target);
+            }
+        }
+        for (place, item) in std::mem::take(&mut self.waiting) {
+            let target = self.forward(item, end);
+            self.case.addresses.push((place, target));
+        }
+        if self.case.items.len() > 1 {
+            self.case.rep_mask = None;
+        }
+        (self.case.pokes.len() + self.case.addresses.len() <= crate::native::POKES).then_some(self.case)
+    }
+
+    /// An item after `i`, not one that needs the one before it.
+    fn forward(&mut self, i: usize, end: usize) -> usize {
+        let mut target = i + 1 + self.rng.below((end - i) as u64) as usize;
+        while target < end && self.case.items[target].glued {
+            target += 1;
+        }
+        target
+    }
+}
+
+fn is_narrow_string(kind: iced_x86::OpKind) -> bool {
+    use iced_x86::OpKind as K;
+    matches!(kind, K::MemorySegESI | K::MemoryESEDI | K::MemorySegEDI)
+}
+
+/// General registers an instruction uses for addresses or counts without naming them.
+fn implicit_registers(code: Code) -> &'static [usize] {
+    match code {
+        Code::Movsb_m8_m8 | Code::Movsw_m16_m16 | Code::Movsd_m32_m32 | Code::Movsq_m64_m64 | Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16
+        | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64 => &[RSI, RDI, RCX],
+        Code::Stosb_m8_AL | Code::Stosw_m16_AX | Code::Stosd_m32_EAX | Code::Stosq_m64_RAX | Code::Scasb_AL_m8 | Code::Scasw_AX_m16
+        | Code::Scasd_EAX_m32 | Code::Scasq_RAX_m64 => &[RDI, RCX],
+        Code::Lodsb_AL_m8 | Code::Lodsw_AX_m16 | Code::Lodsd_EAX_m32 | Code::Lodsq_RAX_m64 => &[RSI, RCX],
+        Code::Insb_m8_DX | Code::Insw_m16_DX | Code::Insd_m32_DX => &[RDI],
+        Code::Outsb_DX_m8 | Code::Outsw_DX_m16 | Code::Outsd_DX_m32 => &[RSI],
+        Code::Xlat_m8 => &[RBX],
+        Code::Maskmovq_rDI_mm_mm | Code::Maskmovdqu_rDI_xmm_xmm => &[RDI],
+        Code::Leavew | Code::Leaveq | Code::Enterw_imm16_imm8 | Code::Enterq_imm16_imm8 => &[RBP],
+        _ if code.is_loop() || code.is_loopcc() => &[RCX],
+        _ => &[],
+    }
+}
+
+/// Forms that only make sense as a focus.
+fn is_special(code: Code) -> bool {
+    code.is_loop()
+        || code.is_loopcc()
+        || matches!(
+            code,
+            Code::Jmp_rm64 | Code::Call_rm64 | Code::Retnq | Code::Retnq_imm16 | Code::Leavew | Code::Leaveq | Code::Enterw_imm16_imm8
+                | Code::Enterq_imm16_imm8 | Code::Xlat_m8 | Code::Maskmovq_rDI_mm_mm | Code::Maskmovdqu_rDI_xmm_xmm
+                | Code::Fxrstor_m512byte | Code::Fxrstor64_m512byte | Code::Frstor_m94byte | Code::Frstor_m108byte
+                | Code::Fldenv_m14byte | Code::Fldenv_m28byte | Code::Ldmxcsr_m32 | Code::Fldcw_m2byte
+        )
+}
+
+/// Forms whose result depends on the privilege.
+fn needs_user(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg | Code::Int_imm8 | Code::Int1 | Code::Int3
+    )
+}
+
+/// An MXCSR: mostly all masked, any rounding, flags, FTZ and DAZ.
+fn mxcsr(rng: &mut Rng) -> u32 {
+    let masks = if rng.chance(92) { 0x1f80 } else { rng.next() as u32 & 0x1f80 };
+    let modes = if rng.chance(50) { 0 } else { rng.next() as u32 & 0xe040 };
+    masks | modes | (rng.next() as u32 & 0x3f)
+}
+
+/// An x87 control word: mostly all masked, any precision and rounding.
+fn fcw(rng: &mut Rng) -> u16 {
+    let masks = if rng.chance(92) { 0x3f } else { rng.next() as u16 & 0x3f };
+    let modes = if rng.chance(50) { 0x300 } else { rng.pick(&[0x000, 0x200, 0x300]) | (rng.next() as u16 & 0xc00) };
+    0x40 | masks | modes
+}
+
+/// An x87 status word that fits the control word: with the summary bits set if an unmasked exception is pending.
+fn fsw(rng: &mut Rng, fcw: u16) -> u16 {
+    let mut exceptions = rng.next() as u16 & 0x7f;
+    if rng.chance(70) {
+        exceptions &= fcw; // nothing pending
+    }
+    let pending = exceptions & !fcw & 0x3f != 0;
+    (rng.next() as u16 & 0x4700) | rng.below(8) as u16 * 0x800 | exceptions | if pending { 0x8080 } else { 0 }
+}
+
+/// A random FXSAVE image.
+fn fx(rng: &mut Rng) -> Fx {
+    let mut image = [0; 512];
+    let control = fcw(rng);
+    image[0..2].copy_from_slice(&control.to_le_bytes());
+    image[2..4].copy_from_slice(&fsw(rng, control).to_le_bytes());
+    image[4] = match rng.below(4) {
+        0 => rng.next() as u8,
+        1 => 0,
+        _ => 0xff,
+    };
+    image[24..28].copy_from_slice(&mxcsr(rng).to_le_bytes());
+    for i in 0..8 {
+        image[32 + 16 * i..42 + 16 * i].copy_from_slice(&rng.extended());
+    }
+    for i in 0..16 {
+        for half in 0..2 {
+            let value = match rng.below(4) {
+                0 => rng.value(),
+                1 => u64::from(rng.float()) << 32 | u64::from(rng.float()),
+                _ => rng.double(),
+            };
+            let at = 160 + 16 * i + 8 * half;
+            image[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    Fx(image)
+}
+
+/// An FLDENV or FRSTOR image of `size` bytes with pointers of zero.
+fn legacy_fpu(rng: &mut Rng, size: usize) -> Vec<u8> {
+    let word = if size == 14 || size == 94 { 2 } else { 4 };
+    let mut image = vec![0; size];
+    let control = fcw(rng);
+    let words = [control, fsw(rng, control), rng.next() as u16];
+    for (i, value) in words.into_iter().enumerate() {
+        image[i * word..i * word + 2].copy_from_slice(&value.to_le_bytes());
+    }
+    for register in image[7 * word..].as_chunks_mut::<10>().0 {
+        *register = rng.extended();
+    }
+    image
+}
+

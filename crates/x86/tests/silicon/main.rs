@@ -1,0 +1,36 @@
+//! The silicon is the oracle: guest and host have the same instruction set, so every instruction form runs with random operands on the
+//! host CPU and through the engine, and registers, flags, FPU state, memory, exceptions and positions must agree.
+//!
+//! `TWINSTEP_SEED` chooses the cases, `TWINSTEP_CASES` their number; a failure prints what to set to see it again.
+mod bus;
+mod case;
+mod compare;
+mod forms;
+mod generate;
+mod guest;
+mod layout;
+mod memory;
+mod native;
+mod operands;
+mod prng;
+mod rep;
+mod run;
+mod sandbox;
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name}={v} is no number")))
+}
+
+/// The silicon agrees with itself: what is compared is the same when run twice, and in single steps.
+#[test]
+fn silicon_agrees_with_itself() {
+    let settings = run::Settings { seed: setting("TWINSTEP_SEED", 1), first: 0, cases: setting("TWINSTEP_CASES", 20_000).min(20_000) };
+    run::check(settings, &run::against_itself);
+}
+
+/// The engine agrees with the silicon.
+#[test]
+fn engine_agrees_with_silicon() {
+    let settings = run::Settings { seed: setting("TWINSTEP_SEED", 1), first: setting("TWINSTEP_FIRST", 0), cases: setting("TWINSTEP_CASES", 100_000) };
+    run::check(settings, &run::against_engine);
+}
