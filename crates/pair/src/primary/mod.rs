@@ -9,7 +9,7 @@
 //! - **Bounds.** Image, log and held outputs each have a limit; the guest is throttled before, the secondary given up beyond.
 //!
 //! ```text
-//!             PeerConnected          HelloReply            ImageReady
+//!             PeerConnected          HelloReply       ImageReady, caught up
 //! Unprotected ─────────────▶ Greeting ─────────▶ Copying ────────────▶ Protected
 //!     ▲  ▲                      │                   │                     │ peer lost
 //!     │  └──────────────────────┴───────────────────┘                     ▼
@@ -19,8 +19,8 @@
 //! ```
 //!
 //! When outputs are held, exactly: outputs made in `Unprotected`, `Greeting` and `Copying` leave at once. Protection starts in the
-//! step after which the secondary has said `ImageReady` and the host has said that the outputs before the image's cut have left:
-//! every output made afterwards is held. In the same step, behind all records of outputs that have left already, the
+//! step after which the secondary has said `ImageReady` and has caught up, and the host has said that the outputs before the
+//! image's cut have left: every output made afterwards is held. In the same step, behind all records of outputs that have left already, the
 //! primary sends `ProtectionStart`; a secondary is entitled to go live only after it has read that. So a secondary that
 //! is entitled has every record that the world may have seen an effect of.
 //!
@@ -400,11 +400,16 @@ impl Primary {
         self.image.restored = true;
     }
 
-    /// Starts protection once the secondary has the image and the outputs before the cut have really left: the secondary can't
-    /// make those again, so as long as they are in our host's queues our death would leave a gap.
+    /// Starts protection once
+    /// - the secondary has the image;
+    /// - the outputs before the cut have really left: the secondary can't make those again, so as long as they are in our
+    ///   host's queues our death would leave a gap;
+    /// - the secondary has caught up, so that going live takes no longer at the beginning than later.
     fn start_protection_if_ready(&mut self, now: Nanos) {
-        let Some((_, last_output)) = self.image.cut else { return };
-        if self.state != PrimaryState::Copying || !self.image.restored || self.outputs.left() < last_output {
+        let (Some((_, last_output)), Some(backlog)) = (self.image.cut, &self.backlog) else { return };
+        let caught_up = backlog.lag_instructions() <= self.setup.config.max_replay_lag;
+        let ready = self.image.restored && self.outputs.left() >= last_output && caught_up;
+        if self.state != PrimaryState::Copying || !ready {
             return;
         }
         // All records of outputs that have left already must precede the message that entitles the secondary.
@@ -655,9 +660,8 @@ impl Primary {
         if passes(backlog.unreplayed_bytes(), config.max_unreplayed_bytes) {
             return Some("too much log is not replayed");
         }
-        if self.state != PrimaryState::Protected {
-            // The secondary can't replay before it has the image, and outputs are not held yet.
-            return None;
+        if !self.image.restored {
+            return None; // The secondary can't replay before it has the image.
         }
         if multiplier == 1 && passes(backlog.lag_instructions(), config.max_replay_lag) {
             return Some("the standby is too far behind");
