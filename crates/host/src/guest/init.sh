@@ -40,6 +40,9 @@ say MODULES
 ip link set lo up
 if [ -n "$ip" ]; then
     if [ -e /sys/class/net/eth0 ]; then
+        # Announce the address (a gratuitous ARP): passt sends to everyone's address until it has heard the guest's, and
+        # the guest rightly ignores a connection that is opened to everyone.
+        echo 1 > /proc/sys/net/ipv4/conf/eth0/arp_notify
         ip addr add "$ip" dev eth0
         ip link set eth0 up
         [ -z "$gw" ] || ip route add default via "$gw"
