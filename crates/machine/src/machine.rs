@@ -17,12 +17,12 @@ use crate::pci::PciHost;
 use crate::power::Ending;
 use crate::virtio::{self, Received, VirtioPci};
 use minicbor::{Decode, Encode};
-use twinstep_x86::{Bus, Cpu, CpuConfig, CpuModel, CpuState, Exit, PAGE_SIZE, PhysMem, Position};
+use twinstep_x86::{Cpu, CpuConfig, CpuModel, CpuState, Exit, PAGE_SIZE, PhysMem, Position};
 
 /// The longest Ethernet frame (without FCS) a network card takes from the world.
 pub const MAX_FRAME: usize = 9216;
 /// The shortest: two addresses and a type.
-const MIN_FRAME: usize = 14;
+pub(crate) const MIN_FRAME: usize = 14;
 /// Interrupts taken at one position; a guest that takes more is broken (its stack writes to its own interrupt controller).
 const MAX_INTERRUPTS_AT_ONCE: u32 = 256;
 
@@ -376,15 +376,25 @@ impl Machine {
 
     /// The bus, for tests that play the driver.
     #[cfg(test)]
-    pub(crate) fn bus(&mut self) -> &mut dyn Bus {
+    pub(crate) fn bus(&mut self) -> &mut dyn twinstep_x86::Bus {
         &mut self.board
     }
 }
 
 /// All PCI functions in the order of their devices: disks, network cards, console, entropy.
 fn functions(config: &Config, disks: Vec<Box<dyn Disk>>) -> (Vec<VirtioPci>, Slots) {
-    let _ = (config, disks);
-    (Vec::new(), Slots { nics: 99, console: 99, rng: 99 })
+    let mut functions = Vec::new();
+    for (i, (disk, settings)) in disks.into_iter().zip(&config.disks).enumerate() {
+        functions.push(VirtioPci::new(Box::new(virtio::Block::new(disk, settings)), i));
+    }
+    let nics = functions.len();
+    for (i, mac) in config.nics.iter().enumerate() {
+        functions.push(VirtioPci::new(Box::new(virtio::Net::new(i as u8, *mac)), i));
+    }
+    let console = functions.len();
+    functions.push(VirtioPci::new(Box::new(virtio::Console::new()), 0));
+    functions.push(VirtioPci::new(Box::new(virtio::Rng::new()), 0));
+    (functions, Slots { nics, console, rng: console + 1 })
 }
 
 #[cfg(test)]

@@ -67,11 +67,16 @@ impl Payload {
         Self { kind: kind.into(), version, bytes }
     }
 
-    /// Decodes the whole of `bytes`.
+    /// Decodes the whole of it.
     pub(crate) fn decode<'b, T: minicbor::Decode<'b, ()>>(&'b self) -> Result<T, RestoreError> {
-        let mut decoder = minicbor::Decoder::new(&self.bytes);
+        self.decode_part(&self.bytes)
+    }
+
+    /// Decodes the whole of `bytes`, which lay inside this payload.
+    pub(crate) fn decode_part<'b, T: minicbor::Decode<'b, ()>>(&self, bytes: &'b [u8]) -> Result<T, RestoreError> {
+        let mut decoder = minicbor::Decoder::new(bytes);
         let value = decoder.decode().map_err(|e| self.invalid(e.to_string()))?;
-        if decoder.position() != self.bytes.len() {
+        if decoder.position() != bytes.len() {
             return Err(self.invalid("bytes are left over at its end"));
         }
         Ok(value)

@@ -6,10 +6,19 @@
 //!
 //! A device is one file that implements [`VirtioDevice`]; the transport (`transport.rs`) does everything that all devices share.
 //! Reference: Virtual I/O Device (VIRTIO) 1.2; section numbers below are its own.
+mod block;
+mod chacha;
+mod console;
+mod net;
 mod queues;
+mod rng;
 mod transport;
 
+pub(crate) use block::Block;
+pub(crate) use console::Console;
+pub(crate) use net::Net;
 pub(crate) use queues::{Broken, Chain, Queues};
+pub(crate) use rng::Rng;
 pub(crate) use transport::{BAR_LEN, VirtioPci};
 
 use crate::apic::Message;
@@ -55,7 +64,7 @@ pub(crate) enum Received {
 }
 
 /// One kind of device.
-pub(crate) trait VirtioDevice: Debug {
+pub(crate) trait VirtioDevice: Debug + Send {
     /// Name of its payload without the number: `virtio-net`.
     fn kind(&self) -> &'static str;
     /// Newest version of its saved state.

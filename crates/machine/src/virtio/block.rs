@@ -1,0 +1,218 @@
+//! The disk (section 5.2): a raw block device with flush and serial number.
+//!
+//! **In:** requests, the host's [`Disk`]. **Out:** data, completions. **Invariant:** the data moves at the position of the doorbell; the completion comes a fixed
+//! guest time later, in order. What the guest did wrong is its own I/O error; what the host cannot do is a host failure, and
+//! the request stays in the ring to be done again.
+use super::{Broken, Chain, Cx, Queues, VirtioDevice};
+use crate::config::DiskConfig;
+use crate::disk::{Disk, DiskError};
+use crate::payload::{Payload, RestoreError};
+use minicbor::{Decode, Encode};
+use std::collections::VecDeque;
+use vm_memory::{Bytes, GuestAddress};
+
+const REQUESTS: usize = 0;
+const QUEUE_SIZES: [u16; 1] = [256];
+/// Guest time from a request to its completion.
+pub(crate) const LATENCY_NS: u64 = 50_000;
+const SECTOR: u64 = 512;
+
+const F_SIZE_MAX: u64 = 1 << 1;
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+/// Longest segment and most segments of a request; together the longest request.
+const SIZE_MAX: u32 = 64 << 10;
+const SEG_MAX: u32 = 126;
+const LONGEST: u64 = SIZE_MAX as u64 * SEG_MAX as u64;
+
+const TYPE_IN: u32 = 0;
+const TYPE_OUT: u32 = 1;
+const TYPE_FLUSH: u32 = 4;
+const TYPE_GET_ID: u32 = 8;
+const STATUS_OK: u8 = 0;
+const STATUS_IO_ERROR: u8 = 1;
+const STATUS_UNSUPPORTED: u8 = 2;
+const HEADER: usize = 16;
+const ID_LEN: usize = 20;
+
+/// A request that is done and waits for its time.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+struct Done {
+    #[n(0)]
+    due_ns: u64,
+    #[n(1)]
+    head: u16,
+    #[n(2)]
+    written: u32,
+    #[n(3)]
+    status: u8,
+    #[n(4)]
+    status_address: u64,
+}
+
+/// One disk.
+#[derive(Debug)]
+pub(crate) struct Block {
+    disk: Box<dyn Disk>,
+    sectors: u64,
+    read_only: bool,
+    id: [u8; ID_LEN],
+    in_flight: VecDeque<Done>,
+}
+
+/// What became of a request: data bytes written to the guest, or a status.
+type Outcome = Result<u32, u8>;
+
+impl Block {
+    pub(crate) fn new(disk: Box<dyn Disk>, config: &DiskConfig) -> Self {
+        let mut id = [0; ID_LEN];
+        let n = config.serial.len().min(ID_LEN);
+        id[..n].copy_from_slice(&config.serial.as_bytes()[..n]);
+        Self { sectors: disk.size() / SECTOR, disk, read_only: config.read_only, id, in_flight: VecDeque::new() }
+    }
+
+    /// Byte offset of `len` bytes at `sector`, if they are whole sectors of this disk.
+    fn range(&self, sector: u64, len: u64) -> Result<u64, u8> {
+        let end = sector.checked_add(len / SECTOR);
+        if len % SECTOR != 0 || len > LONGEST || end.is_none_or(|end| end > self.sectors) {
+            return Err(STATUS_IO_ERROR);
+        }
+        Ok(sector * SECTOR)
+    }
+
+    /// Does what a request asks for, all but its status byte.
+    fn execute(&mut self, chain: &Chain, cx: &Cx) -> Result<Outcome, DiskError> {
+        // An OUT request's readable part is the header and the data; it is read as one.
+        let Some(bytes) = chain.read(cx.ram, HEADER + LONGEST as usize).filter(|b| b.len() >= HEADER) else {
+            return Ok(Err(STATUS_IO_ERROR));
+        };
+        let (header, data) = bytes.split_at(HEADER);
+        let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let mut sector = [0; 8];
+        sector.copy_from_slice(&header[8..]);
+        let sector = u64::from_le_bytes(sector);
+        let room = chain.writable_len() - 1;
+        Ok(match kind {
+            TYPE_IN => match self.range(sector, room) {
+                Ok(offset) => {
+                    let mut data = vec![0; room as usize];
+                    self.disk.read_at(offset, &mut data)?;
+                    if chain.write(cx.ram, 0, &data) == data.len() { Ok(room as u32) } else { Err(STATUS_IO_ERROR) }
+                }
+                Err(status) => Err(status),
+            },
+            TYPE_OUT if self.read_only => Err(STATUS_IO_ERROR),
+            TYPE_OUT => match self.range(sector, data.len() as u64) {
+                Ok(offset) => {
+                    self.disk.write_at(offset, data)?;
+                    Ok(0)
+                }
+                Err(status) => Err(status),
+            },
+            TYPE_FLUSH => {
+                self.disk.flush()?;
+                Ok(0)
+            }
+            TYPE_GET_ID => {
+                let n = (room as usize).min(ID_LEN);
+                Ok(chain.write(cx.ram, 0, &self.id[..n]) as u32)
+            }
+            _ => Err(STATUS_UNSUPPORTED),
+        })
+    }
+}
+
+/// Address of the last writable byte, where the status goes.
+fn status_address(chain: &Chain) -> Option<u64> {
+    let &(address, len) = chain.writable.iter().rev().find(|p| p.1 > 0)?;
+    address.checked_add(u64::from(len) - 1)
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> &'static str {
+        "virtio-block"
+    }
+    fn device_type(&self) -> u16 {
+        2
+    }
+    fn class(&self) -> u32 {
+        0x01_8000
+    }
+    fn features(&self) -> u64 {
+        F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | if self.read_only { F_RO } else { 0 }
+    }
+    fn queue_sizes(&self) -> &'static [u16] {
+        &QUEUE_SIZES
+    }
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; 36];
+        config[0..8].copy_from_slice(&self.sectors.to_le_bytes());
+        config[8..12].copy_from_slice(&SIZE_MAX.to_le_bytes());
+        config[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
+        config[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
+        config
+    }
+    fn negotiated(&mut self, _features: u64) {}
+    fn reset(&mut self) {
+        self.in_flight.clear();
+    }
+
+    fn notify(&mut self, queue: usize, queues: &mut Queues, cx: &mut Cx) -> Result<(), Broken> {
+        while let Some(chain) = queues.pop(cx, queue)? {
+            // A driver that offers chains it has not got back yet could make this list grow for ever.
+            if self.in_flight.len() >= usize::from(QUEUE_SIZES[REQUESTS]) {
+                return Err(Broken);
+            }
+            let status_address = status_address(&chain).ok_or(Broken)?;
+            let outcome = match self.execute(&chain, cx) {
+                Ok(outcome) => outcome,
+                Err(e) => {
+                    queues.unpop(queue);
+                    *cx.failure = Some(format!("disk: {e}"));
+                    return Ok(());
+                }
+            };
+            let (written, status) = match outcome {
+                Ok(data) => (data + 1, STATUS_OK),
+                Err(status) => (1, status),
+            };
+            let due_ns = cx.now_ns.saturating_add(LATENCY_NS);
+            self.in_flight.push_back(Done { due_ns, head: chain.head, written, status, status_address });
+        }
+        queues.want_notify(cx, queue)
+    }
+
+    fn deadline_ns(&self) -> Option<u64> {
+        self.in_flight.front().map(|done| done.due_ns)
+    }
+
+    fn fire_due(&mut self, queues: &mut Queues, cx: &mut Cx) -> Result<(), Broken> {
+        while let Some(done) = self.in_flight.pop_front_if(|done| done.due_ns <= cx.now_ns) {
+            cx.ram.write_slice(&[done.status], GuestAddress(done.status_address)).map_err(|_| Broken)?;
+            queues.push(cx, REQUESTS, done.head, done.written)?;
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let in_flight: Vec<Done> = self.in_flight.iter().cloned().collect();
+        Payload::encode("", 1, &(self.sectors, in_flight)).bytes
+    }
+    fn restore(&mut self, payload: &Payload, bytes: &[u8]) -> Result<(), RestoreError> {
+        let (sectors, in_flight): (u64, Vec<Done>) = payload.decode_part(bytes)?;
+        if sectors != self.sectors {
+            return Err(payload.invalid(format!("its disk has {sectors} sectors, this machine's {}", self.sectors)));
+        }
+        if in_flight.len() > usize::from(QUEUE_SIZES[REQUESTS]) || !in_flight.is_sorted_by_key(|done| done.due_ns) {
+            return Err(payload.invalid("impossible requests are in flight"));
+        }
+        self.in_flight = in_flight.into();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "block_tests.rs"]
+mod tests;
