@@ -283,3 +283,223 @@ fn write_dr(cx: &mut Cx, n: usize, value: u64) -> Result<Flow, Exception> {
     };
     Ok(Flow::Sync)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{LEAVES, ROOT, USER, USER_CS32, World};
+    use super::*;
+
+    /// MOV CRn, RAX.
+    fn write(w: &mut World, n: u8, value: u64) -> Result<Flow, Exception> {
+        w.st.gpr[gpr::RAX] = value;
+        if n < 8 { w.exec(&[0x0f, 0x22, 0xc0 | n << 3]) } else { w.exec(&[0x44, 0x0f, 0x22, 0xc0 | (n - 8) << 3]) }
+    }
+    fn read(w: &mut World, n: u8) -> u64 {
+        assert_eq!(w.exec(&[0x0f, 0x20, 0xc0 | n << 3]), Ok(Flow::Next));
+        w.st.gpr[gpr::RAX]
+    }
+
+    #[test]
+    fn reserved_bits() {
+        let gp = Err(Exception::gp(0));
+        let mut w = World::new();
+        let (cr0, cr4) = (w.st.cr0, w.st.cr4);
+        assert_eq!(write(&mut w, 0, cr0 | 1 << 32), gp);
+        assert_eq!(write(&mut w, 0, cr0 & !cr0::PE), gp);
+        assert_eq!(write(&mut w, 0, cr0 | cr0::NW), gp);
+        // PG cannot be cleared in 64-bit code.
+        assert_eq!(write(&mut w, 0, cr0 & !cr0::PG), gp);
+        assert_eq!(write(&mut w, 0, (cr0 | cr0::TS) & !cr0::ET), Ok(Flow::Sync));
+        assert_eq!(read(&mut w, 0), cr0 | cr0::TS);
+        assert_eq!(w.exec(&[0x0f, 0x06]), Ok(Flow::Sync));
+        assert_eq!(w.st.cr0, cr0);
+        assert_eq!(write(&mut w, 4, cr4 & !cr4::PAE), gp);
+        for bit in [cr4::SMEP, cr4::SMAP, cr4::OSXSAVE, cr4::PCIDE, cr4::FSGSBASE, cr4::UMIP, cr4::VME, 1 << 12, 1 << 40] {
+            assert_eq!(write(&mut w, 4, cr4 | bit), gp);
+        }
+        assert_eq!(write(&mut w, 4, cr4 | cr4::TSD), Ok(Flow::Sync));
+        assert_eq!(write(&mut w, 3, 1 << 40), gp);
+        assert_eq!(write(&mut w, 3, 1 << 63), gp);
+        assert_eq!(write(&mut w, 3, ROOT | 0xfff), Ok(Flow::Sync));
+        assert_eq!(read(&mut w, 3), ROOT | 0x18);
+        assert_eq!(write(&mut w, 2, u64::MAX), Ok(Flow::Sync));
+        assert_eq!(read(&mut w, 2), u64::MAX);
+        assert_eq!(write(&mut w, 8, 16), gp);
+        assert_eq!(write(&mut w, 8, 9), Ok(Flow::Sync));
+        assert_eq!(w.bus.cr8, 9);
+        assert_eq!(write(&mut w, 5, 0), Err(Exception::UD));
+        let mut w = World::new().user();
+        assert_eq!(write(&mut w, 3, ROOT), gp);
+        assert_eq!(w.exec(&[0x0f, 0x20, 0xc0]), gp);
+    }
+
+    #[test]
+    fn in_and_out_of_long_mode() {
+        let mut w = World::new();
+        w.st.seg[seg::CS] = super::super::segments::flat_code(USER_CS32 & !3, 0, false);
+        let cr0 = w.st.cr0;
+        assert_eq!(write(&mut w, 0, cr0 & !cr0::PG), Ok(Flow::Sync));
+        assert_eq!(w.st.efer & efer::LMA, 0);
+        w.st.cr4 &= !cr4::PAE;
+        assert_eq!(write(&mut w, 0, cr0), Err(Exception::gp(0)));
+        w.st.cr4 |= cr4::PAE;
+        assert_eq!(write(&mut w, 0, cr0), Ok(Flow::Sync));
+        assert_ne!(w.st.efer & efer::LMA, 0);
+        // Without long mode no paging.
+        assert_eq!(write(&mut w, 0, cr0 & !cr0::PG), Ok(Flow::Sync));
+        w.st.efer &= !efer::LME;
+        assert_eq!(write(&mut w, 0, cr0), Err(Exception::gp(0)));
+    }
+
+    #[test]
+    fn translations_follow_the_registers() {
+        let mut w = World::new();
+        // Write protection for the supervisor.
+        w.put(LEAVES, 1);
+        let cr0 = w.st.cr0;
+        assert_eq!(write(&mut w, 0, cr0 & !cr0::WP), Ok(Flow::Sync));
+        assert_eq!(w.cx().write(8, &[1]), Ok(()));
+        assert_eq!(write(&mut w, 0, cr0), Ok(Flow::Sync));
+        assert_eq!(w.cx().write(8, &[1]), Err(Exception::pf(3, 8)));
+        // Another root.
+        assert_eq!(w.cx().read(USER, &mut [0]), Ok(()));
+        assert_eq!(write(&mut w, 3, 0x7000), Ok(Flow::Sync));
+        assert_eq!(w.cx().read(USER, &mut [0]), Err(Exception::pf(0, USER)));
+        assert_eq!(w.exec(&[0x0f, 0x01, 0x38]), Ok(Flow::Sync));
+    }
+
+    #[test]
+    fn machine_status_word() {
+        let mut w = World::new();
+        w.st.cr0 |= cr0::TS;
+        w.st.gpr[gpr::RAX] = cr0::EM;
+        assert_eq!(w.exec(&[0x0f, 0x01, 0xf0]), Ok(Flow::Sync));
+        let now = w.st.cr0;
+        assert_eq!(now & 0xf, cr0::PE | cr0::EM);
+        assert_eq!(w.exec(&[0x48, 0x0f, 0x01, 0xe1]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RCX], now);
+    }
+
+    #[test]
+    fn debug_registers() {
+        let mut w = World::new();
+        w.st.gpr[gpr::RAX] = 0xffff_ffff;
+        assert_eq!(w.exec(&[0x0f, 0x23, 0xf0]), Ok(Flow::Sync));
+        assert_eq!(w.st.dr[6], 0xffff_eff0 | 0xf);
+        w.st.gpr[gpr::RAX] = 1 << 32;
+        assert_eq!(w.exec(&[0x0f, 0x23, 0xf8]), Err(Exception::gp(0)));
+        w.st.gpr[gpr::RAX] = 0x3ff;
+        assert_eq!(w.exec(&[0x0f, 0x23, 0xf8]), Ok(Flow::Sync));
+        assert_eq!(w.st.dr[7], 0x7ff);
+        // DR5 is DR7, unless CR4.DE.
+        assert_eq!(w.exec(&[0x0f, 0x21, 0xe9]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RCX], 0x7ff);
+        w.st.cr4 |= cr4::DE;
+        assert_eq!(w.exec(&[0x0f, 0x21, 0xe9]), Err(Exception::UD));
+        w.st.dr[7] |= DR7_GD;
+        let bd = Exception { vector: Vector::Debug, error: None, address: Some(DR6_BD) };
+        assert_eq!(w.exec(&[0x0f, 0x21, 0xc0]), Err(bd));
+        let mut w = World::new().user();
+        assert_eq!(w.exec(&[0x0f, 0x21, 0xc0]), Err(Exception::gp(0)));
+    }
+
+    #[test]
+    fn interrupt_flag_and_shadow() {
+        let mut w = World::new();
+        assert_eq!(w.exec(&[0xfb]), Ok(Flow::Sync));
+        assert!(w.st.interrupt_shadow && w.st.rflags & rflags::IF != 0);
+        // STI with IF set casts none.
+        assert_eq!(w.exec(&[0xfb]), Ok(Flow::Next));
+        assert!(!w.st.interrupt_shadow);
+        assert_eq!(w.exec(&[0xfa]), Ok(Flow::Next));
+        assert_eq!(w.st.rflags & rflags::IF, 0);
+        assert_eq!(w.exec(&[0xf4]), Ok(Flow::Sync));
+        assert!(w.st.halted);
+        let mut w = World::new().user();
+        for code in [0xfa, 0xfb, 0xf4] {
+            assert_eq!(w.exec(&[code]), Err(Exception::gp(0)));
+        }
+        w.st.rflags |= rflags::IOPL;
+        assert_eq!(w.exec(&[0xfa]), Ok(Flow::Next));
+    }
+
+    #[test]
+    fn time_and_identity() {
+        let mut w = World::new().user();
+        w.bus.tsc = 0x1_2345_6789;
+        w.st.tsc_aux = 42;
+        assert_eq!(w.exec(&[0x0f, 0x01, 0xf9]), Ok(Flow::Next));
+        assert_eq!((w.st.gpr[gpr::RDX], w.st.gpr[gpr::RAX], w.st.gpr[gpr::RCX]), (1, 0x2345_6789, 42));
+        w.st.cr4 |= cr4::TSD;
+        assert_eq!(w.exec(&[0x0f, 0x31]), Err(Exception::gp(0)));
+        w.st.gpr[gpr::RAX] = 0xffff_ffff_0000_0000;
+        w.st.gpr[gpr::RCX] = 0;
+        assert_eq!(w.exec(&[0x0f, 0xa2]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RBX], u32::from_le_bytes(*b"Auth") as u64);
+    }
+
+    /// What the models do not have is #UD, whatever the host's silicon says.
+    #[test]
+    fn unknown_instructions() {
+        let none: &[&[u8]] = &[
+            &[0x0f, 0x0b],
+            &[0x0f, 0xb9, 0xc0],
+            &[0x0f, 0xff, 0xc0],
+            // RDPMC, RDRAND, RDSEED, RDPID.
+            &[0x0f, 0x33],
+            &[0x0f, 0xc7, 0xf0],
+            &[0x0f, 0xc7, 0xf8],
+            &[0xf3, 0x0f, 0xc7, 0xf8],
+            // MONITOR, MWAIT, XGETBV, XSAVE, VMCALL, VMMCALL, VMRUN, CLAC, STAC, INVPCID.
+            &[0x0f, 0x01, 0xc8],
+            &[0x0f, 0x01, 0xc9],
+            &[0x0f, 0x01, 0xd0],
+            &[0x0f, 0xae, 0x20],
+            &[0x0f, 0x01, 0xc1],
+            &[0x0f, 0x01, 0xd9],
+            &[0x0f, 0x01, 0xd8],
+            &[0x0f, 0x01, 0xca],
+            &[0x0f, 0x01, 0xcb],
+            &[0x66, 0x0f, 0x38, 0x82, 0x00],
+            // RDFSBASE, AESENC, PCLMULQDQ, VADDPS, ANDN, MOVBE, CLFLUSHOPT, SHA1NEXTE, ADCX.
+            &[0xf3, 0x0f, 0xae, 0xc0],
+            &[0x66, 0x0f, 0x38, 0xdc, 0xc1],
+            &[0x66, 0x0f, 0x3a, 0x44, 0xc1, 0],
+            &[0xc5, 0xf8, 0x58, 0xc1],
+            &[0xc4, 0xe2, 0x78, 0xf2, 0xc1],
+            &[0x0f, 0x38, 0xf0, 0x00],
+            &[0x66, 0x0f, 0xae, 0x38],
+            &[0x0f, 0x38, 0xc8, 0xc1],
+            &[0x66, 0x0f, 0x38, 0xf6, 0xc1],
+        ];
+        for code in none {
+            for mut w in [World::new(), World::new().user()] {
+                assert_eq!(w.exec(code), Err(Exception::UD), "{code:x?}");
+            }
+        }
+        // Not claimed: the silicon's own (ADDPS, POPCNT, PSHUFB, CMPXCHG16B, ENDBR64, BSF, PREFETCHW, PAUSE, LFENCE, FLD).
+        let silicon: &[&[u8]] = &[
+            &[0x0f, 0x58, 0xc1],
+            &[0xf3, 0x0f, 0xb8, 0xc1],
+            &[0x66, 0x0f, 0x38, 0x00, 0xc1],
+            &[0x48, 0x0f, 0xc7, 0x08],
+            &[0xf3, 0x0f, 0x1e, 0xfa],
+            &[0x0f, 0xbc, 0xc1],
+            &[0x0f, 0x0d, 0x08],
+            &[0xf3, 0x90],
+            &[0x0f, 0xae, 0xe8],
+            &[0xd9, 0xc0],
+            &[0x66, 0x0f, 0x3a, 0x63, 0xc1, 0],
+            &[0xf2, 0x0f, 0x38, 0xf1, 0xc1],
+            &[0xf2, 0x0f, 0x10, 0x00],
+            &[0x9f],
+            &[0x0f, 0xae, 0x38],
+            &[0x0f, 0xc3, 0x00],
+            &[0x9b],
+        ];
+        for code in silicon {
+            let insn = iced_x86::Decoder::new(64, code, iced_x86::DecoderOptions::NONE).decode();
+            assert!(!insn.is_invalid() && !super::super::handles(&insn), "{code:x?} {insn:?}");
+        }
+    }
+}

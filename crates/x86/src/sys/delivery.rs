@@ -19,7 +19,7 @@ use crate::Exception;
 pub enum Delivery {
     /// `st` is at the first instruction of a handler (of this event, or of a fault its delivery met).
     Done,
-    /// A fault while a double fault was delivered: the processor shuts down. The state is that before the delivery.
+    /// A fault while a double fault was delivered: the processor shuts down. The state is that before the delivery, CR2 and DR6 apart.
     TripleFault,
 }
 
@@ -37,10 +37,8 @@ pub(super) enum Source {
 /// A [`Vector::Debug`] sets DR6.BS (single step), or the bits in `address` if it has them.
 pub fn deliver_exception(cx: &mut Cx, exception: Exception) -> Delivery {
     let mut current = exception;
+    note_address(cx, &current);
     loop {
-        if let (Vector::PageFault, Some(address)) = (current.vector, current.address) {
-            cx.st.cr2 = address;
-        }
         if current.vector == Vector::Debug {
             let bits = current.address.unwrap_or(DR6_BS);
             cx.st.dr[6] |= bits;
@@ -52,11 +50,21 @@ pub fn deliver_exception(cx: &mut Cx, exception: Exception) -> Delivery {
         let rip = cx.st.rip;
         match enter(cx, current.vector as u8, current.error, Source::Hardware, rip, frame_flags) {
             Ok(()) => return Delivery::Done,
-            Err(next) => match combine(current.vector, next) {
-                Some(combined) => current = combined,
-                None => return Delivery::TripleFault,
-            },
+            Err(next) => {
+                note_address(cx, &next);
+                match combine(current.vector, next) {
+                    Some(combined) => current = combined,
+                    None => return Delivery::TripleFault,
+                }
+            }
         }
+    }
+}
+
+/// A page fault's address goes to CR2 when the fault is found, also if it ends as a double fault.
+fn note_address(cx: &mut Cx, exception: &Exception) {
+    if let (Vector::PageFault, Some(address)) = (exception.vector, exception.address) {
+        cx.st.cr2 = address;
     }
 }
 
@@ -205,5 +213,184 @@ impl Cx<'_> {
         }
         let rsp = u64::from_le_bytes(self.read_system(tr.base.wrapping_add(offset as u64))?);
         if canonical(rsp) { Ok(rsp) } else { Err(Exception::ss(ext)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Flow;
+    use super::super::testing::{CODE, GDT, HANDLERS, IDT, IST1, KERNEL_CS, KERNEL_SS, RSP0, STACK, TSS, USER, USER_CS, USER_CS32, USER_SS, World};
+    use super::*;
+
+    fn frame(w: &World, words: usize) -> Vec<u64> {
+        (0..words as u64).map(|i| w.get(w.st.gpr[gpr::RSP] + 8 * i)).collect()
+    }
+    fn deliver(w: &mut World, e: Exception) -> Delivery {
+        deliver_exception(&mut w.cx(), e)
+    }
+
+    #[test]
+    fn page_fault_from_user() {
+        let mut w = World::new().user();
+        w.st.rflags |= rflags::TF | rflags::NT | rflags::CF;
+        let flags = w.st.rflags;
+        w.st.gpr[gpr::RSP] += 4;
+        let rsp = w.st.gpr[gpr::RSP];
+        assert_eq!(deliver(&mut w, Exception::pf(6, 0x1234)), Delivery::Done);
+        assert_eq!(w.st.cr2, 0x1234);
+        assert_eq!(w.st.rip, HANDLERS + 16 * 14);
+        assert_eq!(w.st.gpr[gpr::RSP], RSP0 - 48);
+        assert_eq!(frame(&w, 6), [6, USER, USER_CS as u64, flags | rflags::RF, rsp, USER_SS as u64]);
+        assert_eq!((w.st.cpl, w.st.seg[seg::CS].selector), (0, KERNEL_CS));
+        assert_eq!(w.st.seg[seg::SS], null(0));
+        assert_eq!(w.st.rflags, rflags::ONE | rflags::CF);
+        // The accessed bit of the code segment was set.
+        assert_eq!(w.get(GDT + KERNEL_CS as u64) >> 40 & 0xff, 0x9b);
+    }
+
+    #[test]
+    fn interrupt_in_the_kernel() {
+        let mut w = World::new();
+        w.st.rflags |= rflags::IF;
+        w.st.gpr[gpr::RSP] = STACK - 8;
+        w.st.halted = true;
+        assert_eq!(deliver_interrupt(&mut w.cx(), 0x30), Delivery::Done);
+        assert_eq!(frame(&w, 5), [CODE, KERNEL_CS as u64, rflags::ONE | rflags::IF, STACK - 8, KERNEL_SS as u64]);
+        // The frame is aligned before it is pushed.
+        assert_eq!(w.st.gpr[gpr::RSP], STACK - 16 - 40);
+        assert_eq!((w.st.rip, w.st.halted, w.st.seg[seg::SS].selector), (HANDLERS + 0x300, false, KERNEL_SS));
+        assert_eq!(w.st.rflags, rflags::ONE);
+        // A trap gate leaves IF.
+        let mut w = World::new();
+        w.gate(0x31, 0x8f, 0);
+        w.st.rflags |= rflags::IF;
+        assert_eq!(deliver_interrupt(&mut w.cx(), 0x31), Delivery::Done);
+        assert_eq!(w.st.rflags, rflags::ONE | rflags::IF);
+    }
+
+    #[test]
+    fn interrupt_stack_table() {
+        for user in [false, true] {
+            let mut w = if user { World::new().user() } else { World::new() };
+            w.gate(2, 0x8e, 1);
+            let ss = w.st.seg[seg::SS];
+            assert_eq!(deliver_interrupt(&mut w.cx(), 2), Delivery::Done);
+            assert_eq!(w.st.gpr[gpr::RSP], IST1 - 40);
+            assert_eq!(w.st.seg[seg::SS], if user { null(0) } else { ss });
+        }
+        // A TSS too short for it.
+        let mut w = World::new();
+        w.gate(2, 0x8e, 1);
+        w.st.tr.limit = 0x24 + 6;
+        assert_eq!(deliver_interrupt(&mut w.cx(), 2), Delivery::Done);
+        assert_eq!((w.st.rip, frame(&w, 1)[0]), (HANDLERS + 16 * 10, 0x41));
+    }
+
+    #[test]
+    fn software_interrupts_need_the_gates_privilege() {
+        let mut w = World::new().user();
+        assert_eq!(w.exec(&[0xcd, 0x80]), Err(Exception::gp(0x80 * 8 + 2)));
+        w.gate(0x80, 0xee, 0);
+        assert_eq!(w.exec(&[0xcd, 0x80]), Ok(Flow::Jump));
+        assert_eq!(frame(&w, 1), [USER + 2]);
+        let mut w = World::new().user();
+        assert_eq!(w.exec(&[0xcc]), Err(Exception::gp(3 * 8 + 2)));
+        // INT1 is no software interrupt in this.
+        assert_eq!(w.exec(&[0xf1]), Ok(Flow::Jump));
+        assert_eq!((w.st.rip, w.st.dr[6]), (HANDLERS + 16, 0xffff_0ff0));
+        let mut w = World::new();
+        assert_eq!(w.exec(&[0xcc]), Ok(Flow::Jump));
+        assert_eq!((frame(&w, 1), w.st.rip), (vec![CODE + 1], HANDLERS + 48));
+    }
+
+    #[test]
+    fn single_step_is_told_in_dr6() {
+        let mut w = World::new();
+        w.st.rflags |= rflags::TF;
+        w.st.dr[7] |= 1 << 13;
+        assert_eq!(deliver(&mut w, Exception::plain(Vector::Debug)), Delivery::Done);
+        assert_eq!((w.st.dr[6], w.st.dr[7]), (0xffff_4ff0, 0x400));
+        // A trap: RF is not set.
+        assert_eq!(frame(&w, 3)[2], rflags::ONE | rflags::TF);
+    }
+
+    #[test]
+    fn faults_of_the_delivery() {
+        // A gate that is not there: #NP with EXT, about the IDT.
+        let mut w = World::new();
+        w.put(IDT + 16 * 0x30, 0);
+        assert_eq!(deliver_interrupt(&mut w.cx(), 0x30), Delivery::Done);
+        assert_eq!((w.st.rip, frame(&w, 1)[0]), (HANDLERS + 16 * 13, 0x30 * 8 + 3));
+        let mut w = World::new();
+        w.gate(0x30, 0x0e, 0);
+        assert_eq!(deliver_interrupt(&mut w.cx(), 0x30), Delivery::Done);
+        assert_eq!((w.st.rip, frame(&w, 1)[0]), (HANDLERS + 16 * 11, 0x30 * 8 + 3));
+        // Beyond the limit.
+        let mut w = World::new();
+        w.st.idtr.limit = 0x30 * 16 - 1;
+        assert_eq!(deliver_interrupt(&mut w.cx(), 0x30), Delivery::Done);
+        assert_eq!(frame(&w, 1)[0], 0x30 * 8 + 3);
+        // A code segment that is none, and one that is not 64-bit.
+        for selector in [KERNEL_SS, USER_CS32, 0x78, 0xf0] {
+            let mut w = World::new();
+            let gate = w.get(IDT + 16 * 0x30) & !0xffff_0000 | (selector as u64) << 16;
+            w.put(IDT + 16 * 0x30, gate);
+            assert_eq!(deliver_interrupt(&mut w.cx(), 0x30), Delivery::Done);
+            assert_eq!((w.st.rip, frame(&w, 1)[0]), (HANDLERS + 16 * 13, (selector as u64 & !3) | 1));
+        }
+        // #UD is benign: a page fault on its stack is just that.
+        let mut w = World::new();
+        w.gate(14, 0x8e, 1);
+        w.st.gpr[gpr::RSP] = 0x80_0000;
+        assert_eq!(deliver(&mut w, Exception::UD), Delivery::Done);
+        assert_eq!((w.st.rip, w.st.cr2, frame(&w, 2)), (HANDLERS + 16 * 14, 0x80_0000 - 40, vec![2, CODE]));
+        // A non-canonical stack.
+        let mut w = World::new();
+        w.gate(12, 0x8e, 1);
+        w.st.gpr[gpr::RSP] = 1 << 60;
+        assert_eq!(deliver(&mut w, Exception::UD), Delivery::Done);
+        assert_eq!((w.st.rip, frame(&w, 1)[0]), (HANDLERS + 16 * 12, 1));
+    }
+
+    #[test]
+    fn double_and_triple_faults() {
+        // Page fault on page fault.
+        let mut w = World::new().user();
+        w.gate(8, 0x8e, 1);
+        w.put(TSS + 4, 0x80_0000);
+        assert_eq!(deliver(&mut w, Exception::pf(4, 0x5000)), Delivery::Done);
+        assert_eq!((w.st.rip, frame(&w, 2)), (HANDLERS + 16 * 8, vec![0, USER]));
+        assert_eq!(w.st.cr2, 0x80_0000 - 48);
+        assert_eq!(w.st.gpr[gpr::RSP], IST1 - 48);
+        // General protection on general protection.
+        let mut w = World::new();
+        w.put(IDT + 16 * 13, 0);
+        assert_eq!(deliver(&mut w, Exception::gp(0)), Delivery::Done);
+        assert_eq!(w.st.rip, HANDLERS + 16 * 8);
+        // A contributory fault followed by a page fault is a page fault.
+        let mut w = World::new().user();
+        w.gate(14, 0x8e, 1);
+        w.put(TSS + 4, 0x80_0000);
+        assert_eq!(deliver(&mut w, Exception::gp(0)), Delivery::Done);
+        assert_eq!(w.st.rip, HANDLERS + 16 * 14);
+        // No double fault handler either; nothing has changed but CR2.
+        let mut w = World::new().user();
+        w.put(TSS + 4, 0x80_0000);
+        let mut before = w.st.clone();
+        assert_eq!(deliver(&mut w, Exception::pf(4, 0x5000)), Delivery::TripleFault);
+        before.cr2 = w.st.cr2;
+        assert_eq!(before, w.st);
+        let mut w = World::new();
+        w.st.idtr.limit = 0;
+        assert_eq!(deliver_interrupt(&mut w.cx(), 0x30), Delivery::TripleFault);
+    }
+
+    #[test]
+    fn compatibility_mode_enters_64_bit_handlers() {
+        let mut w = World::new().user();
+        w.st.seg[seg::CS] = super::super::segments::flat_code(USER_CS32, 3, false);
+        assert_eq!(deliver(&mut w, Exception::UD), Delivery::Done);
+        assert_eq!(frame(&w, 2), [USER, USER_CS32 as u64]);
+        assert!(w.st.is_64_bit_code());
     }
 }

@@ -89,7 +89,7 @@ mod tests {
         w.put(TSS + 0x68 + 0x3f8 / 8, 2);
         assert_eq!(w.exec(&[0xec]), Ok(Flow::Next));
         assert_eq!(w.exec(&[0x66, 0xed]), Err(Exception::gp(0)));
-        assert_eq!(w.exec(&[0x6e]), Err(Exception::pf(4, 0)));
+        assert_eq!(w.exec(&[0x6e]), Err(Exception::pf(5, 0)));
         w.st.rflags |= rflags::IOPL;
         assert_eq!(w.exec(&[0x66, 0xed]), Ok(Flow::Next));
     }

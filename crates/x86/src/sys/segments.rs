@@ -405,3 +405,182 @@ fn swapgs(cx: &mut Cx) -> Result<Flow, Exception> {
     std::mem::swap(&mut cx.st.seg[seg::GS].base, &mut cx.st.kernel_gs_base);
     Ok(Flow::Sync)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{GDT, KERNEL_CS, KERNEL_SS, STACK, TSS, TSS_SELECTOR, USER, USER_CS, USER_SS, World, flat};
+    use super::*;
+    use crate::state::rflags;
+
+    /// MOV to the segment register numbered `s`, from AX.
+    fn load(w: &mut World, s: u8, selector: u16) -> Result<Flow, Exception> {
+        w.st.gpr[gpr::RAX] = selector as u64;
+        w.exec(&[0x8e, 0xc0 | s << 3])
+    }
+
+    #[test]
+    fn moves_to_data_segments() {
+        let mut w = World::new();
+        w.put(GDT + 0x50, flat(0x92, 0xc) | 0x12_3456 << 16 | 0x78 << 56);
+        assert_eq!(load(&mut w, 4, 0x50), Ok(Flow::Sync));
+        let fs = Segment { base: 0x7812_3456, limit: u32::MAX, selector: 0x50, attributes: 0xc093 };
+        assert_eq!(w.st.seg[seg::FS], fs);
+        // The accessed bit is set in memory.
+        assert_eq!(w.get(GDT + 0x50) >> 40 & 0xff, 0x93);
+        // A null selector clears the base.
+        assert_eq!(load(&mut w, 4, 3), Ok(Flow::Sync));
+        assert_eq!(w.st.seg[seg::FS], null(3));
+        assert_eq!(load(&mut w, 3, 0xf0), Err(Exception::gp(0xf0)));
+        assert_eq!(load(&mut w, 3, TSS_SELECTOR), Err(Exception::gp(0x40)));
+        assert_eq!(load(&mut w, 3, 0x0c), Err(Exception::gp(0x0c)));
+        // Byte granularity, not present.
+        w.put(GDT + 0x50, 0x1234 | 0x92 << 40 | 0x5 << 48);
+        assert_eq!(load(&mut w, 3, 0x50), Ok(Flow::Sync));
+        assert_eq!(w.st.seg[seg::DS].limit, 0x5_1234);
+        w.put(GDT + 0x50, flat(0x12, 0xc));
+        assert_eq!(load(&mut w, 3, 0x50), Err(Exception::np(0x50)));
+        // Execute-only code cannot be read.
+        w.put(GDT + 0x50, flat(0x98, 0xa));
+        assert_eq!(load(&mut w, 3, 0x50), Err(Exception::gp(0x50)));
+        // CS never.
+        assert_eq!(load(&mut w, 1, KERNEL_CS), Err(Exception::UD));
+        // Users cannot load the kernel's.
+        let mut w = World::new().user();
+        assert_eq!(load(&mut w, 3, KERNEL_SS), Err(Exception::gp(KERNEL_SS as u32)));
+        assert_eq!(load(&mut w, 3, USER_SS), Ok(Flow::Sync));
+        assert_eq!(w.exec(&[0x8c, 0xd8]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RAX], USER_SS as u64);
+    }
+
+    #[test]
+    fn stack_segment() {
+        let mut w = World::new();
+        assert_eq!(load(&mut w, 2, KERNEL_SS), Ok(Flow::Sync));
+        assert!(w.st.interrupt_shadow);
+        assert_eq!(w.exec(&[0xfa]), Ok(Flow::Next));
+        assert!(!w.st.interrupt_shadow);
+        assert_eq!(load(&mut w, 2, 0), Ok(Flow::Sync));
+        assert_eq!(load(&mut w, 2, 3), Err(Exception::gp(0)));
+        assert_eq!(load(&mut w, 2, USER_SS), Err(Exception::gp(USER_SS as u32 & !3)));
+        assert_eq!(load(&mut w, 2, KERNEL_CS), Err(Exception::gp(KERNEL_CS as u32)));
+        w.put(GDT + 0x50, flat(0x12, 0xc));
+        assert_eq!(load(&mut w, 2, 0x50), Err(Exception::ss(0x50)));
+        let mut w = World::new().user();
+        assert_eq!(load(&mut w, 2, 0), Err(Exception::gp(0)));
+        assert_eq!(load(&mut w, 2, USER_SS), Ok(Flow::Sync));
+    }
+
+    #[test]
+    fn stores_and_pushes() {
+        let mut w = World::new();
+        w.put(STACK - 8, u64::MAX);
+        // PUSH GS, POP FS.
+        w.st.seg[seg::GS].selector = 0x2b;
+        assert_eq!(w.exec(&[0x0f, 0xa8]), Ok(Flow::Next));
+        assert_eq!((w.get(STACK - 8), w.st.gpr[gpr::RSP]), (0x2b, STACK - 8));
+        assert_eq!(w.exec(&[0x0f, 0xa1]), Ok(Flow::Sync));
+        assert_eq!((w.st.seg[seg::FS].selector, w.st.gpr[gpr::RSP]), (0x2b, STACK));
+        // MOV [rbx], ss: 16 bits.
+        w.st.gpr[gpr::RBX] = USER;
+        w.put(USER, u64::MAX);
+        assert_eq!(w.exec(&[0x8c, 0x13]), Ok(Flow::Next));
+        assert_eq!(w.get(USER), 0xffff_ffff_ffff_0018);
+        // LSS with a pointer in memory.
+        w.put(USER, 0x0018_1234_5678);
+        assert_eq!(w.exec(&[0x0f, 0xb2, 0x03]), Ok(Flow::Sync));
+        assert_eq!(w.st.gpr[gpr::RAX], 0x1234_5678);
+    }
+
+    #[test]
+    fn local_descriptors() {
+        let mut w = World::new();
+        w.put(GDT + 0x50, 0xf | (USER & 0xff_ffff) << 16 | 0x82 << 40 | (USER >> 24) << 56);
+        w.put(GDT + 0x58, 0);
+        w.put(USER + 8, flat(0x92, 0xc));
+        assert_eq!(load(&mut w, 3, 0xc), Err(Exception::gp(0xc)));
+        w.st.gpr[gpr::RAX] = 0x50;
+        assert_eq!(w.exec(&[0x0f, 0x00, 0xd0]), Ok(Flow::Sync));
+        assert_eq!((w.st.ldtr.base, w.st.ldtr.limit), (USER, 0xf));
+        assert_eq!(load(&mut w, 3, 0xc), Ok(Flow::Sync));
+        assert_eq!(load(&mut w, 3, 0x14), Err(Exception::gp(0x14)));
+        assert_eq!(w.exec(&[0x0f, 0x00, 0xc1]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RCX], 0x50);
+        w.put(GDT + 0x58, 0x8000);
+        w.st.gpr[gpr::RAX] = 0x50;
+        assert_eq!(w.exec(&[0x0f, 0x00, 0xd0]), Err(Exception::gp(0x50)));
+        w.st.gpr[gpr::RAX] = KERNEL_CS as u64;
+        assert_eq!(w.exec(&[0x0f, 0x00, 0xd0]), Err(Exception::gp(KERNEL_CS as u32)));
+        w.st.gpr[gpr::RAX] = 0;
+        assert_eq!(w.exec(&[0x0f, 0x00, 0xd0]), Ok(Flow::Sync));
+        assert_eq!(w.st.ldtr, null(0));
+    }
+
+    #[test]
+    fn task_register() {
+        let mut w = World::new();
+        w.st.tr = null(0);
+        w.st.gpr[gpr::RAX] = TSS_SELECTOR as u64;
+        assert_eq!(w.exec(&[0x0f, 0x00, 0xd8]), Ok(Flow::Sync));
+        assert_eq!(w.st.tr, Segment { base: TSS, limit: 0x67, selector: TSS_SELECTOR, attributes: 0x8b });
+        assert_eq!(w.get(GDT + 0x40) >> 40 & 0xff, 0x8b);
+        // Busy now.
+        assert_eq!(w.exec(&[0x0f, 0x00, 0xd8]), Err(Exception::gp(0x40)));
+        let mut w = World::new().user();
+        assert_eq!(w.exec(&[0x0f, 0x00, 0xd8]), Err(Exception::gp(0)));
+    }
+
+    #[test]
+    fn looking_at_descriptors() {
+        let mut w = World::new().user();
+        let mut look = |code: &[u8], selector: u16| {
+            w.st.gpr[gpr::RAX] = selector as u64;
+            w.st.gpr[gpr::RCX] = 0x77;
+            assert_eq!(w.exec(code), Ok(Flow::Next));
+            (w.st.rflags & rflags::ZF != 0).then_some(w.st.gpr[gpr::RCX])
+        };
+        let (lar, lsl) = (&[0x0f, 0x02, 0xc8], &[0x0f, 0x03, 0xc8]);
+        assert_eq!(look(lar, USER_CS), Some(0x00af_fa00));
+        assert_eq!(look(lsl, USER_CS), Some(0xffff_ffff));
+        // Not for this level, null, beyond the table.
+        for selector in [KERNEL_CS, 3, 0xf3] {
+            assert_eq!(look(lar, selector), None);
+            assert_eq!(look(lsl, selector), None);
+        }
+        let (verr, verw) = (&[0x0f, 0x00, 0xe0], &[0x0f, 0x00, 0xe8]);
+        assert!(look(verr, USER_CS).is_some() && look(verw, USER_CS).is_none());
+        assert!(look(verr, USER_SS).is_some() && look(verw, USER_SS).is_some());
+        assert!(look(verr, KERNEL_SS).is_none());
+        let mut w = World::new();
+        w.st.gpr[gpr::RAX] = TSS_SELECTOR as u64;
+        assert_eq!(w.exec(&[0x0f, 0x03, 0xc8]), Ok(Flow::Next));
+        assert_eq!(w.st.gpr[gpr::RCX], 0x67);
+    }
+
+    #[test]
+    fn tables() {
+        let mut w = World::new();
+        w.st.gpr[gpr::RBX] = USER + 0xffa;
+        // SGDT straddles a page.
+        assert_eq!(w.exec(&[0x0f, 0x01, 0x03]), Ok(Flow::Next));
+        assert_eq!(w.bytes(USER + 0xffa, 10), [0x7f, 0, 0, 0x80, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(w.exec(&[0x0f, 0x01, 0x1b]), Ok(Flow::Sync));
+        assert_eq!(w.st.idtr, w.st.gdtr);
+        w.put_bytes(USER + 0xffc, &[0, 0, 0, 0, 0, 0, 1, 0]);
+        assert_eq!(w.exec(&[0x0f, 0x01, 0x13]), Err(Exception::gp(0)));
+        let mut w = World::new().user();
+        assert_eq!(w.exec(&[0x0f, 0x01, 0x13]), Err(Exception::gp(0)));
+        w.st.gpr[gpr::RBX] = USER;
+        assert_eq!(w.exec(&[0x0f, 0x01, 0x0b]), Ok(Flow::Next));
+    }
+
+    #[test]
+    fn swapping_gs() {
+        let mut w = World::new();
+        w.st.seg[seg::GS].base = 5;
+        w.st.kernel_gs_base = 6;
+        assert_eq!(w.exec(&[0x0f, 0x01, 0xf8]), Ok(Flow::Sync));
+        assert_eq!((w.st.seg[seg::GS].base, w.st.kernel_gs_base), (6, 5));
+        let mut w = World::new().user();
+        assert_eq!(w.exec(&[0x0f, 0x01, 0xf8]), Err(Exception::gp(0)));
+    }
+}

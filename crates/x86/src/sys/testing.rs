@@ -82,6 +82,8 @@ pub struct World {
     pub bus: FakeBus,
     pub model: CpuModel,
     host: *mut u8,
+    /// What `host` and the MMU's TLB point into.
+    _owned: (Box<[[u64; 512]]>, Box<[Tlb; 2]>),
 }
 
 /// A GDT code or data descriptor, flat.
@@ -92,20 +94,18 @@ pub fn flat(access: u64, flags: u64) -> u64 {
 impl World {
     /// 64-bit kernel code at [`CODE`] with interrupts off.
     pub fn new() -> Self {
-        // RAM leaks: a test is short.
-        let pages: &mut [[u64; 512]] = Box::leak(vec![[0u64; 512]; 1025].into_boxed_slice());
+        // One page more than needed, for alignment.
+        let mut pages = vec![[0u64; 512]; 1025].into_boxed_slice();
         let start = pages.as_mut_ptr() as u64;
         let host = (pages.as_mut_ptr() as *mut u8).wrapping_add((start.next_multiple_of(4096) - start) as usize);
         let region = RamRegion { gpa: 0, len: 1 << 22, host };
-        // SAFETY: leaked memory, used by this world only.
+        // SAFETY: memory that lives as long as the world, used by nothing else.
         let ram = unsafe { PhysMem::new(vec![region], PageFlags::new(1024)) };
-        let tlb = Box::leak(Box::new(
-            [(); 2].map(|_| Tlb { read: [0; _], write: [0; _], addend: [0; _] }),
-        ));
-        // SAFETY: leaked memory, used by this MMU only.
-        let mmu = unsafe { Mmu::new(ram, tlb) };
+        let mut tlb = Box::new([(); 2].map(|_| Tlb { read: [0; _], write: [0; _], addend: [0; _] }));
+        // SAFETY: as above.
+        let mmu = unsafe { Mmu::new(ram, &raw mut *tlb) };
         let mut w =
-            Self { st: CpuState::reset(), mmu, bus: FakeBus::default(), model: CpuModel::x86_64_v2(), host };
+            Self { st: CpuState::reset(), mmu, bus: FakeBus::default(), model: CpuModel::x86_64_v2(), host, _owned: (pages, tlb) };
         w.put(ROOT, 0x2007);
         w.put(0x2000, 0x3007);
         w.put(0x3000, LEAVES | 7);

@@ -319,3 +319,194 @@ fn gate(cx: &mut Cx, insn: &Instruction, gate_selector: u16, call: bool) -> Resu
     cx.st.rip = rip;
     Ok(Flow::Jump)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{CODE, GDT, KERNEL_CS, KERNEL_SS, RSP0, STACK, USER, USER_CS, USER_CS32, USER_SS, World, flat};
+    use super::*;
+
+    const IRETQ: &[u8] = &[0x48, 0xcf];
+    const RETFQ: &[u8] = &[0x48, 0xcb];
+
+    fn push(w: &mut World, words: &[u64]) {
+        w.st.gpr[gpr::RSP] -= 8 * words.len() as u64;
+        let rsp = w.st.gpr[gpr::RSP];
+        for (i, word) in words.iter().enumerate() {
+            w.put(rsp + 8 * i as u64, *word);
+        }
+    }
+
+    #[test]
+    fn iret_to_user() {
+        let mut w = World::new();
+        w.st.seg[seg::DS] = flat_data(KERNEL_SS, 0);
+        w.st.seg[seg::ES] = flat_data(USER_SS, 3);
+        w.st.seg[seg::GS].base = 0x1234;
+        push(&mut w, &[USER, USER_CS as u64, rflags::IF | rflags::RF | rflags::CF, USER + 0x100, USER_SS as u64]);
+        assert_eq!(w.exec(IRETQ), Ok(Flow::Jump));
+        assert_eq!((w.st.rip, w.st.cpl, w.st.gpr[gpr::RSP]), (USER, 3, USER + 0x100));
+        assert_eq!(w.st.rflags, rflags::ONE | rflags::IF | rflags::CF);
+        assert_eq!((w.st.seg[seg::CS].selector, w.st.seg[seg::SS].selector), (USER_CS, USER_SS));
+        assert!(w.st.is_64_bit_code());
+        assert_eq!(w.st.seg[seg::DS], null(0));
+        assert_eq!(w.st.seg[seg::ES].selector, USER_SS);
+        // A null GS keeps its base.
+        assert_eq!(w.st.seg[seg::GS].base, 0x1234);
+    }
+
+    #[test]
+    fn iret_to_compatibility_mode_and_the_kernel() {
+        let mut w = World::new();
+        push(&mut w, &[USER, USER_CS32 as u64, 0, 0xffff_fff0, USER_SS as u64]);
+        assert_eq!(w.exec(IRETQ), Ok(Flow::Jump));
+        assert!(!w.st.is_64_bit_code());
+        // To itself, from an interrupt: a null SS at level 0 is fine.
+        let mut w = World::new();
+        push(&mut w, &[CODE + 5, KERNEL_CS as u64, rflags::IF, STACK, 0]);
+        assert_eq!(w.exec(IRETQ), Ok(Flow::Jump));
+        assert_eq!((w.st.rip, w.st.seg[seg::SS], w.st.gpr[gpr::RSP]), (CODE + 5, null(0), STACK));
+    }
+
+    #[test]
+    fn iret_faults() {
+        let cases: [([u64; 5], Exception); 9] = [
+            ([0, 0, 0, 0, 0], Exception::gp(0)),
+            ([0, 0xf3, 0, 0, 0], Exception::gp(0xf0)),
+            ([0, KERNEL_SS as u64, 0, 0, 0], Exception::gp(KERNEL_SS as u32)),
+            // The requested level does not fit the descriptor.
+            ([0, KERNEL_CS as u64 | 3, 0, 0, 0x2b], Exception::gp(KERNEL_CS as u32)),
+            ([1 << 50, USER_CS as u64, 0, 0, USER_SS as u64], Exception::gp(0)),
+            ([1 << 32, USER_CS32 as u64, 0, 0, USER_SS as u64], Exception::gp(0)),
+            ([0, USER_CS as u64, 0, 0, 0], Exception::gp(0)),
+            ([0, USER_CS as u64, 0, 0, KERNEL_SS as u64], Exception::gp(KERNEL_SS as u32)),
+            ([0, USER_CS as u64, 0, 0, 0x53], Exception::ss(0x50)),
+        ];
+        for (frame, fault) in cases {
+            let mut w = World::new();
+            w.put(GDT + 0x50, flat(0x72, 0xc));
+            push(&mut w, &frame);
+            assert_eq!(w.exec(IRETQ), Err(fault), "{frame:x?}");
+        }
+        let mut w = World::new();
+        w.st.rflags |= rflags::NT;
+        assert_eq!(w.exec(IRETQ), Err(Exception::gp(0)));
+        // A code segment that is not present; inward is not possible.
+        let mut w = World::new();
+        w.put(GDT + 0x50, flat(0x7a, 0xa));
+        push(&mut w, &[0, 0x53, 0, 0, USER_SS as u64]);
+        assert_eq!(w.exec(IRETQ), Err(Exception::np(0x50)));
+        let mut w = World::new().user();
+        push(&mut w, &[0, KERNEL_CS as u64, 0, 0, KERNEL_SS as u64]);
+        assert_eq!(w.exec(IRETQ), Err(Exception::gp(KERNEL_CS as u32)));
+    }
+
+    #[test]
+    fn user_iret_cannot_raise_flags() {
+        let mut w = World::new().user();
+        push(&mut w, &[USER + 9, USER_CS as u64, rflags::IOPL | rflags::DF, USER + 0x200, USER_SS as u64]);
+        assert_eq!(w.exec(IRETQ), Ok(Flow::Jump));
+        assert_eq!(w.st.rflags, rflags::ONE | rflags::IF | rflags::DF);
+    }
+
+    #[test]
+    fn syscall_and_back() {
+        let mut w = World::new().user();
+        w.st.rflags |= rflags::DF | rflags::CF;
+        let flags = w.st.rflags;
+        assert_eq!(w.exec(&[0x0f, 0x05]), Ok(Flow::Jump));
+        assert_eq!((w.st.rip, w.st.cpl), (0x60000, 0));
+        assert_eq!((w.st.gpr[gpr::RCX], w.st.gpr[gpr::R11]), (USER + 2, flags));
+        assert_eq!(w.st.rflags, rflags::ONE | rflags::CF);
+        assert_eq!((w.st.seg[seg::CS].selector, w.st.seg[seg::SS].selector), (0x10, 0x18));
+        assert!(w.st.is_64_bit_code());
+        let mut narrow = World::new();
+        narrow.st = w.st.clone();
+        assert_eq!(w.exec(&[0x48, 0x0f, 0x07]), Ok(Flow::Jump));
+        assert_eq!((w.st.rip, w.st.cpl, w.st.rflags), (USER + 2, 3, flags));
+        assert_eq!((w.st.seg[seg::CS].selector, w.st.seg[seg::SS].selector), (USER_CS, USER_SS));
+        assert!(w.st.is_64_bit_code());
+        assert_eq!(narrow.exec(&[0x0f, 0x07]), Ok(Flow::Jump));
+        assert_eq!(narrow.st.seg[seg::CS].selector, USER_CS32);
+        assert!(!narrow.st.is_64_bit_code());
+        // From there SYSCALL goes to CSTAR.
+        assert_eq!(narrow.exec(&[0x0f, 0x05]), Ok(Flow::Jump));
+        assert_eq!(narrow.st.rip, 0x61000);
+
+        assert_eq!(w.exec(&[0x48, 0x0f, 0x07]), Err(Exception::gp(0)));
+        let mut w = World::new();
+        w.st.gpr[gpr::RCX] = 1 << 47;
+        assert_eq!(w.exec(&[0x48, 0x0f, 0x07]), Err(Exception::gp(0)));
+        w.st.efer &= !efer::SCE;
+        assert_eq!(w.exec(&[0x48, 0x0f, 0x07]), Err(Exception::UD));
+        assert_eq!(w.exec(&[0x0f, 0x05]), Err(Exception::UD));
+        assert_eq!(w.exec(&[0x0f, 0x34]), Err(Exception::UD));
+    }
+
+    #[test]
+    fn far_returns() {
+        let mut w = World::new();
+        push(&mut w, &[CODE + 0x20, KERNEL_CS as u64]);
+        assert_eq!(w.exec(RETFQ), Ok(Flow::Jump));
+        assert_eq!((w.st.rip, w.st.gpr[gpr::RSP]), (CODE + 0x20, STACK));
+        // Outward, releasing 16 bytes on both stacks.
+        push(&mut w, &[USER, USER_CS as u64, 0, 0, USER + 0x100, USER_SS as u64]);
+        assert_eq!(w.exec(&[0x48, 0xca, 16, 0]), Ok(Flow::Jump));
+        assert_eq!((w.st.cpl, w.st.gpr[gpr::RSP], w.st.rip), (3, USER + 0x110, USER));
+        push(&mut w, &[CODE, KERNEL_CS as u64]);
+        assert_eq!(w.exec(RETFQ), Err(Exception::gp(KERNEL_CS as u32)));
+        // 32-bit words.
+        let mut w = World::new();
+        push(&mut w, &[(KERNEL_CS as u64) << 32 | (CODE + 3)]);
+        assert_eq!(w.exec(&[0xcb]), Ok(Flow::Jump));
+        assert_eq!((w.st.rip, w.st.gpr[gpr::RSP]), (CODE + 3, STACK));
+    }
+
+    /// CALL and JMP FAR [rbx], with 32-bit offsets.
+    #[test]
+    fn far_jumps_and_calls() {
+        let far = |target: u64, selector: u16, call: bool, user: bool| {
+            let mut w = if user { World::new().user() } else { World::new() };
+            w.st.gpr[gpr::RBX] = USER + 0x500;
+            w.put(USER + 0x500, target | (selector as u64) << 32);
+            let result = w.exec(&[0xff, if call { 0x1b } else { 0x2b }]);
+            (result, w)
+        };
+        let (result, w) = far(CODE + 0x40, KERNEL_CS, false, false);
+        assert_eq!((result, w.st.rip), (Ok(Flow::Jump), CODE + 0x40));
+        let (result, w) = far(CODE + 0x40, KERNEL_CS, true, false);
+        assert_eq!((result, w.st.gpr[gpr::RSP]), (Ok(Flow::Jump), STACK - 8));
+        assert_eq!(w.get(STACK - 8), (KERNEL_CS as u64) << 32 | (CODE + 2));
+        assert_eq!(far(0, 0, false, false).0, Err(Exception::gp(0)));
+        assert_eq!(far(0, USER_CS, false, false).0, Err(Exception::gp(USER_CS as u32 & !3)));
+        assert_eq!(far(0, KERNEL_CS, true, true).0, Err(Exception::gp(KERNEL_CS as u32)));
+        assert_eq!(far(0, KERNEL_SS, true, false).0, Err(Exception::gp(KERNEL_SS as u32)));
+        assert_eq!(far(0, 0xf0, true, false).0, Err(Exception::gp(0xf0)));
+        // User code to compatibility mode.
+        let (result, w) = far(USER + 7, USER_CS32, false, true);
+        assert_eq!((result, w.st.is_64_bit_code(), w.st.rip), (Ok(Flow::Jump), false, USER + 7));
+    }
+
+    #[test]
+    fn call_gates() {
+        let gate = |access: u64, call: bool| {
+            let mut w = World::new().user();
+            w.put(GDT + 0x50, 0x3344 | (KERNEL_CS as u64) << 16 | access << 40 | 0x6 << 48);
+            w.put(GDT + 0x58, 0);
+            w.st.gpr[gpr::RBX] = USER + 0x500;
+            w.put(USER + 0x500, 0x53 << 32);
+            let result = w.exec(&[0xff, if call { 0x1b } else { 0x2b }]);
+            (result, w)
+        };
+        let (result, w) = gate(0xec, true);
+        assert_eq!((result, w.st.rip, w.st.cpl), (Ok(Flow::Jump), 0x63344, 0));
+        assert_eq!(w.st.gpr[gpr::RSP], RSP0 - 32);
+        let frame: Vec<u64> = (0..4).map(|i| w.get(RSP0 - 32 + 8 * i)).collect();
+        assert_eq!(frame, [USER + 2, USER_CS as u64, USER + 0x8000, USER_SS as u64]);
+        assert_eq!(w.st.seg[seg::SS], null(0));
+        // JMP cannot go inward; the gate's level; presence.
+        assert_eq!(gate(0xec, false).0, Err(Exception::gp(KERNEL_CS as u32)));
+        assert_eq!(gate(0x8c, true).0, Err(Exception::gp(0x50)));
+        assert_eq!(gate(0x6c, true).0, Err(Exception::np(0x50)));
+        assert_eq!(gate(0xe9, true).0, Err(Exception::gp(0x50)));
+    }
+}
