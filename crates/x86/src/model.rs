@@ -144,3 +144,71 @@ fn text<const N: usize>(s: &str) -> [u32; N] {
     }
     words
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(leaf: u32, subleaf: u32) -> [u32; 4] {
+        CpuModel::x86_64_v2().cpuid(leaf, subleaf, &CpuState::reset())
+    }
+    fn ascii(words: &[u32]) -> String {
+        words.iter().flat_map(|w| w.to_le_bytes()).filter(|&b| b != 0).map(char::from).collect()
+    }
+
+    #[test]
+    fn names() {
+        assert_eq!(CpuModel::by_name("x86-64-v2"), Some(CpuModel::x86_64_v2()));
+        assert_eq!(CpuModel::by_name("x86-64-v9"), None);
+        let [_, b, c, d] = ask(0, 0);
+        assert_eq!(ascii(&[b, d, c]), "AuthenticAMD");
+        let [_, b, c, d] = ask(0x4000_0000, 0);
+        assert_eq!(ascii(&[b, c, d]), "KVMKVMKVM");
+        let brand: Vec<u32> = (0x8000_0002..=0x8000_0004).flat_map(|l| ask(l, 0)).collect();
+        assert_eq!(ascii(&brand), "Twinstep x86-64-v2");
+    }
+
+    /// The levels of the x86-64 psABI, version 1.0 section 3.1.1.
+    #[test]
+    fn v2_and_no_more() {
+        let [_, _, c, d] = ask(1, 0);
+        for bit in [0, 8, 15, 23, 24, 25, 26] {
+            assert_ne!(d & 1 << bit, 0, "EDX {bit}");
+        }
+        for bit in [0, 9, 13, 19, 20, 23] {
+            assert_ne!(c & 1 << bit, 0, "ECX {bit}");
+        }
+        // PCLMUL, MONITOR, SMX, VMX, FMA, PCID, MOVBE, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND; VME, MCE, MCA.
+        for bit in [1, 3, 5, 6, 12, 17, 22, 25, 26, 27, 28, 29, 30] {
+            assert_eq!(c & 1 << bit, 0, "ECX {bit}");
+        }
+        for bit in [1, 7, 14] {
+            assert_eq!(d & 1 << bit, 0, "EDX {bit}");
+        }
+        assert_eq!(ask(7, 0), [0, 2, 0, 0]);
+        assert_eq!(ask(7, 1), [0; 4]);
+        let [_, _, c, d] = ask(0x8000_0001, 0);
+        assert_eq!(c, 1);
+        for bit in [11, 20, 26, 27, 29] {
+            assert_ne!(d & 1 << bit, 0, "extended EDX {bit}");
+        }
+        assert_eq!(ask(0x8000_0008, 0)[0], 0x3028);
+    }
+
+    #[test]
+    fn what_does_not_exist_is_zero() {
+        for leaf in [2, 0xd, 0xe, 0x15, 0x4000_0002, 0x8000_001e, 0x8000_0022, 0xc000_0000, u32::MAX] {
+            assert_eq!(ask(leaf, 0), [0; 4]);
+        }
+        assert_eq!(ask(0xb, 5), [0, 0, 5, 0]);
+        assert_eq!(ask(0x8000_0000, 99)[0], 0x8000_0021);
+    }
+
+    #[test]
+    fn time_is_steady() {
+        assert_ne!(ask(0x8000_0007, 0)[3] & 1 << 8, 0);
+        assert_eq!(ask(0x4000_0010, 0)[0], 1_000_000);
+        let features = ask(0x4000_0001, 0)[0];
+        assert_eq!(features & bits(&[0, 3, 24]), bits(&[0, 3, 24]));
+    }
+}

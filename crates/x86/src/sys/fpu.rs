@@ -323,3 +323,212 @@ fn masked_move(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     cx.st.fx = fx;
     Ok(Flow::Next)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{USER, World};
+    use super::*;
+    use crate::state::gpr;
+    use std::arch::asm;
+
+    /// A world with an operand at RBX.
+    fn world() -> World {
+        let mut w = World::new();
+        w.st.gpr[gpr::RBX] = USER;
+        w
+    }
+
+    /// Runs one FPU instruction on the silicon with `fx` loaded and `memory` as operand; the FPU image after it.
+    macro_rules! silicon {
+        ($instruction:literal, $fx:expr, $memory:expr) => {{
+            let (mut host, mut after) = (FxImage::RESET, FxImage::RESET);
+            // SAFETY: the host's own FPU state is saved before and restored after; the operand is large enough.
+            unsafe {
+                asm!(
+                    "fxsave64 [{host}]",
+                    "fxrstor64 [{fx}]",
+                    concat!($instruction, " [{memory}]"),
+                    "fxsave64 [{after}]",
+                    "fxrstor64 [{host}]",
+                    host = in(reg) &raw mut host,
+                    fx = in(reg) &raw const $fx,
+                    memory = in(reg) $memory.as_mut_ptr(),
+                    after = in(reg) &raw mut after,
+                );
+            }
+            settle(&mut after);
+            after
+        }};
+    }
+
+    /// Images with all kinds of register contents, tops and tags, exceptions masked or pending.
+    fn images() -> Vec<FxImage> {
+        let registers: [(u64, u16); 8] = [
+            (0, 0),
+            (1 << 63, 0x3fff),
+            (0xc000_0000_0000_0000, 0x7fff),
+            (1 << 63, 0xffff),
+            (5, 0),
+            (0x7000_0000_0000_0000, 0x4000),
+            (0xffff_ffff_ffff_ffff, 0xbffe),
+            (0, 0x8000),
+        ];
+        let mut all = Vec::new();
+        for top in 0..8u16 {
+            for (ftw, fcw, flags) in [(0xffu8, 0x37f, 0u16), (0, 0x37f, 0x4100), (0x5a, 0xffff, 0x3f), (0x81, 0x340, 0x01), (0xe7, 0x27e, 0x22)] {
+                let mut fx = FxImage::RESET;
+                for (i, (mantissa, exponent)) in registers.into_iter().enumerate() {
+                    fx.0[32 + 16 * i..][..8].copy_from_slice(&mantissa.to_le_bytes());
+                    set_word(&mut fx.0, 40 + 16 * i, exponent);
+                }
+                set_word(&mut fx.0, at::FCW, fcw);
+                set_word(&mut fx.0, at::FSW, flags | top << 11);
+                fx.0[at::FTW] = ftw;
+                fx.0[160..416].iter_mut().enumerate().for_each(|(i, b)| *b = i as u8);
+                all.push(fx);
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn settled_is_what_the_silicon_keeps() {
+        for fx in images() {
+            let mut settled = fx;
+            settle(&mut settled);
+            let mut nothing = [0u8; 4];
+            // STMXCSR leaves the FPU alone: this shows what loading alone does.
+            assert_eq!(settled, silicon!("stmxcsr", fx, nothing));
+            let again = settled;
+            settle(&mut settled);
+            assert_eq!(again, settled);
+        }
+    }
+
+    #[test]
+    fn environments_are_the_silicons() {
+        for mut fx in images() {
+            settle(&mut fx);
+            for (code, len) in [(&[0xd9u8, 0x33] as &[u8], 28), (&[0x66, 0xd9, 0x33], 14), (&[0xdd, 0x33], 108), (&[0x66, 0xdd, 0x33], 94)] {
+                let mut w = world();
+                w.st.fx = fx;
+                assert_eq!(w.exec(code), Ok(Flow::Next));
+                let mut memory = [0u8; 108];
+                let after = match (len, code[0]) {
+                    (28, _) => silicon!("fnstenv", fx, memory),
+                    (14, _) => silicon!(".byte 0x66; fnstenv", fx, memory),
+                    (108, _) => silicon!("fnsave", fx, memory),
+                    _ => silicon!(".byte 0x66; fnsave", fx, memory),
+                };
+                assert_eq!(w.st.fx, after, "{len}");
+                let mut mine = w.bytes(USER, len);
+                // The silicon may keep pointers and selectors; here they are zero.
+                let pointers = if len == 28 || len == 108 { 12..26 } else { 6..14 };
+                assert!(mine[pointers.clone()].iter().all(|&b| b == 0));
+                mine[pointers.clone()].copy_from_slice(&memory[pointers]);
+                assert_eq!(mine, memory[..len], "{len}");
+            }
+        }
+    }
+
+    #[test]
+    fn loading_is_the_silicons() {
+        let all = images();
+        for (i, fx) in all.iter().enumerate() {
+            let (mut from, mut to) = (*fx, all[(i * 7 + 3) % all.len()]);
+            settle(&mut from);
+            settle(&mut to);
+            if pending(&to) {
+                let mut w = world();
+                w.st.fx = to;
+                assert_eq!(w.exec(&[0xd9, 0x23]), Err(Exception::plain(Vector::MathFault)));
+                assert_eq!(w.exec(&[0xdd, 0x23]), Err(Exception::plain(Vector::MathFault)));
+                continue;
+            }
+            let (env, _) = environment(&from, false);
+            let mut w = world();
+            w.st.fx = to;
+            w.put_bytes(USER, &env);
+            assert_eq!(w.exec(&[0xd9, 0x23]), Ok(Flow::Next));
+            let mut memory = env;
+            assert_eq!(w.st.fx, silicon!("fldenv", to, memory), "{i}");
+            // FNSAVE, FRSTOR.
+            let mut w = world();
+            w.st.fx = from;
+            assert_eq!(w.exec(&[0xdd, 0x33]), Ok(Flow::Next));
+            let mut memory = w.bytes(USER, 108);
+            w.st.fx = to;
+            assert_eq!(w.exec(&[0xdd, 0x23]), Ok(Flow::Next));
+            assert_eq!(w.st.fx, silicon!("frstor", to, memory), "{i}");
+        }
+    }
+
+    #[test]
+    fn fxsave_and_back() {
+        let mut w = world();
+        let mut fx = images()[7];
+        settle(&mut fx);
+        w.st.fx = fx;
+        // What the host left in the constant fields does not get out.
+        w.st.fx.0[6..24].fill(0xee);
+        w.st.fx.0[30] = 2;
+        w.put(USER + 464, u64::MAX);
+        assert_eq!(w.exec(&[0x48, 0x0f, 0xae, 0x03]), Ok(Flow::Next));
+        let image = w.bytes(USER, 512);
+        assert!(image[6..24].iter().all(|&b| b == 0));
+        assert_eq!(image[28..32], [0xff, 0xff, 0, 0]);
+        assert_eq!(image[464..472], [0xff; 8]);
+        w.st.fx = FxImage::RESET;
+        w.put_bytes(USER + 8, &[9; 16]);
+        assert_eq!(w.exec(&[0x48, 0x0f, 0xae, 0x0b]), Ok(Flow::Next));
+        assert!(w.st.fx.0[5..24].iter().all(|&b| b == 0));
+        assert_eq!(w.st.fx, fx);
+
+        w.put_bytes(USER + 26, &[1]);
+        assert_eq!(w.exec(&[0x0f, 0xae, 0x0b]), Err(Exception::gp(0)));
+        w.st.gpr[gpr::RBX] += 8;
+        assert_eq!(w.exec(&[0x0f, 0xae, 0x0b]), Err(Exception::gp(0)));
+        assert_eq!(w.exec(&[0x0f, 0xae, 0x03]), Err(Exception::gp(0)));
+        w.st.cr0 |= cr0::TS;
+        assert_eq!(w.exec(&[0x0f, 0xae, 0x03]), Err(Exception::NM));
+        assert_eq!(w.exec(&[0x0f, 0xae, 0x13]), Err(Exception::NM));
+    }
+
+    #[test]
+    fn mxcsr() {
+        let mut w = world();
+        w.put(USER, 0xffff);
+        assert_eq!(w.exec(&[0x0f, 0xae, 0x13]), Ok(Flow::Next));
+        assert_eq!(w.st.fx.0[24..28], [0xff, 0xff, 0, 0]);
+        w.put(USER, 0x2_1f80);
+        assert_eq!(w.exec(&[0x0f, 0xae, 0x13]), Err(Exception::gp(0)));
+        w.st.cr4 &= !cr4::OSFXSR;
+        assert_eq!(w.exec(&[0x0f, 0xae, 0x13]), Err(Exception::UD));
+    }
+
+    #[test]
+    fn masked_moves() {
+        let mut w = world();
+        w.st.gpr[gpr::RDI] = USER + 0xff8;
+        for i in 0..16 {
+            w.st.fx.0[at::XMM + i] = i as u8 + 1;
+            // XMM9 is the mask: every other byte.
+            w.st.fx.0[at::XMM + 9 * 16 + i] = if i % 2 == 0 { 0x80 } else { 0x7f };
+        }
+        assert_eq!(w.exec(&[0x66, 0x41, 0x0f, 0xf7, 0xc1]), Ok(Flow::Next));
+        assert_eq!(w.bytes(USER + 0xff8, 16), [1, 0, 3, 0, 5, 0, 7, 0, 9, 0, 11, 0, 13, 0, 15, 0]);
+        w.unmap(USER + 0x1000);
+        let fault = Exception::pf(2, USER + 0x1000);
+        assert_eq!(w.exec(&[0x66, 0x41, 0x0f, 0xf7, 0xc1]), Err(fault));
+        // MASKMOVQ mm0, mm1 makes the stack an MMX one.
+        let mut w = world();
+        w.st.gpr[gpr::RDI] = USER;
+        set_word(&mut w.st.fx.0, at::FSW, 3 << 11);
+        // MM0 is ST5 and MM1 is ST6 with TOP 3.
+        w.st.fx.0[at::ST + 5 * 16..][..8].fill(7);
+        w.st.fx.0[at::ST + 6 * 16] = 0x80;
+        assert_eq!(w.exec(&[0x0f, 0xf7, 0xc1]), Ok(Flow::Next));
+        assert_eq!(w.get(USER), 7);
+        assert_eq!((top(&w.st.fx), w.st.fx.0[at::FTW], w.st.fx.0[at::ST]), (0, 0xff, 7));
+    }
+}

@@ -186,3 +186,91 @@ fn write_efer(cx: &mut Cx, value: u64) -> Result<(), Exception> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Flow;
+    use super::super::testing::{LEAVES, USER, World};
+    use super::*;
+    use crate::state::gpr;
+
+    fn wrmsr(w: &mut World, msr: u32, value: u64) -> Result<Flow, Exception> {
+        w.st.gpr[gpr::RCX] = msr as u64;
+        w.st.gpr[gpr::RAX] = value & 0xffff_ffff;
+        w.st.gpr[gpr::RDX] = value >> 32;
+        w.exec(&[0x0f, 0x30])
+    }
+    fn rdmsr(w: &mut World, msr: u32) -> Result<u64, Exception> {
+        w.st.gpr[gpr::RCX] = msr as u64;
+        w.exec(&[0x0f, 0x32])?;
+        Ok(w.st.gpr[gpr::RDX] << 32 | w.st.gpr[gpr::RAX])
+    }
+
+    #[test]
+    fn stored_values() {
+        let mut w = World::new();
+        for msr in [0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0100, 0xc000_0101, 0xc000_0102, 0x175, 0x176] {
+            assert_eq!(wrmsr(&mut w, msr, 0xffff_8000_1234_5678), Ok(Flow::Sync));
+            assert_eq!(rdmsr(&mut w, msr), Ok(0xffff_8000_1234_5678));
+        }
+        assert_eq!(w.st.seg[seg::GS].base, 0xffff_8000_1234_5678);
+        for msr in [0xc000_0082, 0xc000_0083, 0xc000_0100, 0xc000_0101, 0xc000_0102, 0x175, 0x176] {
+            assert_eq!(wrmsr(&mut w, msr, 1 << 47), Err(Exception::gp(0)));
+        }
+        assert_eq!(wrmsr(&mut w, 0x277, 0x0007_0406_0007_0401), Ok(Flow::Sync));
+        assert_eq!(rdmsr(&mut w, 0x277), Ok(0x0007_0406_0007_0401));
+        for bad in [2, 3, 8, 1 << 63] {
+            assert_eq!(wrmsr(&mut w, 0x277, bad), Err(Exception::gp(0)));
+        }
+        assert_eq!(wrmsr(&mut w, 0x26f, 0x0606_0606_0606_0606), Ok(Flow::Sync));
+        assert_eq!(wrmsr(&mut w, 0x26f, 7), Err(Exception::gp(0)));
+        assert_eq!(rdmsr(&mut w, 0x26f), Ok(0x0606_0606_0606_0606));
+        assert_eq!(wrmsr(&mut w, 0x201, 0xff_8000_0800), Ok(Flow::Sync));
+        assert_eq!(wrmsr(&mut w, 0x201, 1 << 40), Err(Exception::gp(0)));
+        assert_eq!(wrmsr(&mut w, 0x2ff, 0xc06), Ok(Flow::Sync));
+        assert_eq!(rdmsr(&mut w, 0x2ff), Ok(0xc06));
+        assert_eq!(wrmsr(&mut w, 0xfe, 0), Err(Exception::gp(0)));
+        assert_eq!(wrmsr(&mut w, 0xc000_0103, 1 << 32), Err(Exception::gp(0)));
+    }
+
+    #[test]
+    fn the_time_stamp_counter() {
+        let mut w = World::new();
+        w.bus.tsc = 1000;
+        assert_eq!(rdmsr(&mut w, 0x10), Ok(1000));
+        assert_eq!(wrmsr(&mut w, 0x10, 5000), Ok(Flow::Sync));
+        w.bus.tsc = 1007;
+        assert_eq!(rdmsr(&mut w, 0x10), Ok(5007));
+        assert_eq!(rdmsr(&mut w, 0x3b), Ok(4000));
+        assert_eq!(wrmsr(&mut w, 0x3b, 0), Ok(Flow::Sync));
+        assert_eq!(rdmsr(&mut w, 0x10), Ok(1007));
+    }
+
+    #[test]
+    fn efer() {
+        let mut w = World::new();
+        let now = w.st.efer;
+        assert_eq!(wrmsr(&mut w, 0xc000_0080, now & !efer::LME), Err(Exception::gp(0)));
+        assert_eq!(wrmsr(&mut w, 0xc000_0080, now | 1 << 12), Err(Exception::gp(0)));
+        // LMA is kept; NXE takes effect at once.
+        assert_eq!(w.cx().read(USER, &mut [0]), Ok(()));
+        w.put(LEAVES + 0x1000, USER | 7 | 1 << 63);
+        assert_eq!(wrmsr(&mut w, 0xc000_0080, now & !efer::NXE & !efer::LMA), Ok(Flow::Sync));
+        assert_eq!(w.st.efer, now & !efer::NXE);
+        assert_eq!(w.cx().read(USER, &mut [0]), Err(Exception::pf(9, USER)));
+    }
+
+    #[test]
+    fn others_are_the_machines() {
+        let mut w = World::new();
+        assert_eq!(rdmsr(&mut w, 0x1b), Ok(0xfee0_0900));
+        assert_eq!(wrmsr(&mut w, 0x1b, 0), Ok(Flow::Sync));
+        assert_eq!(rdmsr(&mut w, 0x1234), Err(Exception::gp(0)));
+        assert_eq!(wrmsr(&mut w, 0x1234, 0), Err(Exception::gp(0)));
+        assert_eq!(rdmsr(&mut w, 0xc001_0015).map(|v| v >> 24 & 1), Ok(1));
+        assert_eq!(wrmsr(&mut w, 0xc001_0015, 0), Ok(Flow::Sync));
+        let mut w = World::new().user();
+        assert_eq!(rdmsr(&mut w, 0x10), Err(Exception::gp(0)));
+        assert_eq!(wrmsr(&mut w, 0x10, 0), Err(Exception::gp(0)));
+    }
+}
