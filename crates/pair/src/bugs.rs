@@ -22,6 +22,8 @@ pub enum Bug {
     AloneWithoutArbiter,
     /// The primary starts protection without having sent the records of outputs that have left already.
     ProtectBeforeFlush,
+    /// The primary starts protection although outputs that the image holds no trace of are still in its host's queues.
+    ProtectBeforeLeft,
     /// The secondary thinks itself entitled as soon as it has the image.
     EntitledByImage,
     /// Either side takes an arbiter that does not answer for one that said yes.
@@ -36,7 +38,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 13] = [
+    pub const ALL: [Bug; 14] = [
         Bug::ReleaseBeforeAck,
         Bug::LiveWithoutArbiter,
         Bug::ForgetReissue,
@@ -45,6 +47,7 @@ impl Bug {
         Bug::ReleaseAfterLosing,
         Bug::AloneWithoutArbiter,
         Bug::ProtectBeforeFlush,
+        Bug::ProtectBeforeLeft,
         Bug::EntitledByImage,
         Bug::SilenceIsConsent,
         Bug::ReleasedBeforeLeft,

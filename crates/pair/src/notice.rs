@@ -32,6 +32,11 @@ pub enum Notice {
         /// When it is claimed again.
         retry_at: Nanos,
     },
+    /// A standby can't be ended now.
+    ShutdownRefused {
+        /// Why not.
+        reason: String,
+    },
     /// The guest is held back, or is no longer.
     Throttle {
         /// Why, while it is held back.
@@ -48,6 +53,7 @@ impl fmt::Display for Notice {
                 f,
                 "the arbiter does not say who holds epoch {epoch} (asked {attempts} times); staying stopped, asking again at {retry_at}"
             ),
+            Notice::ShutdownRefused { reason } => write!(f, "not ended: {reason}"),
             Notice::Throttle { reason: Some(reason) } => write!(f, "the guest is held back: {reason}"),
             Notice::Throttle { reason: None } => write!(f, "the guest runs freely again"),
         }

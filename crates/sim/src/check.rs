@@ -2,7 +2,7 @@
 //!
 //! In: what sides do. Out: the first violation, in words. Invariant: nothing here influences the history.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use twinstep_pair::{Config, Epoch, PrimaryState, SecondaryState, StopReason, TableArbiter};
 
@@ -14,6 +14,8 @@ use crate::world::World;
 pub(crate) struct Checker {
     /// Who went on alone in which epoch.
     owners: BTreeMap<Epoch, usize>,
+    /// Which secondaries may go live, or might have.
+    entitled: BTreeSet<usize>,
     /// The guest was ended on purpose: nobody has to survive.
     pub(crate) ended: bool,
     pub(crate) alone: u64,
@@ -52,6 +54,30 @@ impl Checker {
         // What was made before protection started may leave, even if the host does it only now.
         if up_to > noted.max(primary.made_freely) {
             return Err(format!("side {side} releases output {up_to}, but its secondary has notes only up to {noted}"));
+        }
+        Ok(())
+    }
+
+    /// A secondary that may go live from now on has the note of everything the world has seen.
+    pub(crate) fn check_entitled(
+        &mut self,
+        index: usize,
+        side: &Side,
+        seen: u64,
+        table: &TableArbiter,
+    ) -> Result<(), String> {
+        let Role::Secondary(secondary) = &side.role else { return Ok(()) };
+        let status = secondary.status();
+        if !status.entitled || !self.entitled.insert(index) {
+            return Ok(());
+        }
+        // It may learn late that it might have, when the primary has won the next epoch and goes on already.
+        if status.epoch.is_some_and(|epoch| table.holder(VM, epoch.next()).is_some()) {
+            return Ok(());
+        }
+        let known = side.noted.max(side.machine.outputs);
+        if seen > known {
+            return Err(format!("side {index} may go live, but knows of {known} outputs where the world has seen {seen}"));
         }
         Ok(())
     }

@@ -92,6 +92,7 @@ impl Profile {
         }
         // Properly ended VMs teach little; they are rare.
         fault_weights[6] = u64::from(random.percent(10));
+        let slice_max = random.pick(&[10, 100, 400]);
         Profile {
             config: draw_config(random),
             delay_min_ns: 20_000,
@@ -103,8 +104,9 @@ impl Profile {
             faults: random.pick(&[0, 1, 1, 2, 2, 3, 5]),
             fault_at_change_percent: random.pick(&[0, 0, 10, 50]),
             fault_weights,
-            slice_max: random.pick(&[10, 100, 400]),
-            replay_slice_max: random.pick(&[20, 300, 2_000]),
+            slice_max,
+            // From a secondary that holds the guest back to one that idles.
+            replay_slice_max: slice_max * random.pick(&[1, 2, 8]) / 2,
             lazy_percent: random.pick(&[0, 20, 90]),
             input_padding_max: random.pick(&[0, 30, 400]),
             image_padding: random.pick(&[0, 100, 2_000]),

@@ -228,7 +228,8 @@ impl World {
         if let Role::Secondary(secondary) = &mut self.sides[side].role {
             secondary.handle(self.now, event);
         }
-        self.carry_out(side)
+        self.carry_out(side)?;
+        self.checker.check_entitled(side, &self.sides[side], self.outside.seen(), &self.arbiter.table)
     }
 
     fn tick(&mut self, side: usize) -> Result<(), String> {

@@ -408,7 +408,8 @@ impl Primary {
     fn start_protection_if_ready(&mut self, now: Nanos) {
         let (Some((_, last_output)), Some(backlog)) = (self.image.cut, &self.backlog) else { return };
         let caught_up = backlog.lag_instructions() <= self.setup.config.max_replay_lag;
-        let ready = self.image.restored && self.outputs.left() >= last_output && caught_up;
+        let left = self.outputs.left() >= last_output || self.bugs.has(Bug::ProtectBeforeLeft);
+        let ready = self.image.restored && left && caught_up;
         if self.state != PrimaryState::Copying || !ready {
             return;
         }

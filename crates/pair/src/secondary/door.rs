@@ -46,8 +46,14 @@ pub enum SecondaryEvent {
         /// The answer.
         verdict: Verdict,
     },
-    /// The administrator (or a failure of this host, such as a broken replay) wants an end. The primary is told.
+    /// The administrator wants this standby to end. The primary is told. Refused once the primary is lost, since the machine
+    /// may live on only here.
     Shutdown {
+        /// For people.
+        reason: String,
+    },
+    /// This host can't go on: the image can't be restored, replay went wrong. The primary is told, if there is one.
+    Failed {
         /// For people.
         reason: String,
     },

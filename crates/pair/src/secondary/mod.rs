@@ -228,10 +228,8 @@ impl Secondary {
             SecondaryEvent::Output { id } => self.on_output(id),
             SecondaryEvent::Replayed { seq, position } => self.on_replayed(now, seq, position),
             SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
-            SecondaryEvent::Shutdown { reason } => {
-                self.send(&Message::Goodbye { reason: reason.clone() });
-                self.stop(StopReason::Ended { reason });
-            }
+            SecondaryEvent::Shutdown { reason } => self.on_shutdown(reason),
+            SecondaryEvent::Failed { reason } => self.say_goodbye(reason),
             SecondaryEvent::Tick => self.on_tick(now),
         }
         assert!(self.actions.len() <= MAX_ACTIONS, "the host does not poll");
@@ -534,6 +532,19 @@ impl Secondary {
         let reissue = if self.bugs.has(Bug::ForgetReissue) { 0..0 } else { first..self.produced + 1 };
         self.enter(SecondaryState::Live, "the log is consumed");
         self.actions.push_back(SecondaryAction::GoLive { epoch, reissue });
+    }
+
+    fn on_shutdown(&mut self, reason: String) {
+        if self.state >= SecondaryState::Deciding {
+            let reason = "the primary is lost, and the VM may live on only here".to_owned();
+            return self.actions.push_back(SecondaryAction::Notice(Notice::ShutdownRefused { reason }));
+        }
+        self.say_goodbye(reason);
+    }
+
+    fn say_goodbye(&mut self, reason: String) {
+        self.send(&Message::Goodbye { reason: reason.clone() });
+        self.stop(StopReason::Ended { reason });
     }
 
     fn stop(&mut self, reason: StopReason) {
