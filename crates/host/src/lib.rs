@@ -8,10 +8,15 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod error;
+pub mod events;
 pub mod guest;
+pub mod identity;
 pub mod net;
 pub mod packages;
+pub mod passt;
+pub mod redis_check;
 pub mod switch;
+pub mod vm;
 pub mod wake;
 
 pub use error::{Error, Result};

@@ -1,0 +1,193 @@
+//! A machine from a spec, an image or a recording; an image from a machine.
+//!
+//! *Invariant*: a machine comes out whole or not at all.
+use std::io::{Read, Write};
+
+use minicbor::{Decode, Encode};
+use twinstep_log::{Compression, ImageMetadata, ImagePayload, ImageReader, ImageSummary, ReadError};
+use twinstep_machine::{Config, Disk, Machine, PAGE_SIZE, Payload};
+
+use crate::error::{Context, Error, Result};
+use crate::identity;
+
+/// What an image says beyond the machine itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Extra {
+    /// Outputs the machine had made since power-on.
+    #[n(0)]
+    pub last_output: u64,
+    /// Network cards of the machine.
+    #[n(1)]
+    pub nics: Vec<NicExtra>,
+    /// RAM in MiB.
+    #[n(2)]
+    pub ram_mib: u32,
+    /// Disks: read-only flag and serial number.
+    #[n(3)]
+    pub disks: Vec<DiskExtra>,
+}
+
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct NicExtra {
+    /// Hardware address.
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
+    pub mac: [u8; 6],
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct DiskExtra {
+    /// The guest cannot write to it.
+    #[n(0)]
+    pub read_only: bool,
+    /// Serial number.
+    #[n(1)]
+    pub serial: String,
+    /// Size in bytes.
+    #[n(2)]
+    pub bytes: u64,
+}
+
+/// Kind of the payload that holds [`Extra`]. No device has this name.
+const EXTRA_KIND: &str = "host";
+const EXTRA_VERSION: u16 = 1;
+
+/// The metadata of an image of this machine now.
+pub fn image_metadata(machine: &Machine) -> ImageMetadata {
+    let (vendor, family) = identity::cpu();
+    ImageMetadata {
+        ram_pages: machine.ram().flags().pages() as u64,
+        position: machine.position(),
+        engine: identity::build(),
+        cpu_model: machine.config().cpu_model.clone(),
+        host_vendor: vendor,
+        host_family: family.to_string(),
+        note: String::new(),
+    }
+}
+
+/// The machine's payloads, with what only the host knows.
+pub fn image_payloads(machine: &Machine, disk_bytes: &[u64], last_output: u64) -> Vec<ImagePayload> {
+    let config = machine.config();
+    let extra = Extra {
+        last_output,
+        nics: config.nics.iter().map(|&mac| NicExtra { mac }).collect(),
+        ram_mib: config.ram_mib,
+        disks: config
+            .disks
+            .iter()
+            .zip(disk_bytes)
+            .map(|(d, &bytes)| DiskExtra { read_only: d.read_only, serial: d.serial.clone(), bytes })
+            .collect(),
+    };
+    let extra = minicbor::to_vec(&extra).expect("encoding into memory cannot fail");
+    let own = ImagePayload { kind: EXTRA_KIND.into(), version: EXTRA_VERSION, bytes: extra };
+    let payloads = machine.save().into_iter();
+    std::iter::once(own).chain(payloads.map(|p| ImagePayload { kind: p.kind, version: p.version, bytes: p.bytes })).collect()
+}
+
+/// Writes an image of the machine. The machine must stand still meanwhile.
+pub fn write_image<W: Write>(
+    machine: &Machine,
+    disk_bytes: &[u64],
+    last_output: u64,
+    output: W,
+    compression: Compression,
+) -> Result<(W, ImageSummary), twinstep_log::WriteError> {
+    let payloads = image_payloads(machine, disk_bytes, last_output);
+    twinstep_log::image::write_image(
+        output,
+        &image_metadata(machine),
+        compression,
+        &payloads,
+        |number, page| page.copy_from_slice(machine.ram().page_bytes(number as usize)),
+        |_| {},
+    )
+}
+
+/// Makes the disks of a machine, given their descriptions.
+pub type DiskMaker<'a> = &'a mut dyn FnMut(&[DiskExtra]) -> Result<Vec<Box<dyn Disk>>>;
+
+/// Builds the machine of an image. `tune` may change what the guest cannot see of its configuration.
+pub fn from_image<R: Read>(
+    reader: &mut ImageReader<R>,
+    disks: DiskMaker,
+    tune: &dyn Fn(&mut Config),
+) -> Result<(Machine, Extra)> {
+    let metadata = reader.metadata().clone();
+    check_host(&metadata.host_vendor, &metadata.host_family)?;
+    let mut payloads = Vec::new();
+    let mut pages: Vec<(u64, Box<[u8; PAGE_SIZE as usize]>)> = Vec::new();
+    let mut machine: Option<(Machine, Extra)> = None;
+    // Payloads come before pages, so the machine can be built when the first page comes.
+    twinstep_log::image::read_image::<R, ReadError>(
+        reader,
+        |payload| {
+            payloads.push(payload);
+            Ok(())
+        },
+        |number, bytes| pages.push((number, Box::new(*bytes))),
+        |_| {},
+    )
+    .what("the image cannot be used")?;
+    let own = payloads.iter().position(|p| p.kind == EXTRA_KIND);
+    let own = payloads.swap_remove(own.ok_or_else(|| Error::new("the image says nothing of the machine's configuration"))?);
+    if own.version != EXTRA_VERSION {
+        return Err(Error::new(format!("the image's payload '{EXTRA_KIND}' has version {}, this build reads {EXTRA_VERSION}", own.version))
+            .next("use the Twinstep that wrote it"));
+    }
+    let extra: Extra = minicbor::decode(&own.bytes).what("the image's configuration cannot be read")?;
+    let config = {
+        let mut config = Config {
+            ram_mib: extra.ram_mib,
+            cpu_model: metadata.cpu_model.clone(),
+            nics: extra.nics.iter().map(|n| n.mac).collect(),
+            disks: extra
+                .disks
+                .iter()
+                .map(|d| twinstep_machine::DiskConfig { read_only: d.read_only, serial: d.serial.clone() })
+                .collect(),
+            ..Config::default()
+        };
+        tune(&mut config);
+        config
+    };
+    if metadata.ram_pages != u64::from(config.ram_mib) * 256 {
+        return Err(Error::new(format!("the image has {} pages for {} MiB of RAM", metadata.ram_pages, config.ram_mib)));
+    }
+    let mut built = Machine::new(config, disks(&extra.disks)?).what("cannot build the machine of the image")?;
+    for (number, bytes) in pages {
+        if !built.write_ram_page(number as usize, &bytes) {
+            return Err(Error::new(format!("the image has a page {number} that the machine has not")));
+        }
+    }
+    let payloads = payloads.into_iter().map(|p| Payload { kind: p.kind, version: p.version, bytes: p.bytes });
+    built.restore(payloads.collect()).what("the image does not fit this build")?;
+    if built.position() != metadata.position {
+        return Err(Error::new(format!(
+            "the image says position {}, its processor stands at {}",
+            metadata.position,
+            built.position()
+        )));
+    }
+    machine.replace((built, extra));
+    Ok(machine.expect("just put"))
+}
+
+/// Refuses what another maker's CPU recorded: undefined flags and the like may differ (docs/positions.md).
+pub fn check_host(vendor: &str, family: &str) -> Result<()> {
+    let (own_vendor, own_family) = identity::cpu();
+    if vendor == own_vendor && family == own_family.to_string() {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "this was made on a CPU of {vendor} family {family}, and this host's is {own_vendor} family {own_family}: \
+         what manuals leave undefined may differ between them, so it cannot be continued exactly"
+    ))
+    .next("use a host with a CPU of the same maker and family"))
+}

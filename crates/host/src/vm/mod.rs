@@ -1,0 +1,20 @@
+//! Virtual machines in the real world: the short compositions on the machine's one door.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`spec`] | what a VM is built from: flags, TOML |
+//! | [`build`] | a machine from a spec, an image or a recording |
+//! | [`pace`] | guest time pulled toward real time |
+//! | [`live`] | run and record: real I/O to inputs, outputs to real I/O |
+//! | [`pairing`] | the primary's end of the logging channel |
+//! | [`standby`] | the secondary: replay from the network, go live |
+//! | [`replay`] | a recording replayed and checked |
+//!
+//! *Invariant*: a machine is driven by one thread; everything else reaches it as a message.
+pub mod build;
+pub mod live;
+pub mod pace;
+pub mod pairing;
+pub mod replay;
+pub mod spec;
+pub mod standby;
