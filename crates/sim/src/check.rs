@@ -58,7 +58,8 @@ impl Checker {
         Ok(())
     }
 
-    /// A secondary that may go live from now on has the note of everything the world has seen.
+    /// A secondary that may go live from now on knows of everything the world has seen, and nothing that
+    /// it could not make again is still to be seen.
     pub(crate) fn check_entitled(
         &mut self,
         index: usize,
@@ -74,6 +75,10 @@ impl Checker {
         // It may learn late that it might have, when the primary has won the next epoch and goes on already.
         if status.epoch.is_some_and(|epoch| table.holder(VM, epoch.next()).is_some()) {
             return Ok(());
+        }
+        if seen < side.image_outputs {
+            let lost = side.image_outputs;
+            return Err(format!("side {index} may go live, but can't make output {lost} again, and the world has seen only {seen}"));
         }
         let known = side.noted.max(side.machine.outputs);
         if seen > known {

@@ -55,6 +55,8 @@ pub(crate) struct Side {
     pub(crate) image: Vec<u8>,
     pub(crate) image_wanted: u64,
     // As a secondary:
+    /// Outputs that the machine had made when the image was cut.
+    pub(crate) image_outputs: u64,
     pub(crate) replay: VecDeque<Record>,
     pub(crate) replayed: u64,
     pub(crate) replay_stalled_until: Nanos,
@@ -95,6 +97,7 @@ impl Side {
             inputs: VecDeque::new(),
             image: Vec::new(),
             image_wanted: 0,
+            image_outputs: 0,
             replay: VecDeque::new(),
             replayed: 0,
             replay_stalled_until: Nanos(0),

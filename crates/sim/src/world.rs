@@ -521,6 +521,7 @@ impl World {
         }
         self.sides[side].machine = Machine::from_image(&self.sides[side].image);
         let (position, last_output) = (self.sides[side].machine.position, self.sides[side].machine.outputs);
+        self.sides[side].image_outputs = last_output;
         self.plan(0, Happening::Replay(side));
         self.tell_secondary(side, SecondaryEvent::ImageRestored { position, last_output })
     }
