@@ -80,8 +80,8 @@ impl CpuModel {
         add(1, None, [SIGNATURE, 1 << 16 | 8 << 8, leaf1::ECX, leaf1::EDX]);
         // The APIC timer runs always (ARAT).
         add(6, None, [1 << 2, 0, 0, 0]);
-        // TSC_ADJUST.
-        add(7, Some(0), [0, 1 << 1, 0, 0]);
+        // TSC_ADJUST; fast REP MOVSB and STOSB (they are done a page at a time here, so guests should use them).
+        add(7, Some(0), [0, bits(&[1, 9]), 0, 0]);
         // Topology: one thread a core, one core.
         add(0xb, Some(0), [0, 1, 0x100, 0]);
         add(0xb, Some(1), [0, 1, 0x201, 0]);
@@ -185,7 +185,7 @@ mod tests {
         for bit in [1, 7, 14] {
             assert_eq!(d & 1 << bit, 0, "EDX {bit}");
         }
-        assert_eq!(ask(7, 0), [0, 2, 0, 0]);
+        assert_eq!(ask(7, 0), [0, 0x202, 0, 0]);
         assert_eq!(ask(7, 1), [0; 4]);
         let [_, _, c, d] = ask(0x8000_0001, 0);
         assert_eq!(c, 1);

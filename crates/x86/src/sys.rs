@@ -137,7 +137,6 @@ fn dispatch(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
         }
         Mnemonic::Push | Mnemonic::Pop => segments::push_pop(cx, insn),
         Mnemonic::Call | Mnemonic::Jmp => transfer::execute(cx, insn),
-        _ if !offered::exists(insn) => Err(Exception::UD),
         _ => match kind(insn) {
             Some(Kind::String) => string::execute(cx, insn),
             Some(Kind::Stack) => stack::execute(cx, insn),
@@ -146,6 +145,7 @@ fn dispatch(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
             Some(Kind::Control) => control::execute(cx, insn),
             Some(Kind::Fpu) => fpu::execute(cx, insn),
             Some(Kind::Io) => io::execute(cx, insn),
+            // Claimed because the models do not have it.
             None => Err(Exception::UD),
         },
     }
@@ -196,12 +196,12 @@ impl Cx<'_> {
         if buf.len() <= 8 {
             return self.mmu.read(self.st, self.bus, self.position, va, buf, user);
         }
-        if fits_in_page(va, buf.len()) {
-            if let Place::Plain(host) = self.mmu.place_for_read(self.st, va, user)? {
-                // SAFETY: the bytes lie in one page of RAM, and `buf` is not guest memory.
-                unsafe { std::ptr::copy_nonoverlapping(host, buf.as_mut_ptr(), buf.len()) };
-                return Ok(());
-            }
+        if fits_in_page(va, buf.len())
+            && let Place::Plain(host) = self.mmu.place_for_read(self.st, va, user)?
+        {
+            // SAFETY: the bytes lie in one page of RAM, and `buf` is not guest memory.
+            unsafe { std::ptr::copy_nonoverlapping(host, buf.as_mut_ptr(), buf.len()) };
+            return Ok(());
         }
         for (i, piece) in buf.chunks_mut(8).enumerate() {
             self.mmu.read(self.st, self.bus, self.position, va.wrapping_add(i as u64 * 8), piece, user)?;
@@ -214,12 +214,12 @@ impl Cx<'_> {
         if data.len() <= 8 {
             return self.mmu.write(self.st, self.bus, self.position, va, data, user);
         }
-        if fits_in_page(va, data.len()) {
-            if let Place::Plain(host) = self.mmu.place_for_write(self.st, va, user)? {
-                // SAFETY: the bytes lie in one page of RAM, and `data` is not guest memory.
-                unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host, data.len()) };
-                return Ok(());
-            }
+        if fits_in_page(va, data.len())
+            && let Place::Plain(host) = self.mmu.place_for_write(self.st, va, user)?
+        {
+            // SAFETY: the bytes lie in one page of RAM, and `data` is not guest memory.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host, data.len()) };
+            return Ok(());
         }
         self.mmu.probe_write(self.st, va, data.len(), user)?;
         for (i, piece) in data.chunks(8).enumerate() {

@@ -131,7 +131,7 @@ fn fxrstor(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
 /// The operand's address; #GP(0) if it is not 16-byte aligned.
 fn aligned(cx: &Cx, insn: &Instruction) -> Result<Ea, Exception> {
     let ea = cx.ea(insn);
-    if ea.va % 16 != 0 { Err(Exception::gp(0)) } else { Ok(ea) }
+    if ea.va.is_multiple_of(16) { Ok(ea) } else { Err(Exception::gp(0)) }
 }
 
 fn ldmxcsr(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {

@@ -26,11 +26,37 @@ const HWCR: u64 = 1 << 24;
 /// DE_CFG: LFENCE serialises (bit 1).
 const DE_CFG: u64 = 1 << 1;
 /// The microcode revision, in the low half (AMD's place; Intel's is the high half, written there too).
-const MICROCODE: u64 = 0x0a00_11d5;
+const MICROCODE: u64 = 0x0a00_11de;
 
 /// The guest's time-stamp counter now.
 pub(super) fn tsc(cx: &mut Cx) -> u64 {
     cx.bus.tsc(cx.position).wrapping_add(cx.st.tsc_offset)
+}
+
+/// The TSC deadline of the local APIC. The machine counts without the guest's offset, so values are converted here.
+const TSC_DEADLINE: u32 = 0x6e0;
+
+/// The machine's deadline for the guest's: zero disarms, what is past already stays past.
+fn machine_deadline(cx: &mut Cx, value: u64) -> u64 {
+    match value {
+        0 => 0,
+        past if past <= tsc(cx) => 1,
+        future => future.wrapping_sub(cx.st.tsc_offset),
+    }
+}
+
+/// Changes the guest's offset; an armed deadline stays what the guest wrote.
+fn set_tsc_offset(cx: &mut Cx, offset: u64) {
+    if offset == cx.st.tsc_offset {
+        return;
+    }
+    let armed = read(cx, TSC_DEADLINE).unwrap_or(0);
+    cx.st.tsc_offset = offset;
+    if armed != 0 {
+        let deadline = machine_deadline(cx, armed);
+        // A machine without deadline timer has none armed.
+        let _ = cx.bus.wrmsr(cx.position, TSC_DEADLINE, deadline);
+    }
 }
 
 /// Memory types of MTRRs: UC, WC, WT, WP, WB.
@@ -54,7 +80,7 @@ pub(crate) fn mtrr_var_ok(index: usize, value: u64) -> bool {
     if value >> PHYSICAL_BITS != 0 {
         return false;
     }
-    if index % 2 == 0 { value & 0xf00 == 0 && memory_type_ok(value & 0xff) } else { value & 0x7ff == 0 }
+    if index.is_multiple_of(2) { value & 0xf00 == 0 && memory_type_ok(value & 0xff) } else { value & 0x7ff == 0 }
 }
 
 /// Index of a fixed-range MTRR.
@@ -109,6 +135,10 @@ pub(super) fn read(cx: &mut Cx, msr: u32) -> Result<u64, Exception> {
         0xc000_0101 => cx.st.seg[seg::GS].base,
         0xc000_0102 => cx.st.kernel_gs_base,
         0xc000_0103 => cx.st.tsc_aux,
+        TSC_DEADLINE => match cx.bus.rdmsr(cx.position, msr).map_err(|_| Exception::gp(0))? {
+            0 => 0,
+            deadline => deadline.wrapping_add(cx.st.tsc_offset),
+        },
         _ => return cx.bus.rdmsr(cx.position, msr).map_err(|_| Exception::gp(0)),
     })
 }
@@ -125,8 +155,15 @@ pub(super) fn write(cx: &mut Cx, msr: u32, value: u64) -> Result<(), Exception> 
         return Ok(());
     }
     match msr {
-        0x10 => cx.st.tsc_offset = value.wrapping_sub(cx.bus.tsc(cx.position)),
-        0x3b => cx.st.tsc_offset = value,
+        0x10 => {
+            let offset = value.wrapping_sub(cx.bus.tsc(cx.position));
+            set_tsc_offset(cx, offset);
+        }
+        0x3b => set_tsc_offset(cx, value),
+        TSC_DEADLINE => {
+            let deadline = machine_deadline(cx, value);
+            return cx.bus.wrmsr(cx.position, msr, deadline).map_err(|_| Exception::gp(0));
+        }
         0xfe => return Err(Exception::gp(0)),
         0x174 => cx.st.sysenter[0] = value & 0xffff,
         0x175 | 0x176 => {
@@ -244,6 +281,22 @@ mod tests {
         assert_eq!(rdmsr(&mut w, 0x3b), Ok(4000));
         assert_eq!(wrmsr(&mut w, 0x3b, 0), Ok(Flow::Sync));
         assert_eq!(rdmsr(&mut w, 0x10), Ok(1007));
+    }
+
+    #[test]
+    fn the_deadline_counts_in_guest_time() {
+        let mut w = World::new();
+        w.bus.tsc = 1000;
+        assert_eq!(wrmsr(&mut w, 0x6e0, 3000), Ok(Flow::Sync));
+        assert_eq!((w.bus.deadline, rdmsr(&mut w, 0x6e0)), (3000, Ok(3000)));
+        // The guest's clock jumps by 500: the deadline comes earlier.
+        assert_eq!(wrmsr(&mut w, 0x10, 1500), Ok(Flow::Sync));
+        assert_eq!((w.bus.deadline, rdmsr(&mut w, 0x6e0)), (2500, Ok(3000)));
+        // Beyond it: at once.
+        assert_eq!(wrmsr(&mut w, 0x3b, 1 << 40), Ok(Flow::Sync));
+        assert_eq!(w.bus.deadline, 1);
+        assert_eq!(wrmsr(&mut w, 0x6e0, 0), Ok(Flow::Sync));
+        assert_eq!((w.bus.deadline, rdmsr(&mut w, 0x6e0)), (0, Ok(0)));
     }
 
     #[test]

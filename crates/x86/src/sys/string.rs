@@ -414,7 +414,7 @@ impl Run {
         let mut flags = 0;
         for (set, flag) in [
             (a < b, rflags::CF),
-            ((result as u8).count_ones() % 2 == 0, rflags::PF),
+            ((result as u8).count_ones().is_multiple_of(2), rflags::PF),
             ((a ^ b ^ result) & 0x10 != 0, rflags::AF),
             (result == 0, rflags::ZF),
             (result & sign != 0, rflags::SF),
@@ -686,7 +686,7 @@ mod tests {
             if down {
                 w.st.rflags |= rflags::DF;
             }
-            assert_eq!(w.exec(REP_MOVSQ), if down { Ok(Flow::Next) } else { Ok(Flow::Next) });
+            assert_eq!(w.exec(REP_MOVSQ), Ok(Flow::Next));
             assert!(w.mmu.pending.code.iter().any(|&(p, _, _)| p == page));
             assert_eq!(w.get(USER + 0x10_0ff0), 0x1122_3344);
             assert_eq!(w.get(USER + 0x10_0fd8), if down { 77 } else { 0 });

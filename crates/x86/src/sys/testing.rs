@@ -39,6 +39,7 @@ pub struct FakeBus {
     pub tsc: u64,
     pub cr8: u8,
     pub port_value: u32,
+    pub deadline: u64,
 }
 
 impl Bus for FakeBus {
@@ -60,10 +61,21 @@ impl Bus for FakeBus {
         self.tsc
     }
     fn rdmsr(&mut self, _: Position, msr: u32) -> Result<u64, UnknownMsr> {
-        if msr == 0x1b { Ok(0xfee0_0900) } else { Err(UnknownMsr) }
+        match msr {
+            0x1b => Ok(0xfee0_0900),
+            0x6e0 => Ok(self.deadline),
+            _ => Err(UnknownMsr),
+        }
     }
-    fn wrmsr(&mut self, _: Position, msr: u32, _: u64) -> Result<(), UnknownMsr> {
-        if msr == 0x1b { Ok(()) } else { Err(UnknownMsr) }
+    fn wrmsr(&mut self, _: Position, msr: u32, value: u64) -> Result<(), UnknownMsr> {
+        match msr {
+            0x1b => Ok(()),
+            0x6e0 => {
+                self.deadline = value;
+                Ok(())
+            }
+            _ => Err(UnknownMsr),
+        }
     }
     fn cr8(&mut self) -> u8 {
         self.cr8
@@ -109,7 +121,7 @@ impl World {
         w.put(ROOT, 0x2007);
         w.put(0x2000, 0x3007);
         w.put(0x3000, LEAVES | 7);
-        w.put(0x3008, LEAVES + 0x1000 | 7);
+        w.put(0x3008, (LEAVES + 0x1000) | 7);
         for i in 0..1024u64 {
             w.put(LEAVES + 8 * i, i << 12 | if i < 512 { 3 } else { 7 });
         }
