@@ -99,8 +99,10 @@ pub struct Source<'a> {
     pub first_link: u32,
 }
 
-/// Decoder options: what the CPU models lack decodes as their older hardware did (F3 0F BC is BSF, not TZCNT).
-pub const DECODER_OPTIONS: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD;
+/// Decoder options: what the CPU models lack decodes as their older hardware did (F3 0F BC is BSF, not TZCNT; the hint space
+/// 0F0D, 0F18..0F1F is nothing but NOPs).
+pub const DECODER_OPTIONS: u32 =
+    DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::FORCE_RESERVED_NOP;
 
 /// Decodes one instruction.
 pub fn decode(bytes: &[u8], rip: u64) -> Instruction {
@@ -178,6 +180,21 @@ const STATUS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBit
 fn is_shift(m: Mnemonic) -> bool {
     use Mnemonic::*;
     matches!(m, Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd)
+}
+
+/// Whether an instruction may change a status flag. The decoder says that a rotation through carry all the way round (RCR of a byte by
+/// 9) does not; the silicon writes OF.
+fn touches_flags(insn: &Instruction) -> bool {
+    insn.rflags_modified() & STATUS != 0 || matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
+}
+
+/// Whether the address of the memory operand is 32 bits wide.
+fn is_narrow(insn: &Instruction) -> bool {
+    let (base, index) = (insn.memory_base(), insn.memory_index());
+    base.is_gpr32()
+        || index.is_gpr32()
+        || base == Register::EIP
+        || insn.memory_displ_size() == 4 && base == Register::None && index == Register::None
 }
 
 /// Translates one block.
@@ -319,7 +336,7 @@ impl Translator<'_> {
     /// Before an instruction that reads flags, or writes only some of them.
     fn flags_before(&mut self, insn: &Instruction) {
         let killed = insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set();
-        let touched = insn.rflags_modified() & STATUS != 0;
+        let touched = touches_flags(insn);
         let partial = touched && (killed & STATUS != STATUS || is_shift(insn.mnemonic()));
         if insn.rflags_read() & STATUS != 0 || partial {
             self.need_flags();
@@ -331,7 +348,7 @@ impl Translator<'_> {
         self.points.last_mut().expect("inside an instruction").flags_in_host = host;
     }
     fn flags_after(&mut self, insn: &Instruction) {
-        if insn.rflags_modified() & STATUS != 0 {
+        if touches_flags(insn) {
             self.flags = FlagsIn::Host;
         }
     }
@@ -352,7 +369,6 @@ impl Translator<'_> {
         let index = insn.memory_index();
         let disp = insn.memory_displacement64();
         let disp32 = disp as i32;
-        let narrow = base.is_gpr32() || index.is_gpr32() || base == Register::EIP;
         let host = |t: &mut Self, reg: Register, scratch: u8| {
             let n = full_number(reg).expect("general register in an address");
             if in_frame(n) {
@@ -375,15 +391,20 @@ impl Translator<'_> {
             let i = host(self, index, T1);
             self.emit.lea_index(T0, b, i, insn.memory_index_scale(), disp32);
         }
-        if narrow || insn.memory_displ_size() == 4 && base == Register::None && index == Register::None {
+        if is_narrow(insn) {
             self.emit.zero_extend(T0);
         }
         if segment {
-            match insn.memory_segment() {
-                Register::FS => self.emit.add_word(T0, self.at.seg_base(crate::state::seg::FS)),
-                Register::GS => self.emit.add_word(T0, self.at.seg_base(crate::state::seg::GS)),
-                _ => {}
-            }
+            self.add_segment(insn);
+        }
+    }
+
+    /// r11 += the base of the operand's segment.
+    fn add_segment(&mut self, insn: &Instruction) {
+        match insn.memory_segment() {
+            Register::FS => self.emit.add_word(T0, self.at.seg_base(crate::state::seg::FS)),
+            Register::GS => self.emit.add_word(T0, self.at.seg_base(crate::state::seg::GS)),
+            _ => {}
         }
     }
 
@@ -928,12 +949,14 @@ impl Translator<'_> {
         let n = full_number(reg).expect("general register") as usize;
         let bits = reg.size() as u32 * 8;
         self.clobber_flags();
-        self.operand_address(insn, true);
+        // The sum wraps at the address size; the segment's base comes after that.
+        self.operand_address(insn, false);
         self.emit.bit_word_index(n, bits);
         self.emit.lea_index(T0, T0, T1, bits / 8, 0);
-        if insn.memory_base().is_gpr32() || insn.memory_index().is_gpr32() {
+        if is_narrow(insn) {
             self.emit.zero_extend(T0);
         }
+        self.add_segment(insn);
         self.emit.store_word(self.at.tmp(1), T0);
         let write = insn.mnemonic() != Mnemonic::Bt;
         self.access(Ea::Kept, bits as usize / 8, write);
