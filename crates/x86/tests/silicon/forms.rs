@@ -33,8 +33,6 @@ const FEATURES: &[CpuidFeature] = &[
     CpuidFeature::CLFSH,
     CpuidFeature::PREFETCHW,
     CpuidFeature::CET_IBT,
-    CpuidFeature::BMI1,
-    CpuidFeature::LZCNT,
     CpuidFeature::TSC,
     CpuidFeature::MSR,
     CpuidFeature::SYSCALL,
@@ -94,6 +92,11 @@ const NOT_COMPARED: &[(&[Code], &str)] = &[
         ],
         "two instructions: WAIT and the form without it, which are compared",
     ),
+    (
+        &[Code::Reservednop_rm16_r16_0F0D, Code::Reservednop_rm32_r32_0F0D, Code::Reservednop_rm64_r64_0F0D],
+        "with a register it is #UD for one vendor and a NOP for the other",
+    ),
+    (&[Code::Int1], "a host that is itself a virtual machine may be told the wrong RIP"),
     (&[Code::Ud0], "the vendors differ on whether a ModRM byte is fetched"),
 ];
 
@@ -141,7 +144,7 @@ fn form(code: Code) -> Form {
     let always_fault = matches!(
         code,
         Code::Ud1_r16_rm16 | Code::Ud1_r32_rm32 | Code::Ud1_r64_rm64 | Code::Ud0_r16_rm16 | Code::Ud0_r32_rm32 | Code::Ud0_r64_rm64
-            | Code::Ud2 | Code::Int_imm8 | Code::Int1 | Code::Int3
+            | Code::Ud2 | Code::Int_imm8 | Code::Int3
     );
     Form {
         code,
@@ -160,19 +163,20 @@ pub fn is_divide(code: Code) -> bool {
     )
 }
 
-/// The bytes of its operand, from and to, that docs/positions.md fixes to something the silicon does not: FOP, FIP, FDP, MXCSR_MASK.
+/// The bytes of its operand, from and to, that docs/positions.md fixes to something the silicon does not: FOP, FIP, FDP, MXCSR_MASK;
+/// or that are reserved.
 pub fn unspecified_bytes(code: Code) -> Option<&'static [(usize, usize)]> {
     match code {
         Code::Fnstenv_m14byte | Code::Fstenv_m14byte | Code::Fnsave_m94byte | Code::Fsave_m94byte => Some(&[(6, 14)]),
         Code::Fnstenv_m28byte | Code::Fstenv_m28byte | Code::Fnsave_m108byte | Code::Fsave_m108byte => Some(&[(12, 26)]),
-        Code::Fxsave_m512byte | Code::Fxsave64_m512byte => Some(&[(6, 24), (28, 32)]),
+        Code::Fxsave_m512byte | Code::Fxsave64_m512byte => Some(&[(6, 24), (28, 32), (416, 464)]),
         _ => None,
     }
 }
 
 /// Changes or stores the flags a debugger's single step is seen in, or is taken for one.
 pub fn disturbs_stepping(code: Code) -> bool {
-    matches!(code, Code::Pushfw | Code::Pushfq | Code::Popfw | Code::Popfq | Code::Int1)
+    matches!(code, Code::Pushfw | Code::Pushfq | Code::Popfw | Code::Popfq)
 }
 
 /// Forms that make the flags before them visible.

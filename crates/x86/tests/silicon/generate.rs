@@ -558,7 +558,7 @@ fn is_special(code: Code) -> bool {
 fn needs_user(code: Code) -> bool {
     matches!(
         code,
-        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg | Code::Int_imm8 | Code::Int1 | Code::Int3
+        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg | Code::Int_imm8 | Code::Int3
     )
 }
 

@@ -18,8 +18,9 @@ const SYSTEM_GPA: u64 = 0x10000;
 const IMAGE_GPA: u64 = 0x20000;
 const RAM_BYTES: usize = 0x40000;
 
-/// Where the system pages are mapped, and what is in them.
-const SYSTEM: u64 = 0x5000_0000;
+/// Where the system pages are mapped, and what is in them. In the kernel's half, where the host has its kernel: what a case does there by
+/// mistake is as forbidden on both sides.
+const SYSTEM: u64 = 0xffff_8a5d_5000_0000;
 const SYSTEM_PAGES: u64 = 5;
 const GDT: u64 = SYSTEM;
 const TSS: u64 = SYSTEM + 0x200;
@@ -61,7 +62,7 @@ impl Guest {
         }
         let cr3 = tables.root();
         write_system_pages(&mut ram);
-        let config = CpuConfig { model: CpuModel { name: "silicon", leaves: Vec::new() }, code_cache_bytes: 8 << 20, max_block_instructions: max_block };
+        let config = CpuConfig { model: CpuModel::x86_64_v2(), code_cache_bytes: 8 << 20, max_block_instructions: max_block };
         let cpu = Cpu::new(config, ram.phys().clone());
         Self { cpu, bus: QuietBus::default(), ram, cr3, max_block }
     }
@@ -133,7 +134,7 @@ impl Guest {
             }
             Exit::Halted => Some(self.outcome()),
             Exit::TripleFault => Some(self.odd(SHUT_DOWN)),
-            Exit::Attention | Exit::Window => Some(self.odd(STRANGE_EXIT)),
+            Exit::Attention | Exit::Window | Exit::Unsupported(_) => Some(self.odd(STRANGE_EXIT)),
         }
     }
     /// Runs to the end, at most to position `limit`.
@@ -184,6 +185,7 @@ fn write_system_pages(ram: &mut GuestRam) {
     put(ram, GDT + 0x48, TSS >> 32);
     put(ram, TSS + 4, INTERRUPT_STACK);
     put(ram, TSS + 0x24, INTERRUPT_STACK);
+    put(ram, TSS + 0x60, 0x68 << 48); // the I/O permission bitmap starts behind the limit: there is none
     for vector in 0..256 {
         let at = HANDLERS + vector * HANDLER_BYTES;
         let dpl: u64 = if vector == 3 || vector == 4 { 3 } else { 0 };

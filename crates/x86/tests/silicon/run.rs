@@ -66,21 +66,24 @@ pub fn check(settings: Settings, judge: &(dyn Fn() -> Box<dyn Judge> + Sync)) {
     let end = settings.first + settings.cases;
     let results = Mutex::new(Results::default());
     let threads = std::thread::available_parallelism().map_or(2, |n| n.get());
+    // All children before any engine: they inherit whatever is mapped, and an engine maps low addresses.
+    let natives: Vec<Native> = (0..threads).map(|_| Native::start()).collect();
+    let (next, results, ordinary, all) = (&next, &results, &ordinary, &forms);
     std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                let mut worker = Worker { native: Native::start(), judge: judge(), ordinary: &ordinary, seed: settings.seed };
+        for native in natives {
+            scope.spawn(move || {
+                let mut worker = Worker { native, judge: judge(), ordinary, seed: settings.seed, first: settings.first };
                 loop {
                     let batch = next.fetch_add(1, Relaxed);
                     if batch * BATCH as u64 >= end {
                         break;
                     }
-                    worker.batch(batch, end, &forms, &results);
+                    worker.batch(batch, end, all, results);
                 }
             });
         }
     });
-    report(&forms, &results.into_inner().expect("no worker panicked"), settings);
+    report(&forms, &results.lock().expect("no worker panicked"), settings);
 }
 
 fn known_gap(code: Code) -> Option<&'static str> {
@@ -93,6 +96,8 @@ struct Worker<'a> {
     /// Forms to surround a case with.
     ordinary: &'a [Form],
     seed: u64,
+    /// Cases before this one are left out.
+    first: u64,
 }
 
 impl Worker<'_> {
@@ -101,7 +106,7 @@ impl Worker<'_> {
         self.native.shared().template = *template;
         let first = batch * BATCH as u64;
         let mut cases = Vec::new();
-        for index in first..end.min(first + BATCH as u64) {
+        for index in first.max(self.first)..end.min(first + BATCH as u64) {
             let form = forms[(index % forms.len() as u64) as usize];
             let mut rng = Rng::new(self.seed, index);
             let case = generate::case(&mut rng, self.ordinary, form);
@@ -234,13 +239,13 @@ struct Itself(Native);
 
 impl Judge for Itself {
     fn judge(&mut self, case: &Case, program: &Program, template: &[u8; IMAGE], slot: &Slot, lane: u64, out: &mut Vec<String>) {
-        compare::stepping(case, slot, out);
+        compare::stepping(case, program, slot, out);
         let shared = self.0.shared();
         shared.template = *template;
         fill(&mut shared.slots[0], case, program, lane);
         self.0.run(1);
         let second = &self.0.shared().slots[0];
-        compare::outcomes(case, &slot.end, &second.end, out);
+        compare::outcomes(case, program, &slot.end, &second.end, out);
         compare::images(case, &slot.memory, &second.memory, out);
         if let (Some(counted), true) = (straight_positions(case, program, slot), case.stepping)
             && counted != slot.stepped_positions
@@ -319,7 +324,7 @@ impl Judge for Engine {
             }
             if found.is_empty() {
                 let end = end.unwrap_or_else(|| guest.finish(limit));
-                compare::outcomes(case, &slot.end, &end, &mut found);
+                compare::outcomes(case, program, &slot.end, &end, &mut found);
                 compare::images(case, &slot.memory, guest.image(), &mut found);
                 if let Some(expected) = expected_end
                     && guest.position() != expected
