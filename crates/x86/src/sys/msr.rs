@@ -33,29 +33,19 @@ pub(super) fn tsc(cx: &mut Cx) -> u64 {
     cx.bus.tsc(cx.position).wrapping_add(cx.st.tsc_offset)
 }
 
-/// The TSC deadline of the local APIC. The machine counts without the guest's offset, so values are converted here.
+/// The TSC deadline, which belongs to the machine; it counts with the guest's offset as of the end of the instruction that writes it.
 const TSC_DEADLINE: u32 = 0x6e0;
 
-/// The machine's deadline for the guest's: zero disarms, what is past already stays past.
-fn machine_deadline(cx: &mut Cx, value: u64) -> u64 {
-    match value {
-        0 => 0,
-        past if past <= tsc(cx) => 1,
-        future => future.wrapping_sub(cx.st.tsc_offset),
-    }
-}
-
-/// Changes the guest's offset; an armed deadline stays what the guest wrote.
+/// Changes the guest's offset. An armed deadline is written again, since the time until then has changed.
 fn set_tsc_offset(cx: &mut Cx, offset: u64) {
     if offset == cx.st.tsc_offset {
         return;
     }
-    let armed = read(cx, TSC_DEADLINE).unwrap_or(0);
     cx.st.tsc_offset = offset;
-    if armed != 0 {
-        let deadline = machine_deadline(cx, armed);
-        // A machine without deadline timer has none armed.
-        let _ = cx.bus.wrmsr(cx.position, TSC_DEADLINE, deadline);
+    // A machine without a deadline timer has none armed.
+    match cx.bus.rdmsr(cx.position, TSC_DEADLINE) {
+        Ok(armed) if armed != 0 => _ = cx.bus.wrmsr(cx.position, TSC_DEADLINE, armed),
+        _ => {}
     }
 }
 
@@ -135,10 +125,6 @@ pub(super) fn read(cx: &mut Cx, msr: u32) -> Result<u64, Exception> {
         0xc000_0101 => cx.st.seg[seg::GS].base,
         0xc000_0102 => cx.st.kernel_gs_base,
         0xc000_0103 => cx.st.tsc_aux,
-        TSC_DEADLINE => match cx.bus.rdmsr(cx.position, msr).map_err(|_| Exception::gp(0))? {
-            0 => 0,
-            deadline => deadline.wrapping_add(cx.st.tsc_offset),
-        },
         _ => return cx.bus.rdmsr(cx.position, msr).map_err(|_| Exception::gp(0)),
     })
 }
@@ -160,10 +146,6 @@ pub(super) fn write(cx: &mut Cx, msr: u32, value: u64) -> Result<(), Exception> 
             set_tsc_offset(cx, offset);
         }
         0x3b => set_tsc_offset(cx, value),
-        TSC_DEADLINE => {
-            let deadline = machine_deadline(cx, value);
-            return cx.bus.wrmsr(cx.position, msr, deadline).map_err(|_| Exception::gp(0));
-        }
         0xfe => return Err(Exception::gp(0)),
         0x174 => cx.st.sysenter[0] = value & 0xffff,
         0x175 | 0x176 => {
@@ -284,19 +266,16 @@ mod tests {
     }
 
     #[test]
-    fn the_deadline_counts_in_guest_time() {
+    fn an_armed_deadline_hears_of_a_new_offset() {
         let mut w = World::new();
         w.bus.tsc = 1000;
-        assert_eq!(wrmsr(&mut w, 0x6e0, 3000), Ok(Flow::Sync));
-        assert_eq!((w.bus.deadline, rdmsr(&mut w, 0x6e0)), (3000, Ok(3000)));
-        // The guest's clock jumps by 500: the deadline comes earlier.
         assert_eq!(wrmsr(&mut w, 0x10, 1500), Ok(Flow::Sync));
-        assert_eq!((w.bus.deadline, rdmsr(&mut w, 0x6e0)), (2500, Ok(3000)));
-        // Beyond it: at once.
-        assert_eq!(wrmsr(&mut w, 0x3b, 1 << 40), Ok(Flow::Sync));
-        assert_eq!(w.bus.deadline, 1);
-        assert_eq!(wrmsr(&mut w, 0x6e0, 0), Ok(Flow::Sync));
-        assert_eq!((w.bus.deadline, rdmsr(&mut w, 0x6e0)), (0, Ok(0)));
+        assert_eq!(wrmsr(&mut w, 0x6e0, 3000), Ok(Flow::Sync));
+        assert_eq!(w.bus.log, ["deadline 3000"]);
+        assert_eq!(wrmsr(&mut w, 0x3b, 500), Ok(Flow::Sync));
+        assert_eq!(w.bus.log.len(), 1);
+        assert_eq!(wrmsr(&mut w, 0x3b, 600), Ok(Flow::Sync));
+        assert_eq!(w.bus.log, ["deadline 3000"; 2]);
     }
 
     #[test]

@@ -71,6 +71,7 @@ impl Bus for FakeBus {
         match msr {
             0x1b => Ok(()),
             0x6e0 => {
+                self.log.push(format!("deadline {value}"));
                 self.deadline = value;
                 Ok(())
             }
