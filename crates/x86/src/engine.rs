@@ -13,6 +13,7 @@ use crate::emit::{Emit, Helpers, Shared};
 use crate::exception::Vector;
 use crate::frame::{Frame, FrameAt, LowArea, exit};
 use crate::mmu::{Access, Mmu, MmuStats, canonical};
+use crate::priority;
 use crate::signals::Running;
 use crate::state::{cr0, cr4, efer, rflags};
 use crate::sys::{self, Cx, Delivery, Flow};
@@ -262,6 +263,13 @@ impl Core {
         // SAFETY: loads FPU registers from an aligned image without reserved bits; all XMM registers are declared clobbered.
         unsafe { std::arch::asm!("fxrstor64 [{}]", in(reg) image.0.as_ptr(), clobber_abi("sysv64")) };
     }
+    /// Whether an unmasked x87 exception waits to be raised. Only during `run`.
+    fn x87_pending(&self) -> bool {
+        let status: u16;
+        // SAFETY: reads the status word of the guest's x87, which is live.
+        unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+        status & 1 << 7 != 0
+    }
     fn save_x87(&mut self) {
         let mut image = crate::state::FxImage([0; 512]);
         // SAFETY: stores FPU registers into an aligned buffer.
@@ -509,7 +517,7 @@ impl Core {
         }
         // Cut off by the end of the page, or invalid. If more bytes could make it an instruction, they are fetched.
         let mut decoder = iced_x86::Decoder::with_ip(64, slice, rip, crate::translate::DECODER_OPTIONS);
-        decoder.decode();
+        let _ = decoder.decode();
         if decoder.last_error() != iced_x86::DecoderError::NoMoreBytes {
             return Ok(bytes);
         }
@@ -592,7 +600,13 @@ impl Core {
                 // SAFETY: the frame is ours.
                 match unsafe { (*self.frame).exit } {
                     exit::LOOKUP => {}
-                    exit::HELPER => return Err(Stop::Fault(self.fault.take().expect("why else would it leave"))),
+                    exit::HELPER => {
+                        let raised = self.fault.take().expect("why else would it leave");
+                        // SAFETY: the frame is ours.
+                        let ea = unsafe { (*self.frame).ea };
+                        let pending = self.x87_pending();
+                        return Err(Stop::Fault(priority::resolve(&insn, self.st(), ea, pending, raised)));
+                    }
                     exit::HOST_FAULT => return Err(self.host_fault(rip)),
                     reason => unreachable!("exit reason {reason} of a single instruction"),
                 }

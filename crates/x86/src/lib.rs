@@ -23,6 +23,7 @@ mod exception;
 mod frame;
 mod model;
 pub mod mmu;
+mod priority;
 mod ram;
 mod signals;
 mod snapshot;

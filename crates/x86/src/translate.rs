@@ -925,7 +925,12 @@ impl Translator<'_> {
         }
         // POP to memory: the address is computed with RSP already incremented (SDM vol. 2, POP); a fault leaves RSP as it was.
         self.emit.store_word(self.at.tmp(2), T0);
-        self.operand_address(insn, true);
+        let mut to = *insn;
+        if insn.memory_base() == Register::ESP {
+            // Before the sum is cut off at 32 bits.
+            to.set_memory_displacement64(u64::from((insn.memory_displacement64() as u32).wrapping_add(size as u32)));
+        }
+        self.operand_address(&to, true);
         if insn.memory_base() == Register::RSP {
             self.emit.lea(T0, T0, size);
         }

@@ -76,7 +76,15 @@ fn enter(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     if level > 0 {
         for i in 1..level {
             let at = cx.stack_at(rbp.wrapping_sub((i * size) as u64));
-            words[count] = cx.read_value(at, size)?;
+            let mut value = cx.read_value(at, size)?.to_le_bytes();
+            // The outer frame may overlap what was just pushed.
+            for (k, byte) in value[..size].iter_mut().enumerate() {
+                let below = cx.st.gpr[gpr::RSP].wrapping_sub(rbp.wrapping_sub((i * size) as u64).wrapping_add(k as u64)) as usize;
+                if (1..=count * size).contains(&below) {
+                    *byte = words[(below - 1) / size].to_le_bytes()[size - 1 - (below - 1) % size];
+                }
+            }
+            words[count] = u64::from_le_bytes(value);
             count += 1;
         }
         words[count] = frame;

@@ -1,0 +1,77 @@
+//! Which exception counts if an instruction has reason for several.
+//!
+//! **In:** an instruction that the silicon executes, and the exception its memory operand raised in the engine's own walk. **Out:** the
+//! exception the silicon would have raised. (What the silicon finds itself needs no help.)
+//!
+//! The order is that of the silicon (tests/silicon): a pending x87 exception before anything, a misaligned operand before its page;
+//! and an address that is not canonical is #SS where the segment is SS.
+use crate::exception::Vector;
+use crate::mmu::canonical;
+use crate::state::gpr;
+use crate::{CpuState, Exception};
+use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic, OpKind, Register};
+
+/// The exception that counts. `ea` is the address that could not be accessed, `pending` whether an unmasked x87 exception is.
+pub fn resolve(insn: &Instruction, st: &CpuState, ea: u64, pending: bool, raised: Exception) -> Exception {
+    if pending && waits(insn) {
+        return Exception::plain(Vector::MathFault);
+    }
+    if needs_alignment(insn) && !ea.is_multiple_of(16) {
+        return Exception::gp(0);
+    }
+    if raised == Exception::gp(0) && in_stack_segment(insn, st, ea) {
+        return Exception::ss(0);
+    }
+    raised
+}
+
+/// Whether an instruction first looks for a pending x87 exception: x87 and MMX, but for the control instructions without WAIT.
+pub fn waits(insn: &Instruction) -> bool {
+    if matches!(
+        insn.mnemonic(),
+        Mnemonic::Fnstcw | Mnemonic::Fnstsw | Mnemonic::Fnstenv | Mnemonic::Fnsave | Mnemonic::Fninit | Mnemonic::Fnclex
+    ) {
+        return false;
+    }
+    let mmx = |i: u32| insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_mm();
+    let x87 = |f: &CpuidFeature| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387);
+    (0..insn.op_count()).any(mmx) || insn.cpuid_features().iter().any(x87)
+}
+
+/// Whether the memory operand must be aligned to 16 bytes.
+fn needs_alignment(insn: &Instruction) -> bool {
+    if insn.code() == Code::Cmpxchg16b_m128 {
+        return true;
+    }
+    let anywhere = matches!(
+        insn.mnemonic(),
+        Mnemonic::Movups
+            | Mnemonic::Movupd
+            | Mnemonic::Movdqu
+            | Mnemonic::Lddqu
+            | Mnemonic::Pcmpestri
+            | Mnemonic::Pcmpestrm
+            | Mnemonic::Pcmpestri64
+            | Mnemonic::Pcmpestrm64
+            | Mnemonic::Pcmpistri
+            | Mnemonic::Pcmpistrm
+    );
+    let vector = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) && insn.memory_size().size() == 16;
+    vector && !anywhere
+}
+
+/// Whether the access at `ea` was one through SS.
+fn in_stack_segment(insn: &Instruction, st: &CpuState, ea: u64) -> bool {
+    let operand = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory);
+    // Prefixes that name SS or DS are ignored in 64-bit code.
+    if operand && !matches!(insn.segment_prefix(), Register::FS | Register::GS) && is_stack_pointer(insn.memory_base()) {
+        return true;
+    }
+    let pointer = if insn.mnemonic() == Mnemonic::Leave { st.gpr[gpr::RBP] } else { st.gpr[gpr::RSP] };
+    insn.is_stack_instruction() && !canonical(pointer) && ea.wrapping_sub(pointer).wrapping_add(16) <= 32
+}
+
+/// Whether an address with this base is in SS by default.
+fn is_stack_pointer(base: Register) -> bool {
+    matches!(base, Register::RSP | Register::ESP | Register::RBP | Register::EBP)
+}
