@@ -56,7 +56,11 @@ pub trait Arbiter {
 
 /// The verdict for `asker` when the register turned out to be held by `holder` (which may be the asker itself).
 pub fn verdict_for(asker: OwnerId, holder: OwnerId) -> Verdict {
-    if asker == holder { Verdict::Won } else { Verdict::Lost }
+    if asker == holder {
+        Verdict::Won
+    } else {
+        Verdict::Lost
+    }
 }
 
 /// The arbiter as a table in memory: the reference for tests and simulations.
@@ -74,7 +78,10 @@ impl TableArbiter {
 
 impl Arbiter for TableArbiter {
     fn test_and_set(&mut self, claim: &Claim) -> Verdict {
-        let holder = *self.holders.entry((claim.vm, claim.epoch)).or_insert(claim.owner);
+        let holder = *self
+            .holders
+            .entry((claim.vm, claim.epoch))
+            .or_insert(claim.owner);
         verdict_for(claim.owner, holder)
     }
 }
@@ -109,7 +116,15 @@ impl Arbitration {
     /// Begins; the caller must send the returned claim.
     pub(crate) fn begin(now: Nanos, claim: Claim, config: &Config) -> (Arbitration, Claim) {
         let deadline = now.plus(config.arbiter_timeout);
-        (Arbitration { claim, attempts: 1, deadline, awaiting: true }, claim)
+        (
+            Arbitration {
+                claim,
+                attempts: 1,
+                deadline,
+                awaiting: true,
+            },
+            claim,
+        )
     }
 
     /// When [`Arbitration::tick`] has something to do.
@@ -123,7 +138,13 @@ impl Arbitration {
     }
 
     /// Takes the arbiter's answer. A late answer to an earlier ask is as good as any: `Won` and `Lost` are for ever.
-    pub(crate) fn answer(&mut self, now: Nanos, epoch: Epoch, verdict: Verdict, config: &Config) -> Next {
+    pub(crate) fn answer(
+        &mut self,
+        now: Nanos,
+        epoch: Epoch,
+        verdict: Verdict,
+        config: &Config,
+    ) -> Next {
         if epoch != self.claim.epoch {
             return Next::Wait;
         }
@@ -155,7 +176,11 @@ impl Arbitration {
         }
         // Doubling, so that two stopped sides and a struggling arbiter do not keep each other busy.
         let doublings = (self.attempts - 1).min(16);
-        let pause = config.arbiter_retry_min.0.saturating_mul(1 << doublings).min(config.arbiter_retry_max.0);
+        let pause = config
+            .arbiter_retry_min
+            .0
+            .saturating_mul(1 << doublings)
+            .min(config.arbiter_retry_max.0);
         self.awaiting = false;
         self.deadline = now.plus(Nanos(pause));
         Next::RetryAt(self.deadline)

@@ -36,6 +36,8 @@ mod link;
 mod notice;
 mod primary;
 mod secondary;
+#[cfg(test)]
+mod testing;
 mod types;
 pub mod wire;
 
@@ -43,7 +45,11 @@ pub use arbiter::{Arbiter, Claim, TableArbiter, Verdict, verdict_for};
 pub use bugs::{Bug, Bugs};
 pub use config::{Config, ConfigError};
 pub use notice::{Notice, StopReason};
-pub use primary::{Primary, PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
-pub use secondary::{Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
+pub use primary::{
+    Primary, PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus,
+};
+pub use secondary::{
+    Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus,
+};
 pub use types::{Epoch, Nanos, OutputId, OwnerId, Record, Seq, VmId};
 pub use wire::{Expectation, HostIdentity, VmIdentity};

@@ -26,6 +26,7 @@
 
 mod arbiter;
 mod check;
+mod faults;
 mod machine;
 mod network;
 mod outside;
@@ -33,6 +34,7 @@ mod profile;
 mod random;
 mod run;
 mod side;
+mod wires;
 mod world;
 
 pub use run::{Figures, Violation, run_seed};

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use twinstep_pair::{
-    Bug, Bugs, Epoch, Expectation, HostIdentity, Nanos, OwnerId, Primary, PrimarySetup, PrimaryState, Record,
-    Secondary, SecondarySetup, StopReason, VmId, VmIdentity,
+    Bug, Bugs, Epoch, Expectation, HostIdentity, Nanos, OwnerId, Primary, PrimarySetup,
+    PrimaryState, Record, Secondary, SecondarySetup, StopReason, VmId, VmIdentity,
 };
 
 use crate::machine::{Machine, Output};
@@ -109,7 +109,11 @@ impl Side {
     pub(crate) fn primary(index: usize, profile: &Profile, bug: Option<Bug>) -> Side {
         let primary = Primary::new(PrimarySetup {
             config: profile.config.clone(),
-            vm: VmIdentity { vm: VM, cpu_model: "toy".to_owned(), ram_bytes: 4096 },
+            vm: VmIdentity {
+                vm: VM,
+                cpu_model: "toy".to_owned(),
+                ram_bytes: 4096,
+            },
             host: host_identity(),
             owner: owner(index),
             epoch: Epoch::FIRST,
@@ -126,7 +130,10 @@ impl Side {
             config: profile.config.clone(),
             host: host_identity(),
             owner: owner(index),
-            expect: Expectation { vm: Some(VM), ..Expectation::default() },
+            expect: Expectation {
+                vm: Some(VM),
+                ..Expectation::default()
+            },
         })
         .expect("profiles are sound");
         Side::new(Role::Secondary(Box::new(secondary.with_bugs(bugs(bug)))))
@@ -135,7 +142,11 @@ impl Side {
     /// The side has gone live: what was a secondary drives the machine as a primary.
     pub(crate) fn become_primary(&mut self, bug: Option<Bug>) {
         if let Role::Secondary(secondary) = &self.role {
-            let primary = secondary.as_ref().clone().into_primary().with_bugs(bugs(bug));
+            let primary = secondary
+                .as_ref()
+                .clone()
+                .into_primary()
+                .with_bugs(bugs(bug));
             self.role = Role::Primary(Box::new(primary));
         }
     }
@@ -156,13 +167,19 @@ impl Side {
 
     /// Whether its outputs leave without anybody's acknowledgement.
     pub(crate) fn on_its_own(&self) -> bool {
-        self.alive && self.primary_state().is_some_and(|state| state < PrimaryState::Protected)
+        self.alive
+            && self
+                .primary_state()
+                .is_some_and(|state| state < PrimaryState::Protected)
     }
 
     /// Whether the guest may run now.
     pub(crate) fn may_run(&self) -> bool {
         let state = self.primary_state();
-        self.alive && !self.throttled && !self.paused && state.is_some_and(|state| state != PrimaryState::Stopped)
+        self.alive
+            && !self.throttled
+            && !self.paused
+            && state.is_some_and(|state| state != PrimaryState::Stopped)
     }
 }
 

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 
 use twinstep_pair::{
-    Bug, Claim, Epoch, Nanos, Notice, PrimaryAction, PrimaryEvent, PrimaryState, Record, SecondaryAction, SecondaryEvent,
-    Verdict,
+    Bug, Claim, Epoch, Nanos, Notice, PrimaryAction, PrimaryEvent, PrimaryState, Record,
+    SecondaryAction, SecondaryEvent, Verdict,
 };
 
 use crate::arbiter::{Fate, ToyArbiter};
@@ -18,9 +18,6 @@ use crate::outside::Outside;
 use crate::profile::{CALM_FROM, END, Fault, Profile};
 use crate::random::Random;
 use crate::side::{INPUT, NOTE, Role, Side};
-
-/// No more sides than this in one history.
-const MAX_SIDES: usize = 6;
 
 /// Something that will happen.
 #[derive(Debug, Clone)]
@@ -88,7 +85,7 @@ pub(crate) struct World {
     planned: u64,
     /// The side to which the network sends what the client sends.
     location: usize,
-    bug: Option<Bug>,
+    pub(crate) bug: Option<Bug>,
     /// What happened, if anybody wants to read it.
     pub(crate) trace: Option<Vec<String>>,
 }
@@ -97,7 +94,10 @@ impl World {
     pub(crate) fn new(seed: u64, bug: Option<Bug>, traced: bool) -> World {
         let mut random = Random::new(seed);
         let profile = Profile::draw(&mut random);
-        let sides = vec![Side::primary(0, &profile, bug), Side::secondary(1, &profile, bug)];
+        let sides = vec![
+            Side::primary(0, &profile, bug),
+            Side::secondary(1, &profile, bug),
+        ];
         let mut world = World {
             now: Nanos(0),
             outside: Outside::new(profile.clients),
@@ -128,11 +128,11 @@ impl World {
     }
 
     /// Plans a happening `delay` nanoseconds from now.
-    fn plan(&mut self, delay: u64, happening: Happening) {
+    pub(crate) fn plan(&mut self, delay: u64, happening: Happening) {
         self.plan_at(Nanos(self.now.0 + delay), happening);
     }
 
-    fn plan_at(&mut self, at: Nanos, happening: Happening) {
+    pub(crate) fn plan_at(&mut self, at: Nanos, happening: Happening) {
         self.planned += 1;
         self.queue.insert((at, self.planned), happening);
     }
@@ -185,7 +185,9 @@ impl World {
             Happening::Leave(side, up_to) => self.leave(side, up_to),
             Happening::Claim(side, claim, answers) => {
                 let verdict = self.arbiter.decide(&claim);
-                self.note(|_| format!("arbiter: epoch {} to side {side}: {verdict:?}", claim.epoch));
+                self.note(|_| {
+                    format!("arbiter: epoch {} to side {side}: {verdict:?}", claim.epoch)
+                });
                 if let Some(answers) = answers {
                     self.plan(answers, Happening::Answer(side, claim.epoch, verdict));
                 }
@@ -212,7 +214,7 @@ impl World {
 
     // ---- the state machines' doors ----
 
-    fn tell_primary(&mut self, side: usize, event: PrimaryEvent) -> Result<(), String> {
+    pub(crate) fn tell_primary(&mut self, side: usize, event: PrimaryEvent) -> Result<(), String> {
         self.give_primary(side, event);
         self.carry_out(side)
     }
@@ -224,12 +226,21 @@ impl World {
         }
     }
 
-    fn tell_secondary(&mut self, side: usize, event: SecondaryEvent) -> Result<(), String> {
+    pub(crate) fn tell_secondary(
+        &mut self,
+        side: usize,
+        event: SecondaryEvent,
+    ) -> Result<(), String> {
         if let Role::Secondary(secondary) = &mut self.sides[side].role {
             secondary.handle(self.now, event);
         }
         self.carry_out(side)?;
-        self.checker.check_entitled(side, &self.sides[side], self.outside.seen(), &self.arbiter.table)
+        self.checker.check_entitled(
+            side,
+            &self.sides[side],
+            self.outside.seen(),
+            &self.arbiter.table,
+        )
     }
 
     fn tick(&mut self, side: usize) -> Result<(), String> {
@@ -241,8 +252,12 @@ impl World {
 
     fn answer(&mut self, side: usize, epoch: Epoch, verdict: Verdict) -> Result<(), String> {
         match self.sides[side].role {
-            Role::Primary(_) => self.tell_primary(side, PrimaryEvent::ArbiterAnswer { epoch, verdict }),
-            Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::ArbiterAnswer { epoch, verdict }),
+            Role::Primary(_) => {
+                self.tell_primary(side, PrimaryEvent::ArbiterAnswer { epoch, verdict })
+            }
+            Role::Secondary(_) => {
+                self.tell_secondary(side, SecondaryEvent::ArbiterAnswer { epoch, verdict })
+            }
         }
     }
 
@@ -290,7 +305,9 @@ impl World {
             PrimaryAction::Disconnect => self.disconnect(side),
             PrimaryAction::StartImage => {
                 let position = self.sides[side].machine.position;
-                self.sides[side].image = self.sides[side].machine.to_image(self.profile.image_padding as usize);
+                self.sides[side].image = self.sides[side]
+                    .machine
+                    .to_image(self.profile.image_padding as usize);
                 self.sides[side].image_wanted = 0;
                 self.sides[side].paused = self.profile.pause_during_copy;
                 self.give_primary(side, PrimaryEvent::ImageCut { position });
@@ -319,7 +336,8 @@ impl World {
             }
             PrimaryAction::Stop(reason) => {
                 self.note(|_| format!("side {side}: stopped: {reason}"));
-                self.checker.check_stop(side, &reason, &self.arbiter.table)?;
+                self.checker
+                    .check_stop(side, &reason, &self.arbiter.table)?;
                 self.sides[side].stopped = Some(reason);
             }
             PrimaryAction::Throttle(on) => self.sides[side].throttled = on,
@@ -354,18 +372,24 @@ impl World {
             SecondaryAction::Discard { up_to } => {
                 let seen = self.outside.seen();
                 if up_to > seen {
-                    return Err(format!("side {side} forgets output {up_to}, but the world has seen only {seen}"));
+                    return Err(format!(
+                        "side {side} forgets output {up_to}, but the world has seen only {seen}"
+                    ));
                 }
                 self.sides[side].outputs.retain(|id, _| *id > up_to);
             }
             SecondaryAction::AskArbiter(claim) => self.ask(side, claim),
             SecondaryAction::GoLive { epoch, reissue } => {
-                self.note(|_| format!("side {side}: live in epoch {epoch}, sends outputs {reissue:?} again"));
+                self.note(|_| {
+                    format!("side {side}: live in epoch {epoch}, sends outputs {reissue:?} again")
+                });
                 self.checker.check_owner(side, epoch)?;
                 self.outside.check_survivor(&self.sides[side].machine)?;
                 self.checker.live += 1;
                 self.outside.duplicates_allowed = true;
-                self.sides[side].outputs.retain(|id, _| reissue.contains(id));
+                self.sides[side]
+                    .outputs
+                    .retain(|id, _| reissue.contains(id));
                 self.sides[side].become_primary(self.bug);
                 self.location = side;
                 if !reissue.is_empty() {
@@ -376,7 +400,8 @@ impl World {
             }
             SecondaryAction::Stop(reason) => {
                 self.note(|_| format!("side {side}: stopped: {reason}"));
-                self.checker.check_stop(side, &reason, &self.arbiter.table)?;
+                self.checker
+                    .check_stop(side, &reason, &self.arbiter.table)?;
                 self.sides[side].stopped = Some(reason);
             }
             SecondaryAction::Notice(notice) => self.announce(side, &notice),
@@ -387,7 +412,10 @@ impl World {
     fn announce(&mut self, side: usize, notice: &Notice) {
         self.note(|_| format!("side {side}: {notice}"));
         let change = matches!(notice, Notice::State { .. });
-        if change && self.now < CALM_FROM && self.random.percent(self.profile.fault_at_change_percent) {
+        if change
+            && self.now < CALM_FROM
+            && self.random.percent(self.profile.fault_at_change_percent)
+        {
             if self.profile.allows(Fault::Crash) && self.random.percent(50) {
                 self.checker.faults += 1;
                 self.sides[side].doomed = Some(self.random.pick(&[0, 0, 0, 1, 2, 4]));
@@ -411,7 +439,8 @@ impl World {
         if !self.sides[side].may_run() {
             return Ok(());
         }
-        self.checker.check_bounds(&self.sides[side], &self.profile.config)?;
+        self.checker
+            .check_bounds(&self.sides[side], &self.profile.config)?;
         let batched = self.random.percent(50);
         while let Some(write) = self.sides[side].inputs.pop_front() {
             self.give_input(side, Input::Write(write));
@@ -422,10 +451,16 @@ impl World {
         }
         let steps = self.random.between(1, self.profile.slice_max);
         for _ in 0..steps {
-            let Some(output) = self.sides[side].machine.step() else { continue };
+            let Some(output) = self.sides[side].machine.step() else {
+                continue;
+            };
             let (id, position) = (output.id, output.position);
             self.sides[side].outputs.insert(id, output);
-            let note = Record { position, kind: NOTE, bytes: id.to_le_bytes().to_vec() };
+            let note = Record {
+                position,
+                kind: NOTE,
+                bytes: id.to_le_bytes().to_vec(),
+            };
             self.give_primary(side, PrimaryEvent::Output { id, note });
             if self.sides[side].on_its_own() {
                 self.sides[side].made_freely = id;
@@ -448,7 +483,11 @@ impl World {
     fn give_input(&mut self, side: usize, input: Input) {
         let padding = self.random.between(0, self.profile.input_padding_max) as usize;
         let machine = &mut self.sides[side].machine;
-        let record = Record { position: machine.position, kind: INPUT, bytes: input.to_bytes(padding) };
+        let record = Record {
+            position: machine.position,
+            kind: INPUT,
+            bytes: input.to_bytes(padding),
+        };
         machine.input(input);
         self.give_primary(side, PrimaryEvent::Record(record));
     }
@@ -486,12 +525,19 @@ impl World {
     fn consume(&mut self, side: usize, record: &Record) -> Result<(), String> {
         let machine = &mut self.sides[side].machine;
         if machine.position != record.position {
-            return Err(format!("side {side}: replay is at {}, past {}", machine.position, record.position));
+            return Err(format!(
+                "side {side}: replay is at {}, past {}",
+                machine.position, record.position
+            ));
         }
         if record.kind == INPUT {
             machine.input(Input::from_bytes(&record.bytes));
         } else if noted_output(record) != machine.outputs {
-            return Err(format!("side {side}: replay made {} outputs, not {}", machine.outputs, noted_output(record)));
+            return Err(format!(
+                "side {side}: replay made {} outputs, not {}",
+                machine.outputs,
+                noted_output(record)
+            ));
         }
         Ok(())
     }
@@ -520,10 +566,19 @@ impl World {
             return Ok(());
         }
         self.sides[side].machine = Machine::from_image(&self.sides[side].image);
-        let (position, last_output) = (self.sides[side].machine.position, self.sides[side].machine.outputs);
+        let (position, last_output) = (
+            self.sides[side].machine.position,
+            self.sides[side].machine.outputs,
+        );
         self.sides[side].image_outputs = last_output;
         self.plan(0, Happening::Replay(side));
-        self.tell_secondary(side, SecondaryEvent::ImageRestored { position, last_output })
+        self.tell_secondary(
+            side,
+            SecondaryEvent::ImageRestored {
+                position,
+                last_output,
+            },
+        )
     }
 
     // ---- the outside ----
@@ -547,7 +602,9 @@ impl World {
                 break;
             }
             let output = entry.remove();
-            self.outside.see(&output).map_err(|problem| format!("side {side}: {problem}"))?;
+            self.outside
+                .see(&output)
+                .map_err(|problem| format!("side {side}: {problem}"))?;
         }
         Ok(())
     }
@@ -555,9 +612,17 @@ impl World {
     fn client(&mut self, writer: usize) {
         let write = self.outside.write(writer);
         // The network may still send to the old place, or to both.
-        let old = self.random.percent(10).then(|| self.random.between(0, self.sides.len() as u64 - 1) as usize);
+        let old = self
+            .random
+            .percent(10)
+            .then(|| self.random.between(0, self.sides.len() as u64 - 1) as usize);
         let places: &[usize] = &[self.location, old.unwrap_or(self.location)];
-        let places = if places[0] == places[1] { &places[..1] } else { places }.to_vec();
+        let places = if places[0] == places[1] {
+            &places[..1]
+        } else {
+            places
+        }
+        .to_vec();
         for place in places {
             let delay = self.random.between(20_000, 2_000_000);
             self.plan(delay, Happening::Input(place, write));
@@ -570,188 +635,25 @@ impl World {
         let fate = ToyArbiter::fate(self.now, CALM_FROM, &self.profile, &mut self.random);
         self.note(|_| format!("side {side}: claims epoch {}: {fate:?}", claim.epoch));
         match fate {
-            Fate::Answered { arrives, answers } => self.plan(arrives, Happening::Claim(side, claim, Some(answers))),
+            Fate::Answered { arrives, answers } => {
+                self.plan(arrives, Happening::Claim(side, claim, Some(answers)))
+            }
             Fate::AnswerLost { arrives } => self.plan(arrives, Happening::Claim(side, claim, None)),
             Fate::Refused { answers } => {
-                self.plan(answers, Happening::Answer(side, claim.epoch, Verdict::Unreachable));
+                self.plan(
+                    answers,
+                    Happening::Answer(side, claim.epoch, Verdict::Unreachable),
+                );
             }
             Fate::Lost => {}
-        }
-    }
-
-    // ---- connections ----
-
-    fn plan_heal(&mut self, side: usize) {
-        if self.profile.heal {
-            let delay = self.random.between(100_000, 20_000_000);
-            self.plan(delay, Happening::Heal(side));
-        }
-    }
-
-    fn heal(&mut self, primary: usize) -> Result<(), String> {
-        let unprotected = self.sides[primary].primary_state() == Some(PrimaryState::Unprotected);
-        if !unprotected || self.sides[primary].connection.is_some() {
-            return Ok(());
-        }
-        if !self.connections.is_empty() {
-            if self.sides.len() >= MAX_SIDES || self.now.0 > CALM_FROM.0 + 100_000_000 {
-                return Ok(());
-            }
-            let side = Side::secondary(self.sides.len(), &self.profile, self.bug);
-            self.sides.push(side);
-        }
-        let secondary = self.sides.len() - 1;
-        if !self.sides[secondary].alive || self.sides[secondary].stopped.is_some() {
-            return Ok(());
-        }
-        let connection = self.connections.len();
-        self.connections.push(Connection::new(primary, secondary));
-        for (side, peer) in [(primary, secondary), (secondary, primary)] {
-            self.sides[side].connection = Some(connection);
-            self.sides[side].peer = Some(peer);
-        }
-        self.note(|_| format!("side {primary} connects to standby {secondary}"));
-        self.tell_secondary(secondary, SecondaryEvent::PeerConnected)?;
-        self.tell_primary(primary, PrimaryEvent::PeerConnected)
-    }
-
-    fn send(&mut self, side: usize, bytes: Vec<u8>) {
-        let Some(index) = self.sides[side].connection else { return };
-        let connection = &mut self.connections[index];
-        let other = 1 - connection.end_of(side);
-        connection.toward[other].send(self.now, bytes, &self.profile, &mut self.random);
-        self.plan_delivery(index, other);
-    }
-
-    /// One delivery is planned as long as anything is in flight.
-    fn plan_delivery(&mut self, index: usize, end: usize) {
-        if let Some(due) = self.connections[index].toward[end].plan_next(self.now) {
-            self.plan_at(due, Happening::Deliver(index, end));
-        }
-    }
-
-    /// A side closes its end properly.
-    fn disconnect(&mut self, side: usize) {
-        let Some(index) = self.sides[side].connection.take() else { return };
-        let connection = &mut self.connections[index];
-        let end = connection.end_of(side);
-        connection.toward[end].silent = true;
-        let other = &mut connection.toward[1 - end];
-        if !other.silent && !other.closing {
-            other.close(self.now, &mut self.random);
-            self.plan_delivery(index, 1 - end);
-        }
-    }
-
-    /// The connection is reset towards these ends.
-    pub(crate) fn cut(&mut self, index: usize, ends: &[usize]) {
-        for end in ends {
-            let direction = &mut self.connections[index].toward[*end];
-            if !direction.silent && !direction.closing {
-                direction.cut(self.now, &mut self.random);
-                self.plan_delivery(index, *end);
-            }
-        }
-    }
-
-    fn deliver(&mut self, index: usize, end: usize) -> Result<(), String> {
-        let side = self.connections[index].ends[end];
-        let direction = &mut self.connections[index].toward[end];
-        direction.planned = false;
-        if direction.silent || self.sides[side].connection != Some(index) {
-            return Ok(());
-        }
-        let arrived = direction.take(self.now, &mut self.random);
-        self.plan_delivery(index, end);
-        if let Some(bytes) = arrived {
-            match self.sides[side].role {
-                Role::Primary(_) => self.tell_primary(side, PrimaryEvent::Bytes(bytes))?,
-                Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::Bytes(bytes))?,
-            }
-        }
-        let direction = &self.connections[index].toward[end];
-        let ended = direction.closing && direction.in_flight.is_empty();
-        if ended && self.sides[side].connection == Some(index) {
-            self.sides[side].connection = None;
-            let reason = "reset".to_owned();
-            match self.sides[side].role {
-                Role::Primary(_) => self.tell_primary(side, PrimaryEvent::PeerClosed { reason })?,
-                Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::PeerClosed { reason })?,
-            }
-        }
-        Ok(())
-    }
-
-    // ---- faults ----
-
-    fn fault(&mut self) -> Result<(), String> {
-        let fault = self.profile.fault(&mut self.random);
-        let victims: Vec<usize> = (0..self.sides.len())
-            .filter(|side| self.sides[*side].alive && self.sides[*side].stopped.is_none())
-            .collect();
-        if victims.is_empty() || self.now >= CALM_FROM {
-            return Ok(());
-        }
-        let victim = self.random.pick(&victims);
-        let for_ns = self.random.between(1_000_000, 90_000_000);
-        let until = Nanos(self.now.0 + for_ns).min(CALM_FROM);
-        self.note(|_| format!("fault: {fault:?}, side {victim}, until {until}"));
-        self.checker.faults += 1;
-        match fault {
-            Fault::Crash | Fault::PowerLoss => self.kill(victim, fault == Fault::PowerLoss),
-            Fault::Cut => {
-                if let Some(connection) = self.sides[victim].connection {
-                    self.cut(connection, &[0, 1]);
-                }
-            }
-            Fault::Partition => self.partition(victim, until),
-            Fault::Stall => self.sides[victim].stalled_until = until,
-            Fault::ReplayStall => {
-                for side in &mut self.sides {
-                    side.replay_stalled_until = until;
-                }
-            }
-            Fault::Goodbye => {
-                let reason = "the administrator wants it".to_owned();
-                match self.sides[victim].role {
-                    Role::Primary(_) => {
-                        self.checker.ended = true;
-                        self.tell_primary(victim, PrimaryEvent::Shutdown { reason })?;
-                    }
-                    Role::Secondary(_) => self.tell_secondary(victim, SecondaryEvent::Shutdown { reason })?,
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn kill(&mut self, victim: usize, silently: bool) {
-        self.sides[victim].alive = false;
-        let Some(index) = self.sides[victim].connection.take() else { return };
-        let end = self.connections[index].end_of(victim);
-        self.connections[index].toward[end].silent = true;
-        if !silently {
-            self.cut(index, &[1 - end]);
-        } else {
-            self.connections[index].toward[1 - end].silent = true;
-        }
-    }
-
-    fn partition(&mut self, victim: usize, until: Nanos) {
-        let Some(index) = self.sides[victim].connection else { return };
-        let for_ever = self.random.percent(40);
-        let ends = self.random.pick(&[&[0_usize][..], &[1], &[0, 1], &[0, 1]]);
-        for end in ends {
-            let direction = &mut self.connections[index].toward[*end];
-            if for_ever {
-                direction.silent = true;
-            } else {
-                direction.block(until);
-            }
         }
     }
 }
 
 fn noted_output(record: &Record) -> u64 {
-    u64::from_le_bytes(record.bytes[..8].try_into().expect("a note holds the output's number"))
+    u64::from_le_bytes(
+        record.bytes[..8]
+            .try_into()
+            .expect("a note holds the output's number"),
+    )
 }

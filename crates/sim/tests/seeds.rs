@@ -4,7 +4,10 @@ use twinstep_sim::{Figures, run_seed};
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, which is no number")))
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} is {text:?}, which is no number")),
+    )
 }
 
 #[test]
@@ -29,13 +32,19 @@ fn no_history_violates_an_invariant() {
     }
     println!("{count} seeds from {first}: {total:?}");
     if count >= 1_000 {
-        assert!(total.alone > count / 20 && total.live > count / 10, "the world has become too mild: {total:?}");
+        assert!(
+            total.alone > count / 20 && total.live > count / 10,
+            "the world has become too mild: {total:?}"
+        );
     }
 }
 
 #[test]
 fn a_seed_is_one_history() {
     for seed in 1..20 {
-        assert_eq!(run_seed(seed, None).expect("it passes"), run_seed(seed, None).expect("it passes"));
+        assert_eq!(
+            run_seed(seed, None).expect("it passes"),
+            run_seed(seed, None).expect("it passes")
+        );
     }
 }

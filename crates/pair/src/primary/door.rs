@@ -1,8 +1,12 @@
-//! The primary's door: all that goes in, all that comes out.
+//! The primary's door: all that goes in, all that comes out, and what can be seen of it from outside.
+//!
+//! Invariant: plain values; whatever a host must know to drive a primary is written here.
 
 use crate::arbiter::{Claim, Verdict};
+use crate::config::Config;
 use crate::notice::{Notice, StopReason};
-use crate::types::{Epoch, OutputId, Record};
+use crate::types::{Epoch, OutputId, OwnerId, Record};
+use crate::wire::{HostIdentity, VmIdentity};
 
 /// Something that happened to the primary.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,4 +102,75 @@ pub enum PrimaryAction {
     Throttle(bool),
     /// For people.
     Notice(Notice),
+}
+
+/// Where a primary stands. See the diagram at the head of [`super`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PrimaryState {
+    /// No secondary. Outputs leave at once.
+    Unprotected,
+    /// Connected, greeting sent. Outputs leave at once.
+    Greeting,
+    /// The image is on its way. Outputs leave at once.
+    Copying,
+    /// Outputs are held until the secondary has what it needs to make them itself.
+    Protected,
+    /// The secondary is lost, the arbiter is asked, the guest is throttled, outputs are held.
+    Deciding,
+    /// Over.
+    Stopped,
+}
+
+impl PrimaryState {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            PrimaryState::Unprotected => "unprotected",
+            PrimaryState::Greeting => "greeting",
+            PrimaryState::Copying => "copying",
+            PrimaryState::Protected => "protected",
+            PrimaryState::Deciding => "deciding",
+            PrimaryState::Stopped => "stopped",
+        }
+    }
+}
+
+/// The figures of a primary, for people and metrics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PrimaryStatus {
+    /// Where it stands.
+    pub state: PrimaryState,
+    /// In which epoch.
+    pub epoch: Epoch,
+    /// Whether the guest is held back.
+    pub throttled: bool,
+    /// Log bytes that the secondary has not acknowledged.
+    pub unacked_bytes: u64,
+    /// Log bytes that the secondary has not replayed.
+    pub unreplayed_bytes: u64,
+    /// Instructions that the secondary still has to replay.
+    pub lag_instructions: u64,
+    /// Outputs that are held.
+    pub held_outputs: u64,
+    /// Image bytes that the secondary has received.
+    pub image_bytes: u64,
+}
+
+/// Who the primary is and what it runs.
+#[derive(Debug, Clone)]
+pub struct PrimarySetup {
+    /// Bounds and times.
+    pub config: Config,
+    /// The machine.
+    pub vm: VmIdentity,
+    /// This host.
+    pub host: HostIdentity,
+    /// This process.
+    pub owner: OwnerId,
+    /// The epoch the machine runs in: [`Epoch::FIRST`] after power-on.
+    pub epoch: Epoch,
+    /// The last output the machine has made: 0 after power-on.
+    pub last_output: OutputId,
+    /// The last output that has certainly left; the host is still sending those between this and `last_output`.
+    pub last_left: OutputId,
 }

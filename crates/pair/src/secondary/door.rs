@@ -1,11 +1,14 @@
-//! The secondary's door: all that goes in, all that comes out.
+//! The secondary's door: all that goes in, all that comes out, and what can be seen of it from outside.
+//!
+//! Invariant: plain values; whatever a host must know to drive a secondary is written here.
 
 use std::ops::Range;
 
 use crate::arbiter::{Claim, Verdict};
+use crate::config::Config;
 use crate::notice::{Notice, StopReason};
-use crate::types::{Epoch, OutputId, Record, Seq};
-use crate::wire::Hello;
+use crate::types::{Epoch, OutputId, OwnerId, Record, Seq};
+use crate::wire::{Expectation, Hello, HostIdentity};
 
 /// Something that happened to the secondary.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,7 +75,7 @@ pub enum SecondaryAction {
     Prepare(Hello),
     /// The next bytes of the image.
     ImageChunk(Vec<u8>),
-    /// The image is complete: restore the machine and report with [`SecondaryEvent::ImageRestored`].
+    /// The image is complete: restore the machine, with ticks going on meanwhile (or the primary misses our heartbeats), and report with [`SecondaryEvent::ImageRestored`].
     Restore {
         /// The position the machine must be at.
         position: u64,
@@ -105,4 +108,74 @@ pub enum SecondaryAction {
     Stop(StopReason),
     /// For people.
     Notice(Notice),
+}
+
+/// Where a secondary stands. See the diagram at the head of [`super`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum SecondaryState {
+    /// No greeting yet.
+    Listening,
+    /// The image comes in.
+    Copying,
+    /// The machine is restored and replays.
+    Following,
+    /// The primary is lost, the arbiter is asked; replay goes on to the end of the log.
+    Deciding,
+    /// The epoch is ours; the rest of the log is consumed.
+    Consuming,
+    /// The machine is ours.
+    Live,
+    /// Over.
+    Stopped,
+}
+
+impl SecondaryState {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            SecondaryState::Listening => "listening",
+            SecondaryState::Copying => "copying",
+            SecondaryState::Following => "following",
+            SecondaryState::Deciding => "deciding",
+            SecondaryState::Consuming => "consuming",
+            SecondaryState::Live => "live",
+            SecondaryState::Stopped => "stopped",
+        }
+    }
+}
+
+/// The figures of a secondary, for people and metrics.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SecondaryStatus {
+    /// Where it stands.
+    pub state: SecondaryState,
+    /// The epoch of the primary, or ours once we are live.
+    pub epoch: Option<Epoch>,
+    /// Whether it may go live if the primary is lost.
+    pub entitled: bool,
+    /// The newest record received.
+    pub received_seq: Seq,
+    /// The newest record replayed.
+    pub replayed_seq: Seq,
+    /// Where the machine is.
+    pub replayed_position: u64,
+    /// Where the primary was when it was last heard.
+    pub primary_position: u64,
+    /// Outputs made here that are not known to have left the primary.
+    pub unconfirmed_outputs: u64,
+    /// Image bytes received.
+    pub image_bytes: u64,
+}
+
+/// Who the secondary is and what it may accept.
+#[derive(Debug, Clone)]
+pub struct SecondarySetup {
+    /// Bounds and times.
+    pub config: Config,
+    /// This host.
+    pub host: HostIdentity,
+    /// This process.
+    pub owner: OwnerId,
+    /// Which machines it may accept.
+    pub expect: Expectation,
 }

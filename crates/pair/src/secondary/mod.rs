@@ -25,84 +25,14 @@ use std::collections::VecDeque;
 
 use crate::arbiter::{Arbitration, Claim, Next, Verdict};
 use crate::bugs::{Bug, Bugs};
-use crate::config::{Config, ConfigError};
+use crate::config::ConfigError;
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::primary::{Primary, PrimarySetup};
-use crate::types::{Epoch, Nanos, OutputId, OwnerId, Record, Seq};
-use crate::wire::{Ack, Expectation, Hello, HelloReply, HostIdentity, Message, greeting_version};
+use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
+use crate::wire::{Ack, Hello, HelloReply, Message, greeting_version};
 
-pub use door::{SecondaryAction, SecondaryEvent};
-
-/// Where a secondary stands. See the diagram at the head of the module.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum SecondaryState {
-    /// No greeting yet.
-    Listening,
-    /// The image comes in.
-    Copying,
-    /// The machine is restored and replays.
-    Following,
-    /// The primary is lost, the arbiter is asked; replay goes on to the end of the log.
-    Deciding,
-    /// The epoch is ours; the rest of the log is consumed.
-    Consuming,
-    /// The machine is ours.
-    Live,
-    /// Over.
-    Stopped,
-}
-
-impl SecondaryState {
-    /// For people.
-    pub fn name(self) -> &'static str {
-        match self {
-            SecondaryState::Listening => "listening",
-            SecondaryState::Copying => "copying",
-            SecondaryState::Following => "following",
-            SecondaryState::Deciding => "deciding",
-            SecondaryState::Consuming => "consuming",
-            SecondaryState::Live => "live",
-            SecondaryState::Stopped => "stopped",
-        }
-    }
-}
-
-/// The figures of a secondary, for people and metrics.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SecondaryStatus {
-    /// Where it stands.
-    pub state: SecondaryState,
-    /// The epoch of the primary, or ours once we are live.
-    pub epoch: Option<Epoch>,
-    /// Whether it may go live if the primary is lost.
-    pub entitled: bool,
-    /// The newest record received.
-    pub received_seq: Seq,
-    /// The newest record replayed.
-    pub replayed_seq: Seq,
-    /// Where the machine is.
-    pub replayed_position: u64,
-    /// Where the primary was when it was last heard.
-    pub primary_position: u64,
-    /// Outputs made here that are not known to have left the primary.
-    pub unconfirmed_outputs: u64,
-    /// Image bytes received.
-    pub image_bytes: u64,
-}
-
-/// Who the secondary is and what it may accept.
-#[derive(Debug, Clone)]
-pub struct SecondarySetup {
-    /// Bounds and times.
-    pub config: Config,
-    /// This host.
-    pub host: HostIdentity,
-    /// This process.
-    pub owner: OwnerId,
-    /// Which machines it may accept.
-    pub expect: Expectation,
-}
+pub use door::{SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
 
 /// The secondary of a pair; see the head of the module.
 #[derive(Debug, Clone)]
@@ -202,9 +132,15 @@ impl Secondary {
 
     /// When a [`SecondaryEvent::Tick`] is due, if nothing else happens before.
     pub fn deadline(&self) -> Option<Nanos> {
-        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout()));
+        let link = self
+            .link
+            .as_ref()
+            .map(|link| link.deadline(self.peer_timeout()));
         let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
-        [link, arbitration, self.report_at].into_iter().flatten().min()
+        [link, arbitration, self.report_at]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Takes the next thing to do. Call until `None` after each batch of events; one acknowledgement answers the whole batch.
@@ -224,10 +160,15 @@ impl Secondary {
             SecondaryEvent::PeerConnected => self.on_connected(now),
             SecondaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
             SecondaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
-            SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
+            SecondaryEvent::ImageRestored {
+                position,
+                last_output,
+            } => self.on_restored(now, position, last_output),
             SecondaryEvent::Output { id } => self.on_output(id),
             SecondaryEvent::Replayed { seq, position } => self.on_replayed(now, seq, position),
-            SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
+            SecondaryEvent::ArbiterAnswer { epoch, verdict } => {
+                self.on_arbiter_answer(now, epoch, verdict)
+            }
             SecondaryEvent::Shutdown { reason } => self.on_shutdown(reason),
             SecondaryEvent::Failed { reason } => self.say_goodbye(reason),
             SecondaryEvent::Tick => self.on_tick(now),
@@ -240,7 +181,11 @@ impl Secondary {
     /// # Panics
     /// If this secondary is not live.
     pub fn into_primary(self) -> Primary {
-        assert_eq!(self.state, SecondaryState::Live, "only who is live becomes a primary");
+        assert_eq!(
+            self.state,
+            SecondaryState::Live,
+            "only who is live becomes a primary"
+        );
         let hello = self.hello.expect("it had a primary once");
         let setup = PrimarySetup {
             config: self.setup.config,
@@ -258,7 +203,10 @@ impl Secondary {
     // ---- the connection ----
 
     fn on_connected(&mut self, now: Nanos) {
-        assert!(self.state == SecondaryState::Listening && self.link.is_none(), "a secondary serves one connection");
+        assert!(
+            self.state == SecondaryState::Listening && self.link.is_none(),
+            "a secondary serves one connection"
+        );
         self.link = Some(Link::new(now, &self.setup.config));
     }
 
@@ -288,9 +236,19 @@ impl Secondary {
             (Listening, Message::Hello(hello)) => self.on_hello(hello),
             (Copying, Message::Refuse { reason }) => self.on_refused(reason),
             (Copying, Message::ImageChunk(bytes)) => self.on_image_chunk(now, bytes),
-            (Copying, Message::ImageEnd { position, total_bytes }) => self.on_image_end(now, position, total_bytes),
-            (Following, Message::ProtectionStart { last_seq }) => self.on_protection_start(now, last_seq),
-            (Copying | Following, Message::Log { first_seq, records }) => self.on_log(now, first_seq, records),
+            (
+                Copying,
+                Message::ImageEnd {
+                    position,
+                    total_bytes,
+                },
+            ) => self.on_image_end(now, position, total_bytes),
+            (Following, Message::ProtectionStart { last_seq }) => {
+                self.on_protection_start(now, last_seq)
+            }
+            (Copying | Following, Message::Log { first_seq, records }) => {
+                self.on_log(now, first_seq, records)
+            }
             (Copying | Following, Message::Released { up_to }) => {
                 self.confirmed = self.confirmed.max(up_to);
                 self.discard();
@@ -301,7 +259,10 @@ impl Secondary {
             (_, Message::Goodbye { reason }) => self.stop(StopReason::PeerEnded { reason }),
             (state, message) => {
                 let (kind, state) = (message.kind(), state.name());
-                self.lose_peer(now, &format!("the primary sent {kind:?} while the secondary was {state}"));
+                self.lose_peer(
+                    now,
+                    &format!("the primary sent {kind:?} while the secondary was {state}"),
+                );
             }
         }
     }
@@ -318,7 +279,9 @@ impl Secondary {
         });
         if !wrong.is_empty() {
             let reason = wrong.join("; ");
-            self.send(&Message::Refuse { reason: reason.clone() });
+            self.send(&Message::Refuse {
+                reason: reason.clone(),
+            });
             return self.on_refused(reason);
         }
         self.send(&Message::HelloReply(HelloReply {
@@ -328,14 +291,24 @@ impl Secondary {
             owner: self.setup.owner,
             host: self.setup.host.clone(),
         }));
-        self.link.as_mut().expect("the hello came over it").agree(version);
-        self.actions.push_back(SecondaryAction::Prepare(hello.clone()));
-        self.enter(SecondaryState::Copying, &format!("VM {} in epoch {} is accepted", hello.vm.vm, hello.epoch));
+        self.link
+            .as_mut()
+            .expect("the hello came over it")
+            .agree(version);
+        self.actions
+            .push_back(SecondaryAction::Prepare(hello.clone()));
+        self.enter(
+            SecondaryState::Copying,
+            &format!("VM {} in epoch {} is accepted", hello.vm.vm, hello.epoch),
+        );
         self.hello = Some(hello);
     }
 
     fn on_refused(&mut self, reason: String) {
-        self.actions.push_back(SecondaryAction::Notice(Notice::Refused { reason: reason.clone() }));
+        self.actions
+            .push_back(SecondaryAction::Notice(Notice::Refused {
+                reason: reason.clone(),
+            }));
         self.stop(StopReason::Refused { reason });
     }
 
@@ -353,16 +326,29 @@ impl Secondary {
     fn on_image_end(&mut self, now: Nanos, position: u64, total_bytes: u64) {
         if self.image_position.is_some() || self.image_bytes != total_bytes {
             let received = self.image_bytes;
-            return self.lose_peer(now, &format!("the image has {received} bytes instead of {total_bytes}"));
+            return self.lose_peer(
+                now,
+                &format!("the image has {received} bytes instead of {total_bytes}"),
+            );
         }
         self.image_position = Some(position);
-        self.actions.push_back(SecondaryAction::Restore { position });
+        self.actions
+            .push_back(SecondaryAction::Restore { position });
     }
 
     fn on_restored(&mut self, now: Nanos, position: u64, last_output: OutputId) {
-        assert_eq!(self.state, SecondaryState::Copying, "a machine is restored once");
+        assert_eq!(
+            self.state,
+            SecondaryState::Copying,
+            "a machine is restored once"
+        );
         if self.image_position != Some(position) {
-            return self.lose_peer(now, &format!("the restored machine is at position {position}, not where its image was cut"));
+            return self.lose_peer(
+                now,
+                &format!(
+                    "the restored machine is at position {position}, not where its image was cut"
+                ),
+            );
         }
         self.replayed_position = position;
         self.produced = last_output;
@@ -379,7 +365,10 @@ impl Secondary {
     fn on_protection_start(&mut self, now: Nanos, last_seq: Seq) {
         if self.entitled && !self.bugs.has(Bug::EntitledByImage) || last_seq != self.received_seq {
             let received = self.received_seq;
-            return self.lose_peer(now, &format!("protection starts at record {last_seq}, but {received} were received"));
+            return self.lose_peer(
+                now,
+                &format!("protection starts at record {last_seq}, but {received} were received"),
+            );
         }
         self.entitled = true;
         self.ack_due = true;
@@ -391,7 +380,10 @@ impl Secondary {
     fn on_log(&mut self, now: Nanos, first_seq: Seq, records: Vec<Record>) {
         if first_seq != self.received_seq + 1 {
             let expected = self.received_seq + 1;
-            return self.lose_peer(now, &format!("the log goes on at record {first_seq} instead of {expected}"));
+            return self.lose_peer(
+                now,
+                &format!("the log goes on at record {first_seq} instead of {expected}"),
+            );
         }
         self.received_seq += records.len() as u64;
         self.ack_due = true;
@@ -404,7 +396,8 @@ impl Secondary {
             Some((first_seq, records))
         };
         if let Some((first_seq, records)) = ready {
-            self.actions.push_back(SecondaryAction::Replay { first_seq, records });
+            self.actions
+                .push_back(SecondaryAction::Replay { first_seq, records });
         }
     }
 
@@ -423,14 +416,22 @@ impl Secondary {
     }
 
     fn on_replayed(&mut self, now: Nanos, seq: Seq, position: u64) {
-        assert!(seq >= self.replayed_seq && position >= self.replayed_position, "replay goes forward");
-        assert!(seq <= self.received_seq, "replay has only what was received");
+        assert!(
+            seq >= self.replayed_seq && position >= self.replayed_position,
+            "replay goes forward"
+        );
+        assert!(
+            seq <= self.received_seq,
+            "replay has only what was received"
+        );
         if seq == self.replayed_seq && position == self.replayed_position {
             return;
         }
         self.replayed_seq = seq;
         self.replayed_position = position;
-        let due_at = self.last_ack_at.plus(self.setup.config.replay_report_interval);
+        let due_at = self
+            .last_ack_at
+            .plus(self.setup.config.replay_report_interval);
         if now >= due_at {
             self.last_ack_at = now;
             self.ack_due = true;
@@ -454,7 +455,8 @@ impl Secondary {
 
     fn send(&mut self, message: &Message) {
         if let Some(link) = &self.link {
-            self.actions.push_back(SecondaryAction::Send(link.frame(message)));
+            self.actions
+                .push_back(SecondaryAction::Send(link.frame(message)));
         }
     }
 
@@ -469,13 +471,25 @@ impl Secondary {
     }
 
     fn lose_peer(&mut self, now: Nanos, reason: &str) {
-        assert!(self.state < SecondaryState::Deciding, "there is no peer to lose any more");
+        assert!(
+            self.state < SecondaryState::Deciding,
+            "there is no peer to lose any more"
+        );
         self.drop_link();
         if !self.entitled {
-            return self.stop(StopReason::NotProtected { reason: reason.to_owned() });
+            return self.stop(StopReason::NotProtected {
+                reason: reason.to_owned(),
+            });
         }
-        let hello = self.hello.as_ref().expect("it is entitled, so it was greeted");
-        let claim = Claim { vm: hello.vm.vm, epoch: hello.epoch.next(), owner: self.setup.owner };
+        let hello = self
+            .hello
+            .as_ref()
+            .expect("it is entitled, so it was greeted");
+        let claim = Claim {
+            vm: hello.vm.vm,
+            epoch: hello.epoch.next(),
+            owner: self.setup.owner,
+        };
         self.lost_reason = reason.to_owned();
         if let Some((_, records)) = self.staged.take() {
             self.received_seq -= records.len() as u64;
@@ -490,13 +504,17 @@ impl Secondary {
     }
 
     fn on_arbiter_answer(&mut self, now: Nanos, epoch: Epoch, verdict: Verdict) {
-        let Some(arbitration) = &mut self.arbitration else { return };
+        let Some(arbitration) = &mut self.arbitration else {
+            return;
+        };
         let next = arbitration.answer(now, epoch, verdict, &self.setup.config);
         self.pursue(next);
     }
 
     fn pursue(&mut self, next: Next) {
-        let Some(arbitration) = &self.arbitration else { return };
+        let Some(arbitration) = &self.arbitration else {
+            return;
+        };
         let (epoch, attempts) = (arbitration.epoch(), arbitration.attempts);
         match next {
             Next::Wait => {}
@@ -504,7 +522,11 @@ impl Secondary {
             Next::Ask(claim) => self.actions.push_back(SecondaryAction::AskArbiter(claim)),
             Next::RetryAt(_) if self.bugs.has(Bug::SilenceIsConsent) => self.consume(epoch),
             Next::RetryAt(retry_at) => {
-                let notice = Notice::ArbiterUnreachable { epoch, attempts, retry_at };
+                let notice = Notice::ArbiterUnreachable {
+                    epoch,
+                    attempts,
+                    retry_at,
+                };
                 self.actions.push_back(SecondaryAction::Notice(notice));
             }
             Next::Won => self.consume(epoch),
@@ -516,34 +538,47 @@ impl Secondary {
         self.arbitration = None;
         self.won = Some(epoch);
         let left = self.received_seq - self.replayed_seq;
-        let reason = format!("epoch {epoch} is ours ({}); {left} records are left", self.lost_reason);
+        let reason = format!(
+            "epoch {epoch} is ours ({}); {left} records are left",
+            self.lost_reason
+        );
         self.enter(SecondaryState::Consuming, &reason);
         self.go_live_if_consumed();
     }
 
     fn go_live_if_consumed(&mut self) {
-        let consumed = self.replayed_seq == self.received_seq || self.bugs.has(Bug::LiveBeforeConsuming);
+        let consumed =
+            self.replayed_seq == self.received_seq || self.bugs.has(Bug::LiveBeforeConsuming);
         if self.state != SecondaryState::Consuming || !consumed {
             return;
         }
         let epoch = self.won.expect("it is consuming because it won");
         // The primary says what has left only after it has, so it may have sent more than we know; never less.
         let first = self.confirmed.min(self.produced) + 1;
-        let reissue = if self.bugs.has(Bug::ForgetReissue) { 0..0 } else { first..self.produced + 1 };
+        let reissue = if self.bugs.has(Bug::ForgetReissue) {
+            0..0
+        } else {
+            first..self.produced + 1
+        };
         self.enter(SecondaryState::Live, "the log is consumed");
-        self.actions.push_back(SecondaryAction::GoLive { epoch, reissue });
+        self.actions
+            .push_back(SecondaryAction::GoLive { epoch, reissue });
     }
 
     fn on_shutdown(&mut self, reason: String) {
         if self.state >= SecondaryState::Deciding {
             let reason = "the primary is lost, and the VM may live on only here".to_owned();
-            return self.actions.push_back(SecondaryAction::Notice(Notice::ShutdownRefused { reason }));
+            return self
+                .actions
+                .push_back(SecondaryAction::Notice(Notice::ShutdownRefused { reason }));
         }
         self.say_goodbye(reason);
     }
 
     fn say_goodbye(&mut self, reason: String) {
-        self.send(&Message::Goodbye { reason: reason.clone() });
+        self.send(&Message::Goodbye {
+            reason: reason.clone(),
+        });
         self.stop(StopReason::Ended { reason });
     }
 
@@ -557,7 +592,11 @@ impl Secondary {
     // ---- time ----
 
     fn peer_timeout(&self) -> Nanos {
-        if self.entitled { self.setup.config.peer_timeout } else { self.setup.config.copy_timeout }
+        if self.entitled {
+            self.setup.config.peer_timeout
+        } else {
+            self.setup.config.copy_timeout
+        }
     }
 
     fn on_tick(&mut self, now: Nanos) {
@@ -566,7 +605,10 @@ impl Secondary {
             let greeted = self.state != SecondaryState::Listening;
             if link.beat_due(now, &self.setup.config) && greeted {
                 let position = self.replayed_position;
-                self.send(&Message::Heartbeat { time: now, position });
+                self.send(&Message::Heartbeat {
+                    time: now,
+                    position,
+                });
             }
         }
         if self.report_at.is_some_and(|at| now >= at) {
@@ -574,8 +616,15 @@ impl Secondary {
             self.report_at = None;
             self.ack_due = true;
         }
-        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout)) {
-            self.lose_peer(now, &format!("nothing was heard from the primary for {silence}"));
+        if let Some(silence) = self
+            .link
+            .as_mut()
+            .and_then(|link| link.silence(now, timeout))
+        {
+            self.lose_peer(
+                now,
+                &format!("nothing was heard from the primary for {silence}"),
+            );
         }
         if let Some(arbitration) = &mut self.arbitration {
             let next = arbitration.tick(now, &self.setup.config);
@@ -586,6 +635,11 @@ impl Secondary {
     fn enter(&mut self, state: SecondaryState, reason: &str) {
         let (from, to) = (self.state.name(), state.name());
         self.state = state;
-        self.actions.push_back(SecondaryAction::Notice(Notice::State { from, to, reason: reason.to_owned() }));
+        self.actions
+            .push_back(SecondaryAction::Notice(Notice::State {
+                from,
+                to,
+                reason: reason.to_owned(),
+            }));
     }
 }

@@ -1,0 +1,108 @@
+//! What the tests of both state machines share: identities, configurations, frames.
+
+use crate::config::Config;
+use crate::types::{Epoch, Nanos, OwnerId, Record, VmId};
+use crate::wire::{
+    Decoder, Expectation, Hello, HelloReply, HostIdentity, Message, VmIdentity, encode,
+};
+use crate::{PrimarySetup, SecondarySetup};
+
+pub(crate) const VM: VmId = VmId([1; 16]);
+pub(crate) const PRIMARY: OwnerId = OwnerId([2; 16]);
+pub(crate) const SECONDARY: OwnerId = OwnerId([3; 16]);
+
+pub(crate) fn millis(millis: u64) -> Nanos {
+    Nanos::from_millis(millis)
+}
+
+pub(crate) fn config() -> Config {
+    Config {
+        max_unacked_bytes: 1_000,
+        max_unreplayed_bytes: 2_000,
+        max_replay_lag: 1_000,
+        ..Config::default()
+    }
+}
+
+pub(crate) fn host() -> HostIdentity {
+    HostIdentity {
+        build: "test".to_owned(),
+        engine: "toy".to_owned(),
+        cpu_vendor: "GenuineIntel".to_owned(),
+        cpu_family: 6,
+    }
+}
+
+pub(crate) fn vm() -> VmIdentity {
+    VmIdentity {
+        vm: VM,
+        cpu_model: "x86-64-v2".to_owned(),
+        ram_bytes: 4096,
+    }
+}
+
+pub(crate) fn primary_setup() -> PrimarySetup {
+    PrimarySetup {
+        config: config(),
+        vm: vm(),
+        host: host(),
+        owner: PRIMARY,
+        epoch: Epoch::FIRST,
+        last_output: 0,
+        last_left: 0,
+    }
+}
+
+pub(crate) fn secondary_setup() -> SecondarySetup {
+    SecondarySetup {
+        config: config(),
+        host: host(),
+        owner: SECONDARY,
+        expect: Expectation::default(),
+    }
+}
+
+pub(crate) fn hello() -> Hello {
+    Hello {
+        min_version: 1,
+        max_version: 1,
+        vm: vm(),
+        epoch: Epoch::FIRST,
+        owner: PRIMARY,
+        host: host(),
+    }
+}
+
+pub(crate) fn reply() -> HelloReply {
+    HelloReply {
+        version: 1,
+        vm: VM,
+        epoch: Epoch::FIRST,
+        owner: SECONDARY,
+        host: host(),
+    }
+}
+
+pub(crate) fn record(position: u64, length: usize) -> Record {
+    Record {
+        position,
+        kind: 1,
+        bytes: vec![7; length],
+    }
+}
+
+pub(crate) fn frame(message: &Message) -> Vec<u8> {
+    encode(message, 1)
+}
+
+/// The messages in bytes that were sent.
+pub(crate) fn messages(bytes: &[u8]) -> Vec<Message> {
+    let mut decoder = Decoder::new();
+    decoder.agree(1);
+    decoder.push(bytes);
+    let mut found = Vec::new();
+    while let Some(message) = decoder.next_message().expect("what is sent is sound") {
+        found.push(message);
+    }
+    found
+}
