@@ -1,0 +1,315 @@
+//! The thread behind a cable, and the queue in front of it.
+//!
+//! *In*: frames from the VM (`send`), frames from the other side. *Out*: the same, on the other side. *Invariant*: `send` never blocks; the lock is held for
+//! one write at most; the queue is bounded; a frame is written whole or, when its socket broke half-way, not continued on the next one.
+
+use std::collections::VecDeque;
+use std::io::{ErrorKind, IoSlice, Write};
+use std::ops::ControlFlow;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::frames::{Decoder, ETHERNET_HEADER, HEADER, MAX_FRAME, Mac};
+use super::tap::Tap;
+use super::{Receive, announcement};
+use crate::error::{Context, Error, Result};
+use crate::wake::Wake;
+
+/// What may wait to be sent.
+const QUEUE_BYTES: usize = 4 << 20;
+/// How long until a broken socket is tried again.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// A VM's cable. Dropping it ends its thread.
+#[derive(Debug)]
+pub struct Link {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What a cable has carried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Frames sent or queued.
+    pub sent: u64,
+    /// Frames received.
+    pub received: u64,
+    /// Frames there was no room or no connection for.
+    pub dropped: u64,
+    /// How often the connection was made again.
+    pub reconnected: u64,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    wake: Wake,
+    stop: AtomicBool,
+    sent: AtomicU64,
+    received: AtomicU64,
+    dropped: AtomicU64,
+    reconnected: AtomicU64,
+}
+
+#[derive(Debug)]
+struct State {
+    line: Line,
+    /// Wire bytes that wait; they may begin in the middle of a frame.
+    queue: VecDeque<u8>,
+    /// The guest's address, so that a new connection can be told at once where it is.
+    mac: Option<Mac>,
+}
+
+#[derive(Debug)]
+enum Line {
+    Socket(Arc<UnixStream>),
+    Broken,
+    Tap(Arc<Tap>),
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves the queue as it was: bytes, still in order.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Link {
+    /// Over a connected socket. With `path`, it is connected again when it breaks.
+    pub fn over_socket(stream: UnixStream, path: Option<PathBuf>, receive: Receive) -> Result<Self> {
+        stream.set_nonblocking(true).what("cannot set up the network's socket")?;
+        let stream = Arc::new(stream);
+        let for_thread = Arc::clone(&stream);
+        Self::start(Line::Socket(stream), move |shared| socket_thread(shared, for_thread, path, receive))
+    }
+
+    /// Over an open TAP device.
+    pub fn over_tap(tap: Tap, receive: Receive) -> Result<Self> {
+        let tap = Arc::new(tap);
+        let for_thread = Arc::clone(&tap);
+        Self::start(Line::Tap(tap), move |shared| tap_thread(shared, &for_thread, receive))
+    }
+
+    fn start(line: Line, work: impl FnOnce(&Shared) + Send + 'static) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State { line, queue: VecDeque::new(), mac: None }),
+            wake: Wake::new()?,
+            stop: AtomicBool::new(false),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+            reconnected: AtomicU64::new(0),
+        });
+        let for_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("network".to_owned()).spawn(move || work(&for_thread));
+        Ok(Self { shared, thread: Some(thread.what("cannot start the network's thread")?) })
+    }
+
+    /// Sends a frame now or soon, or drops it. Frames no Ethernet would carry are dropped: a guest may try anything.
+    pub fn send(&self, frame: &[u8]) {
+        let shared = &*self.shared;
+        if !(ETHERNET_HEADER..=MAX_FRAME).contains(&frame.len()) {
+            return Shared::count(&shared.dropped);
+        }
+        let mut state = shared.state();
+        state.mac = Mac::source(frame).filter(|mac| !mac.is_group()).or(state.mac);
+        let taken = match &state.line {
+            Line::Broken => false,
+            Line::Tap(tap) => tap.send(frame).unwrap_or(false),
+            Line::Socket(stream) => {
+                let stream = Arc::clone(stream);
+                let was_empty = state.queue.is_empty();
+                let taken = state.put(&stream, frame);
+                if was_empty && !state.queue.is_empty() {
+                    // From here on the thread has to wait for room too.
+                    shared.wake.wake();
+                }
+                taken
+            }
+        };
+        Shared::count(if taken { &shared.sent } else { &shared.dropped });
+    }
+
+    /// Tells switches where this address is: to be called when a machine goes live.
+    pub fn announce(&self, mac: [u8; 6]) {
+        self.send(&announcement(Mac(mac)));
+    }
+
+    /// What has gone through.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let s = &*self.shared;
+        Statistics { sent: get(&s.sent), received: get(&s.received), dropped: get(&s.dropped), reconnected: get(&s.reconnected) }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.shared.wake.wake();
+        // A receiver that blocks (a full channel nobody reads any more) would hold its caller up for ever: the thread
+        // is left to itself then, and ends at its next frame. It holds nothing that is missed.
+        if let Some(thread) = self.thread.take().filter(JoinHandle::is_finished) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl State {
+    /// Writes a frame or queues what is left of it. `false` if it was dropped.
+    fn put(&mut self, stream: &UnixStream, frame: &[u8]) -> bool {
+        let header = (frame.len() as u32).to_be_bytes();
+        let mut written = 0;
+        if self.queue.is_empty() {
+            match (&*stream).write_vectored(&[IoSlice::new(&header), IoSlice::new(frame)]) {
+                Ok(n) => written = n,
+                // The thread notices a broken socket by itself, and empties the queue.
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                Err(_) => return false,
+            }
+        }
+        let wire = || header.iter().chain(frame).copied();
+        if written == 0 && self.queue.len() + HEADER + frame.len() > QUEUE_BYTES {
+            return false;
+        }
+        self.queue.extend(wire().skip(written));
+        true
+    }
+
+    /// Writes what waits, as far as it goes.
+    fn flush(&mut self, stream: &UnixStream) -> std::io::Result<()> {
+        while !self.queue.is_empty() {
+            let (front, back) = self.queue.as_slices();
+            match (&*stream).write_vectored(&[IoSlice::new(front), IoSlice::new(back)]) {
+                Ok(n) => drop(self.queue.drain(..n)),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a descriptor or for the wake-up; says which of read and write is possible.
+fn wait(fd: Option<BorrowedFd<'_>>, wake: &Wake, write: bool, timeout: Option<Duration>) -> Result<PollFlags> {
+    let timeout = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: i64::from(t.subsec_nanos()) });
+    let interest = if write { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+    let mut fds = vec![PollFd::new(wake, PollFlags::IN)];
+    fds.extend(fd.map(|fd| PollFd::from_borrowed_fd(fd, interest)));
+    loop {
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::new("cannot wait for the network").because(e)),
+        }
+    }
+    if !fds[0].revents().is_empty() {
+        wake.clear();
+    }
+    Ok(fds.get(1).map_or(PollFlags::empty(), |fd| fd.revents()))
+}
+
+fn socket_thread(shared: &Shared, mut stream: Arc<UnixStream>, path: Option<PathBuf>, mut receive: Receive) {
+    loop {
+        match serve(shared, &stream, &mut receive) {
+            Ok(ControlFlow::Break(())) => return,
+            Ok(ControlFlow::Continue(())) => {}
+            Err(why) => tracing::warn!("the network connection broke: {why}"),
+        }
+        {
+            let mut state = shared.state();
+            state.line = Line::Broken;
+            // The rest of a half-written frame would be nonsense on a new connection.
+            state.queue.clear();
+        }
+        let Some(path) = &path else { return };
+        stream = loop {
+            if shared.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            match UnixStream::connect(path).and_then(|s| s.set_nonblocking(true).map(|()| s)) {
+                Ok(stream) => break Arc::new(stream),
+                Err(_) if wait(None, &shared.wake, false, Some(RETRY)).is_ok() => {}
+                Err(_) => return,
+            }
+        };
+        tracing::info!("connected to {} again", path.display());
+        Shared::count(&shared.reconnected);
+        let mut state = shared.state();
+        state.line = Line::Socket(Arc::clone(&stream));
+        // The other side may have frames for us, and knows us by what we send.
+        if let Some(mac) = state.mac {
+            state.put(&stream, &announcement(mac));
+        }
+    }
+}
+
+/// Works until the socket breaks (`Continue` or an error) or nobody wants it any more (`Break`).
+fn serve(shared: &Shared, stream: &UnixStream, receive: &mut Receive) -> Result<ControlFlow<()>> {
+    let mut decoder = Decoder::default();
+    let mut reader: &UnixStream = stream;
+    loop {
+        let write = !shared.state().queue.is_empty();
+        let ready = wait(Some(stream.as_fd()), &shared.wake, write, None)?;
+        if shared.stop.load(Ordering::Relaxed) {
+            return Ok(ControlFlow::Break(()));
+        }
+        if ready.contains(PollFlags::OUT) {
+            shared.state().flush(stream).what("cannot send")?;
+        }
+        if !ready.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
+            continue;
+        }
+        match decoder.fill(&mut reader) {
+            Ok(0) => return Ok(ControlFlow::Continue(())),
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => continue,
+            Err(e) => return Err(e).what("cannot receive"),
+        }
+        while let Some(frame) = decoder.next_frame().what("the other side does not speak our protocol")? {
+            Shared::count(&shared.received);
+            if shared.stop.load(Ordering::Relaxed) || receive(frame[HEADER..].to_vec()).is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+    }
+}
+
+fn tap_thread(shared: &Shared, tap: &Tap, mut receive: Receive) {
+    let mut work = || -> Result<()> {
+        loop {
+            wait(Some(tap.as_fd()), &shared.wake, false, None)?;
+            // A busy device must not keep the thread from noticing that it shall end.
+            while !shared.stop.load(Ordering::Relaxed) {
+                let Some(frame) = tap.receive()? else { break };
+                Shared::count(&shared.received);
+                if receive(frame).is_break() {
+                    return Ok(());
+                }
+            }
+            if shared.stop.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+        }
+    };
+    if let Err(e) = work() {
+        tracing::error!("the network is lost: {e}");
+    }
+}
+
+#[cfg(test)]
+#[path = "link_tests.rs"]
+mod tests;
