@@ -186,3 +186,70 @@ impl Arbitration {
         Next::RetryAt(self.deadline)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VM: VmId = VmId([1; 16]);
+
+    fn claim(epoch: u64, owner: u8) -> Claim {
+        Claim {
+            vm: VM,
+            epoch: Epoch(epoch),
+            owner: OwnerId([owner; 16]),
+        }
+    }
+
+    #[test]
+    fn an_epoch_has_one_winner_who_may_ask_again() {
+        let mut arbiter = TableArbiter::default();
+        assert_eq!(arbiter.test_and_set(&claim(2, 1)), Verdict::Won);
+        assert_eq!(arbiter.test_and_set(&claim(2, 2)), Verdict::Lost);
+        assert_eq!(arbiter.test_and_set(&claim(2, 1)), Verdict::Won);
+        assert_eq!(arbiter.test_and_set(&claim(3, 2)), Verdict::Won);
+        let other = Claim {
+            vm: VmId([9; 16]),
+            ..claim(2, 2)
+        };
+        assert_eq!(arbiter.test_and_set(&other), Verdict::Won);
+        assert_eq!(arbiter.holder(VM, Epoch(2)), Some(OwnerId([1; 16])));
+        assert_eq!(arbiter.holder(VM, Epoch(4)), None);
+    }
+
+    #[test]
+    fn pauses_double_up_to_their_bound() {
+        let config = Config::default();
+        let (mut arbitration, asked) = Arbitration::begin(Nanos(0), claim(2, 1), &config);
+        assert_eq!(asked, claim(2, 1));
+        let (mut now, mut pauses) = (Nanos(0), Vec::new());
+        for _ in 0..8 {
+            let next = arbitration.answer(now, Epoch(2), Verdict::Unreachable, &config);
+            let Next::RetryAt(at) = next else {
+                panic!("{next:?}")
+            };
+            pauses.push(at.since(now).0 / 1_000_000);
+            assert_eq!(arbitration.tick(Nanos(at.0 - 1), &config), Next::Wait);
+            now = at;
+            assert_eq!(arbitration.tick(now, &config), Next::Ask(claim(2, 1)));
+        }
+        assert_eq!(pauses, [50, 100, 200, 400, 800, 1_600, 2_000, 2_000]);
+    }
+
+    #[test]
+    fn an_answer_that_does_not_come_counts_as_none_and_may_come_late() {
+        let config = Config::default();
+        let (mut arbitration, _) = Arbitration::begin(Nanos(0), claim(2, 1), &config);
+        let overdue = config.arbiter_timeout;
+        assert!(matches!(
+            arbitration.tick(overdue, &config),
+            Next::RetryAt(_)
+        ));
+        let late = arbitration.answer(overdue, Epoch(2), Verdict::Unreachable, &config);
+        assert_eq!(late, Next::Wait, "the pause is not begun anew");
+        assert_eq!(
+            arbitration.answer(overdue, Epoch(2), Verdict::Won, &config),
+            Next::Won
+        );
+    }
+}

@@ -37,6 +37,22 @@ pub struct Figures {
     pub acknowledged: u64,
 }
 
+impl Figures {
+    /// Both histories together.
+    #[must_use]
+    pub fn plus(self, other: Figures) -> Figures {
+        Figures {
+            steps: self.steps + other.steps,
+            faults: self.faults + other.faults,
+            alone: self.alone + other.alone,
+            live: self.live + other.live,
+            outputs: self.outputs + other.outputs,
+            duplicates: self.duplicates + other.duplicates,
+            acknowledged: self.acknowledged + other.acknowledged,
+        }
+    }
+}
+
 /// An invariant that did not hold.
 #[derive(Debug, Clone)]
 pub struct Violation {

@@ -1,5 +1,7 @@
 //! Histories by the thousand. `TWINSTEP_SEEDS=n` sets how many, `TWINSTEP_SEED=first` where to begin; with only the latter, one.
 
+use std::ops::Range;
+
 use twinstep_sim::{Figures, run_seed};
 
 fn number(name: &str) -> Option<u64> {
@@ -10,26 +12,36 @@ fn number(name: &str) -> Option<u64> {
     )
 }
 
+/// Lives through these histories, each in one thread, several at a time.
+fn run_all(seeds: Range<u64>) -> Figures {
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = (0..threads)
+            .map(|part| {
+                let seeds = seeds.clone().skip(part).step_by(threads);
+                scope.spawn(move || {
+                    seeds.fold(Figures::default(), |total, seed| total.plus(run(seed)))
+                })
+            })
+            .collect();
+        let figures = parts
+            .into_iter()
+            .map(|part| part.join().expect("a history failed; see above"));
+        figures.fold(Figures::default(), Figures::plus)
+    })
+}
+
+fn run(seed: u64) -> Figures {
+    run_seed(seed, None)
+        .unwrap_or_else(|violation| panic!("{violation}\nrun it alone with TWINSTEP_SEED={seed}"))
+}
+
 #[test]
 fn no_history_violates_an_invariant() {
     let first = number("TWINSTEP_SEED");
     let count = number("TWINSTEP_SEEDS").unwrap_or(if first.is_some() { 1 } else { 1_000 });
     let first = first.unwrap_or(1);
-    let mut total = Figures::default();
-    for seed in first..first + count {
-        match run_seed(seed, None) {
-            Ok(figures) => {
-                total.steps += figures.steps;
-                total.faults += figures.faults;
-                total.alone += figures.alone;
-                total.live += figures.live;
-                total.outputs += figures.outputs;
-                total.duplicates += figures.duplicates;
-                total.acknowledged += figures.acknowledged;
-            }
-            Err(violation) => panic!("{violation}\nrun it alone with TWINSTEP_SEED={seed}"),
-        }
-    }
+    let total = run_all(first..first + count);
     println!("{count} seeds from {first}: {total:?}");
     if count >= 1_000 {
         assert!(
