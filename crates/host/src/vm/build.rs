@@ -4,8 +4,8 @@
 use std::io::{Read, Write};
 
 use minicbor::{Decode, Encode};
-use twinstep_log::{Compression, ImageMetadata, ImagePayload, ImageReader, ImageSummary, ReadError};
-use twinstep_machine::{Config, Disk, Machine, PAGE_SIZE, Payload};
+use twinstep_log::{Compression, ImageItem, ImageMetadata, ImagePayload, ImageReader, ImageSummary};
+use twinstep_machine::{Config, Disk, Machine, Payload};
 
 use crate::error::{Context, Error, Result};
 use crate::identity;
@@ -98,7 +98,7 @@ pub fn write_image<W: Write>(
     last_output: u64,
     output: W,
     compression: Compression,
-) -> Result<(W, ImageSummary), twinstep_log::WriteError> {
+) -> std::result::Result<(W, ImageSummary), twinstep_log::WriteError> {
     let payloads = image_payloads(machine, disk_bytes, last_output);
     twinstep_log::image::write_image(
         output,
@@ -122,61 +122,70 @@ pub fn from_image<R: Read>(
     let metadata = reader.metadata().clone();
     check_host(&metadata.host_vendor, &metadata.host_family)?;
     let mut payloads = Vec::new();
-    let mut pages: Vec<(u64, Box<[u8; PAGE_SIZE as usize]>)> = Vec::new();
-    let mut machine: Option<(Machine, Extra)> = None;
-    // Payloads come before pages, so the machine can be built when the first page comes.
-    twinstep_log::image::read_image::<R, ReadError>(
-        reader,
-        |payload| {
-            payloads.push(payload);
-            Ok(())
-        },
-        |number, bytes| pages.push((number, Box::new(*bytes))),
-        |_| {},
-    )
-    .what("the image cannot be used")?;
+    let mut built: Option<(Machine, Extra)> = None;
+    loop {
+        match reader.next_item().what("the image cannot be used")? {
+            Some(ImageItem::Payload(payload)) => payloads.push(payload),
+            Some(ImageItem::Pages(pages)) => {
+                // Payloads come before pages, so the configuration is known when the first page comes.
+                if built.is_none() {
+                    built = Some(blank(&metadata, &mut payloads, disks, tune)?);
+                }
+                let (machine, _) = built.as_mut().expect("just built");
+                for (number, bytes) in pages.iter() {
+                    if !machine.write_ram_page(number as usize, bytes) {
+                        return Err(Error::new(format!("the image has a page {number} that the machine has not")));
+                    }
+                }
+            }
+            None => break,
+        }
+    }
+    let (mut machine, extra) = match built {
+        Some(built) => built,
+        None => blank(&metadata, &mut payloads, disks, tune)?,
+    };
+    let payloads = payloads.into_iter().map(|p| Payload { kind: p.kind, version: p.version, bytes: p.bytes });
+    machine.restore(payloads.collect()).what("the image does not fit this build")?;
+    if machine.position() != metadata.position {
+        let stands = machine.position();
+        return Err(Error::new(format!("the image says position {}, its processor stands at {stands}", metadata.position)));
+    }
+    Ok((machine, extra))
+}
+
+/// The machine of an image before its state: takes the host's own payload out of `payloads`.
+fn blank(
+    metadata: &ImageMetadata,
+    payloads: &mut Vec<ImagePayload>,
+    disks: DiskMaker,
+    tune: &dyn Fn(&mut Config),
+) -> Result<(Machine, Extra)> {
     let own = payloads.iter().position(|p| p.kind == EXTRA_KIND);
-    let own = payloads.swap_remove(own.ok_or_else(|| Error::new("the image says nothing of the machine's configuration"))?);
+    let own = own.ok_or_else(|| Error::new("the image says nothing of the machine's configuration"))?;
+    let own = payloads.swap_remove(own);
     if own.version != EXTRA_VERSION {
-        return Err(Error::new(format!("the image's payload '{EXTRA_KIND}' has version {}, this build reads {EXTRA_VERSION}", own.version))
-            .next("use the Twinstep that wrote it"));
+        let what = format!("the image's payload '{EXTRA_KIND}' has version {}, this build reads {EXTRA_VERSION}", own.version);
+        return Err(Error::new(what).next("use the Twinstep that wrote it"));
     }
     let extra: Extra = minicbor::decode(&own.bytes).what("the image's configuration cannot be read")?;
-    let config = {
-        let mut config = Config {
-            ram_mib: extra.ram_mib,
-            cpu_model: metadata.cpu_model.clone(),
-            nics: extra.nics.iter().map(|n| n.mac).collect(),
-            disks: extra
-                .disks
-                .iter()
-                .map(|d| twinstep_machine::DiskConfig { read_only: d.read_only, serial: d.serial.clone() })
-                .collect(),
-            ..Config::default()
-        };
-        tune(&mut config);
-        config
+    let mut config = Config {
+        ram_mib: extra.ram_mib,
+        cpu_model: metadata.cpu_model.clone(),
+        nics: extra.nics.iter().map(|n| n.mac).collect(),
+        disks: extra
+            .disks
+            .iter()
+            .map(|d| twinstep_machine::DiskConfig { read_only: d.read_only, serial: d.serial.clone() })
+            .collect(),
+        ..Config::default()
     };
+    tune(&mut config);
     if metadata.ram_pages != u64::from(config.ram_mib) * 256 {
         return Err(Error::new(format!("the image has {} pages for {} MiB of RAM", metadata.ram_pages, config.ram_mib)));
     }
-    let mut built = Machine::new(config, disks(&extra.disks)?).what("cannot build the machine of the image")?;
-    for (number, bytes) in pages {
-        if !built.write_ram_page(number as usize, &bytes) {
-            return Err(Error::new(format!("the image has a page {number} that the machine has not")));
-        }
-    }
-    let payloads = payloads.into_iter().map(|p| Payload { kind: p.kind, version: p.version, bytes: p.bytes });
-    built.restore(payloads.collect()).what("the image does not fit this build")?;
-    if built.position() != metadata.position {
-        return Err(Error::new(format!(
-            "the image says position {}, its processor stands at {}",
-            metadata.position,
-            built.position()
-        )));
-    }
-    machine.replace((built, extra));
-    Ok(machine.expect("just put"))
+    let machine = Machine::new(config, disks(&extra.disks)?).what("cannot build the machine of the image")?;
+    Ok((machine, extra))
 }
 
 /// Refuses what another maker's CPU recorded: undefined flags and the like may differ (docs/positions.md).

@@ -1,0 +1,391 @@
+//! Run and record: a machine in the real world.
+//!
+//! *In*: messages ([`ToVm`]) from sockets, terminals and the pair. *Out*: the machine's outputs to the world, or to the pair, which holds
+//! them back; entries of the log to a recording, to the pair, or to nobody. *Invariant*: whatever enters the machine is noted first, with
+//! the position at which it enters; and every output's note comes before whatever the machine is given next.
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Duration;
+
+use twinstep_log::{EndReason, Entry, LogStats, Recorder, encode_into};
+use twinstep_machine::{Input, Machine, Output, Pause};
+use twinstep_pair::Record;
+
+use super::build;
+use super::pace::Pace;
+use super::pairing::ToPair;
+use crate::error::{Error, Result};
+use crate::events::{Events, now_ns};
+
+/// What the machine's thread is told.
+#[derive(Debug)]
+pub enum ToVm {
+    /// Something for the machine's door.
+    Input(Input),
+    /// The guest must not run while this is on.
+    Throttle(bool),
+    /// Make an image for the pair, and go on.
+    MakeImage,
+    /// Give the machine up.
+    Stop(String),
+    /// Write a snapshot to a file and go on; the answer says how that went.
+    Snapshot(std::path::PathBuf, Sender<Result<()>>),
+    /// How much was logged so far, please.
+    Stats(Sender<RunStats>),
+}
+
+/// Where outputs go when they may leave.
+pub type Outlet = Box<dyn FnMut(Output) + Send>;
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// The guest switched itself off.
+    PoweredOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest's processor shut down.
+    Crashed(String),
+    /// This host could not do its part.
+    HostFailure(String),
+    /// Somebody wanted an end.
+    Stopped(String),
+}
+
+impl End {
+    /// For people.
+    pub fn text(&self) -> String {
+        match self {
+            End::PoweredOff => "the guest switched itself off".into(),
+            End::Reset => "the guest asked for a reset".into(),
+            End::Crashed(why) => format!("the guest crashed: {why}"),
+            End::HostFailure(why) => format!("this host failed: {why}"),
+            End::Stopped(why) => format!("stopped: {why}"),
+        }
+    }
+    fn reason(&self) -> EndReason {
+        match self {
+            End::PoweredOff => EndReason::PowerOff,
+            End::Reset => EndReason::Reset,
+            End::Crashed(why) => EndReason::Failed(why.clone()),
+            End::HostFailure(why) => EndReason::Failed(why.clone()),
+            End::Stopped(_) => EndReason::Stopped,
+        }
+    }
+}
+
+/// Figures of a run.
+#[derive(Debug, Clone, Default)]
+pub struct RunStats {
+    /// Instructions retired since power-on.
+    pub position: u64,
+    /// Guest time.
+    pub guest_ns: u64,
+    /// What was logged.
+    pub log: LogStats,
+}
+
+/// Somewhere that entries are recorded to.
+pub trait EntrySink: Send {
+    /// Takes the next entry. After an error it is not called again.
+    fn entry(&mut self, entry: &Entry) -> Result<()>;
+    /// The log is complete.
+    fn close(self: Box<Self>) -> Result<()>;
+}
+
+/// What a run is connected to.
+pub struct Wiring {
+    /// Messages to the machine.
+    pub inbox: Receiver<ToVm>,
+    /// Where outputs go, unless a pair holds them.
+    pub outlet: Outlet,
+    /// The recording.
+    pub recording: Option<Box<dyn EntrySink>>,
+    /// The pair.
+    pub pair: Option<Sender<ToPair>>,
+    /// Events.
+    pub events: Events,
+    /// Positions between two state digests in the log; 0 for none.
+    pub digest_interval: u64,
+    /// Sizes of the disks, for images.
+    pub disk_bytes: Vec<u64>,
+    /// Outputs the machine has made since power-on.
+    pub last_output: u64,
+}
+
+/// A machine in the real world.
+struct Live {
+    machine: Machine,
+    wiring: Wiring,
+    recorder: Recorder,
+    /// Nobody reads entries: none are made.
+    logging: bool,
+    pace: Pace,
+    throttled: bool,
+    end: Option<End>,
+}
+
+/// Runs the machine until it ends. Returns it with how it ended and what was logged.
+pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
+    let now = now_ns();
+    let logging = wiring.recording.is_some() || wiring.pair.is_some();
+    let mut live = Live {
+        pace: Pace::new(now, machine.position(), machine.guest_ns()),
+        recorder: Recorder::new(machine.position(), if logging { wiring.digest_interval } else { 0 }),
+        machine,
+        wiring,
+        logging,
+        throttled: false,
+        end: None,
+    };
+    let end = live.run();
+    let stats = live.stats();
+    (live.machine, end, stats)
+}
+
+impl Live {
+    fn run(&mut self) -> End {
+        loop {
+            while let Ok(message) = self.wiring.inbox.try_recv() {
+                self.take(message);
+            }
+            if let Some(end) = self.end.take() {
+                self.finish(&end);
+                return end;
+            }
+            if self.throttled {
+                self.wait(None);
+                self.pace.stood_still(now_ns(), self.machine.position());
+                continue;
+            }
+            self.step();
+        }
+    }
+
+    /// Runs a slice, or sleeps with the guest.
+    fn step(&mut self) {
+        let mut until = self.machine.position() + self.pace.slice();
+        if let Some(digest) = self.recorder.next_digest() {
+            until = until.min(digest);
+        }
+        let pause = self.machine.run(until);
+        self.take_outputs();
+        self.digest_if_due();
+        let now = now_ns();
+        match pause {
+            Pause::Position => {
+                if self.pace.tick_due(now) {
+                    self.tick(now, false);
+                    self.progress();
+                }
+            }
+            Pause::Idle { wake_ns } => {
+                self.progress();
+                self.idle(wake_ns, now);
+            }
+            Pause::PoweredOff => self.end = Some(End::PoweredOff),
+            Pause::Reset => self.end = Some(End::Reset),
+            Pause::Crashed { reason } => self.end = Some(End::Crashed(reason)),
+            Pause::HostFailure(message) => self.end = Some(End::HostFailure(message)),
+        }
+    }
+
+    /// The guest sleeps: waits for its timer or for a message, whichever comes first.
+    fn idle(&mut self, wake_ns: Option<u64>, now: u64) {
+        let guest_now = self.pace.guest_ns(now);
+        match wake_ns {
+            Some(wake) if wake <= guest_now => self.tick(now, true),
+            Some(wake) => {
+                if !self.wait(Some(Duration::from_nanos(wake - guest_now))) {
+                    self.tick(now_ns(), true);
+                }
+            }
+            None => {
+                self.wait(None);
+            }
+        }
+    }
+
+    /// Waits for a message and takes it; false if none came in time. An input to a sleeping guest comes with the time.
+    fn wait(&mut self, timeout: Option<Duration>) -> bool {
+        let message = match timeout {
+            Some(timeout) => match self.wiring.inbox.recv_timeout(timeout) {
+                Ok(message) => message,
+                Err(RecvTimeoutError::Timeout) => return false,
+                Err(RecvTimeoutError::Disconnected) => ToVm::Stop("nobody is left to talk to".into()),
+            },
+            None => self.wiring.inbox.recv().unwrap_or_else(|_| ToVm::Stop("nobody is left to talk to".into())),
+        };
+        if matches!(message, ToVm::Input(_)) && !self.throttled {
+            self.tick(now_ns(), true);
+        }
+        self.take(message);
+        true
+    }
+
+    fn take(&mut self, message: ToVm) {
+        match message {
+            ToVm::Input(input) => self.input(input),
+            ToVm::Throttle(on) => self.throttled = on,
+            ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
+            ToVm::MakeImage => self.make_image(),
+            ToVm::Snapshot(path, answer) => {
+                // Whoever asked may be gone; the snapshot is written all the same.
+                let _ = answer.send(super::replay::save_snapshot(
+                    &self.machine,
+                    &self.wiring.disk_bytes,
+                    self.wiring.last_output,
+                    &path,
+                ));
+            }
+            ToVm::Stats(answer) => {
+                let _ = answer.send(self.stats());
+            }
+        }
+    }
+
+    fn stats(&self) -> RunStats {
+        RunStats {
+            position: self.machine.position(),
+            guest_ns: self.machine.guest_ns(),
+            log: self.recorder.stats().clone(),
+        }
+    }
+
+    fn tick(&mut self, now: u64, slept: bool) {
+        let clock = self.pace.tick(now, self.machine.position(), slept);
+        self.input(clock);
+    }
+
+    fn input(&mut self, input: Input) {
+        let position = self.machine.position();
+        if self.logging {
+            let entry = self.recorder.input(position, input.clone()).expect("positions of one machine do not go back");
+            self.log(entry);
+        }
+        if let Err(refused) = self.machine.input(input) {
+            // Sources check what they pass on, so this is a mistake of ours; the machine is as before, and replay refuses alike.
+            self.end = Some(End::HostFailure(refused.to_string()));
+        }
+        self.take_outputs();
+    }
+
+    fn take_outputs(&mut self) {
+        for (position, output) in self.machine.drain_outputs() {
+            self.wiring.last_output += 1;
+            if !self.logging {
+                (self.wiring.outlet)(output);
+                continue;
+            }
+            let entry = self.recorder.output(position, &output).expect("positions of one machine do not go back");
+            self.record(&entry);
+            match &self.wiring.pair {
+                None => (self.wiring.outlet)(output),
+                Some(pair) => {
+                    let note = record_of(&entry);
+                    let id = self.wiring.last_output;
+                    self.tell_pair(pair.clone(), ToPair::Output { id, note, output });
+                }
+            }
+        }
+    }
+
+    fn digest_if_due(&mut self) {
+        let position = self.machine.position();
+        if self.logging && self.recorder.digest_due(position) {
+            let digest = minicbor::to_vec(self.machine.digest()).expect("encoding into memory cannot fail");
+            let entry = self.recorder.digest(position, digest).expect("positions of one machine do not go back");
+            self.log(entry);
+        }
+    }
+
+    fn progress(&mut self) {
+        if let Some(pair) = &self.wiring.pair {
+            let position = self.machine.position();
+            self.tell_pair(pair.clone(), ToPair::Progress { position });
+        }
+    }
+
+    /// An entry that is not the note of an output.
+    fn log(&mut self, entry: Entry) {
+        self.record(&entry);
+        if let Some(pair) = &self.wiring.pair {
+            let record = record_of(&entry);
+            self.tell_pair(pair.clone(), ToPair::Record(record));
+        }
+    }
+
+    fn record(&mut self, entry: &Entry) {
+        let Some(recording) = &mut self.wiring.recording else { return };
+        if let Err(e) = recording.entry(entry) {
+            // The guest matters more than its recording.
+            self.wiring.events.say("recording-failed", format!("{e}; the guest runs on without being recorded"));
+            self.wiring.recording = None;
+            self.logging = self.wiring.pair.is_some();
+        }
+    }
+
+    fn tell_pair(&mut self, pair: Sender<ToPair>, message: ToPair) {
+        if pair.send(message).is_err() && self.end.is_none() {
+            self.end = Some(End::HostFailure("the thread that holds the outputs is gone".into()));
+        }
+    }
+
+    /// Makes an image of the machine as it is now and hands it to the pair. The guest stands still meanwhile.
+    fn make_image(&mut self) {
+        let Some(pair) = self.wiring.pair.clone() else { return };
+        let started = now_ns();
+        let written = build::write_image(
+            &self.machine,
+            &self.wiring.disk_bytes,
+            self.wiring.last_output,
+            Vec::new(),
+            twinstep_log::Compression::Lz4,
+        );
+        match written {
+            Ok((bytes, _)) => {
+                let position = self.machine.position();
+                let pause_ns = now_ns() - started;
+                self.tell_pair(pair, ToPair::Image { position, bytes, pause_ns });
+            }
+            Err(e) => self.end = Some(End::HostFailure(format!("cannot make an image: {e}"))),
+        }
+        self.pace.stood_still(now_ns(), self.machine.position());
+    }
+
+    fn finish(&mut self, end: &End) {
+        if self.logging {
+            let position = self.machine.position();
+            if let Ok(entry) = self.recorder.end(position, end.reason()) {
+                self.record(&entry);
+            }
+        }
+        if let Some(recording) = self.wiring.recording.take()
+            && let Err(e) = recording.close()
+        {
+            self.wiring.events.say("recording-failed", format!("{e}; its end is missing"));
+        }
+        if let Some(pair) = self.wiring.pair.take() {
+            // A pair that has ended already wants nothing.
+            let _ = pair.send(ToPair::Shutdown { reason: end.text() });
+        }
+    }
+}
+
+/// A log entry as the pair carries it.
+fn record_of(entry: &Entry) -> Record {
+    let mut bytes = Vec::new();
+    encode_into(entry, &mut bytes).expect("what goes through the door fits an entry");
+    Record { position: entry.position, kind: entry.event.kind().number(), bytes }
+}
+
+/// An entry from a pair's record.
+pub(super) fn entry_of(record: &Record) -> Result<Entry> {
+    let mut decoder = twinstep_log::Decoder::new();
+    decoder.push(&record.bytes);
+    let entry = decoder.pop().map_err(|e| Error::new("a record of the log cannot be read").because(e))?;
+    let entry = entry.ok_or_else(|| Error::new("a record of the log is cut"))?;
+    if entry.position != record.position || entry.event.kind().number() != record.kind {
+        return Err(Error::new("a record of the log says two things about itself"));
+    }
+    Ok(entry)
+}

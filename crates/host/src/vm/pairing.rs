@@ -1,0 +1,410 @@
+//! The primary's end of the logging channel: the thread that drives [`twinstep_pair::Primary`].
+//!
+//! *In*: entries and outputs from the machine's thread, bytes from the standby, verdicts from the arbiter. *Out*: bytes to the standby,
+//! outputs that may leave, and word to the machine's thread. *Invariant*: an output is handed to the world here and nowhere else, and only when
+//! the pair has released it.
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::{Map, json};
+use twinstep_machine::Output;
+use twinstep_pair::{
+    Arbiter, Claim, Epoch, Nanos, OutputId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record, Verdict,
+};
+
+use super::live::{Outlet, ToVm};
+use crate::error::{Context, Result};
+use crate::events::{Events, now_ns};
+
+/// What the pair's thread is told.
+#[derive(Debug)]
+pub enum ToPair {
+    /// The log grew.
+    Record(Record),
+    /// The machine made an output; the log grew by its note.
+    Output {
+        /// Its running number.
+        id: OutputId,
+        /// Its note.
+        note: Record,
+        /// Itself.
+        output: Output,
+    },
+    /// How far the guest is.
+    Progress {
+        /// Its position.
+        position: u64,
+    },
+    /// The image that was asked for, of the machine at this position.
+    Image {
+        /// The position.
+        position: u64,
+        /// The image.
+        bytes: Vec<u8>,
+        /// How long the guest stood still for it.
+        pause_ns: u64,
+    },
+    /// Bytes from the standby.
+    Bytes(Vec<u8>),
+    /// The connection is gone.
+    Closed(String),
+    /// The arbiter's answer.
+    Verdict(Epoch, Verdict),
+    /// The guest is over.
+    Shutdown {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A connection: a thread that reads, a thread that writes.
+pub(super) struct Connection {
+    writer: Sender<Vec<u8>>,
+}
+
+/// Bytes read from a connection at once at most.
+const READ_BYTES: usize = 256 << 10;
+
+impl Connection {
+    /// Starts both threads. `bytes` and `closed` make messages of what is read.
+    pub(super) fn start<M: Send + 'static>(
+        stream: TcpStream,
+        to: Sender<M>,
+        bytes: fn(Vec<u8>) -> M,
+        closed: fn(String) -> M,
+    ) -> Result<Self> {
+        stream.set_nodelay(true).what("cannot set up the connection")?;
+        let mut reading = stream.try_clone().what("cannot share the connection")?;
+        let mut writing = stream.try_clone().what("cannot share the connection")?;
+        std::thread::Builder::new()
+            .name("channel-read".into())
+            .spawn(move || {
+                let mut buffer = vec![0; READ_BYTES];
+                loop {
+                    let reason = match reading.read(&mut buffer) {
+                        Ok(0) => "the other side closed the connection".to_owned(),
+                        Ok(n) => match to.send(bytes(buffer[..n].to_vec())) {
+                            Ok(()) => continue,
+                            Err(_) => return,
+                        },
+                        Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                        Err(e) => e.to_string(),
+                    };
+                    let _ = to.send(closed(reason));
+                    return;
+                }
+            })
+            .what("cannot start a thread")?;
+        let (writer, queue) = channel::<Vec<u8>>();
+        std::thread::Builder::new()
+            .name("channel-write".into())
+            .spawn(move || {
+                // The queue is bounded by the pair's own limits on what may be under way.
+                while let Ok(bytes) = queue.recv() {
+                    if writing.write_all(&bytes).is_err() {
+                        // The reader sees the same failure and says so.
+                        let _ = writing.shutdown(Shutdown::Both);
+                        return;
+                    }
+                }
+                // All is sent; the other side reads the end of the stream.
+                let _ = writing.shutdown(Shutdown::Write);
+            })
+            .what("cannot start a thread")?;
+        Ok(Self { writer })
+    }
+    /// Queues bytes.
+    pub(super) fn send(&self, bytes: Vec<u8>) {
+        // A writer that has ended has closed the connection, which the reader reports.
+        let _ = self.writer.send(bytes);
+    }
+}
+
+/// An arbiter that is asked on a thread of its own, one question at a time, since it may take long to answer.
+pub(super) struct Asker<M: Send + 'static> {
+    arbiter: Arc<Mutex<Box<dyn Arbiter + Send>>>,
+    asking: Option<Claim>,
+    to: Sender<M>,
+    answer: fn(Epoch, Verdict) -> M,
+}
+
+impl<M: Send + 'static> Asker<M> {
+    pub(super) fn new(arbiter: Box<dyn Arbiter + Send>, to: Sender<M>, answer: fn(Epoch, Verdict) -> M) -> Self {
+        Self { arbiter: Arc::new(Mutex::new(arbiter)), asking: None, to, answer }
+    }
+    /// Puts a claim, unless the same one is still waiting for its answer.
+    pub(super) fn ask(&mut self, claim: Claim) {
+        if self.asking == Some(claim) {
+            return;
+        }
+        self.asking = Some(claim);
+        let (arbiter, to, answer) = (self.arbiter.clone(), self.to.clone(), self.answer);
+        let asked = std::thread::Builder::new().name("arbiter".into()).spawn(move || {
+            let verdict = arbiter.lock().unwrap_or_else(std::sync::PoisonError::into_inner).test_and_set(&claim);
+            let _ = to.send(answer(claim.epoch, verdict));
+        });
+        if asked.is_err() {
+            let _ = self.to.send((self.answer)(claim.epoch, Verdict::Unreachable));
+        }
+    }
+    /// The answer has come.
+    pub(super) fn answered(&mut self) {
+        self.asking = None;
+    }
+}
+
+/// What the pair's thread works with.
+pub struct PairWiring {
+    /// The protocol.
+    pub primary: Primary,
+    /// The connection to the standby, if there is one already.
+    pub stream: Option<TcpStream>,
+    /// The arbiter.
+    pub arbiter: Box<dyn Arbiter + Send>,
+    /// Where outputs go.
+    pub outlet: Outlet,
+    /// The machine's thread.
+    pub vm: Sender<ToVm>,
+    /// Events.
+    pub events: Events,
+}
+
+/// A running pair thread.
+pub struct PairThread {
+    /// Messages to it.
+    pub sender: Sender<ToPair>,
+    thread: std::thread::JoinHandle<PairReport>,
+}
+
+/// What a pair thread did.
+#[derive(Debug, Clone, Default)]
+pub struct PairReport {
+    /// Whether protection was ever established.
+    pub protected: bool,
+    /// Longest time an output was held, and the sum and number of all that were.
+    pub held_max_ns: u64,
+    #[allow(missing_docs)]
+    pub held_sum_ns: u64,
+    #[allow(missing_docs)]
+    pub held_outputs: u64,
+}
+
+impl PairThread {
+    /// Starts the thread.
+    pub fn start(wiring: PairWiring) -> Result<Self> {
+        let (sender, inbox) = channel();
+        let connection = match wiring.stream {
+            Some(stream) => Some(Connection::start(stream, sender.clone(), ToPair::Bytes, ToPair::Closed)?),
+            None => None,
+        };
+        let mut driver = Driver {
+            asker: Asker::new(wiring.arbiter, sender.clone(), ToPair::Verdict),
+            primary: wiring.primary,
+            inbox,
+            connection,
+            outlet: wiring.outlet,
+            vm: wiring.vm,
+            events: wiring.events,
+            held: VecDeque::new(),
+            image: None,
+            image_wanted: 0,
+            report: PairReport::default(),
+            last_state: PrimaryState::Unprotected,
+            done: false,
+        };
+        let thread = std::thread::Builder::new()
+            .name("pair".into())
+            .spawn(move || driver.run())
+            .what("cannot start a thread")?;
+        Ok(Self { sender, thread })
+    }
+    /// Waits for its end, which comes after the guest's.
+    pub fn join(self) -> PairReport {
+        drop(self.sender);
+        self.thread.join().unwrap_or_default()
+    }
+}
+
+struct Driver {
+    primary: Primary,
+    inbox: Receiver<ToPair>,
+    connection: Option<Connection>,
+    asker: Asker<ToPair>,
+    outlet: Outlet,
+    vm: Sender<ToVm>,
+    events: Events,
+    /// Outputs that may not leave yet, with the time they were made.
+    held: VecDeque<(OutputId, u64, Output)>,
+    image: Option<(Vec<u8>, usize)>,
+    image_wanted: u64,
+    report: PairReport,
+    last_state: PrimaryState,
+    done: bool,
+}
+
+fn now() -> Nanos {
+    Nanos(now_ns())
+}
+
+impl Driver {
+    fn run(&mut self) -> PairReport {
+        if self.connection.is_some() {
+            self.event(PrimaryEvent::PeerConnected);
+        }
+        while !self.done {
+            let message = match self.primary.deadline() {
+                Some(deadline) => {
+                    let left = deadline.since(now());
+                    self.inbox.recv_timeout(Duration::from_nanos(left.0))
+                }
+                None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match message {
+                Ok(message) => {
+                    self.take(message);
+                    // What has come meanwhile goes into the same packets.
+                    let mut more = 0;
+                    while more < 256
+                        && let Ok(message) = self.inbox.try_recv()
+                    {
+                        self.take(message);
+                        more += 1;
+                    }
+                    self.act();
+                }
+                Err(RecvTimeoutError::Timeout) => self.event(PrimaryEvent::Tick),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        std::mem::take(&mut self.report)
+    }
+
+    fn event(&mut self, event: PrimaryEvent) {
+        self.primary.handle(now(), event);
+        self.act();
+    }
+
+    fn take(&mut self, message: ToPair) {
+        let event = match message {
+            ToPair::Record(record) => PrimaryEvent::Record(record),
+            ToPair::Output { id, note, output } => {
+                self.held.push_back((id, now_ns(), output));
+                PrimaryEvent::Output { id, note }
+            }
+            ToPair::Progress { position } => PrimaryEvent::Progress { position },
+            ToPair::Image { position, bytes, pause_ns } => {
+                let mut figures = Map::new();
+                figures.insert("image_bytes".into(), json!(bytes.len()));
+                figures.insert("pause_ns".into(), json!(pause_ns));
+                let text =
+                    format!("image of {} KiB made; the guest paused for {:.1} ms", bytes.len() >> 10, pause_ns as f64 / 1e6);
+                self.events.say_with("image", text, figures);
+                self.image = Some((bytes, 0));
+                self.primary.handle(now(), PrimaryEvent::ImageCut { position });
+                self.feed_image();
+                return;
+            }
+            // Of a connection that was given up, nothing is wanted.
+            ToPair::Bytes(_) | ToPair::Closed(_) if self.connection.is_none() => return,
+            ToPair::Bytes(bytes) => PrimaryEvent::Bytes(bytes),
+            ToPair::Closed(reason) => {
+                self.connection = None;
+                PrimaryEvent::PeerClosed { reason }
+            }
+            ToPair::Verdict(epoch, verdict) => {
+                self.asker.answered();
+                let figures = Map::from_iter([("epoch".to_owned(), json!(epoch.0))]);
+                self.events.say_with("arbiter", format!("the arbiter says {verdict:?} for epoch {epoch}"), figures);
+                PrimaryEvent::ArbiterAnswer { epoch, verdict }
+            }
+            ToPair::Shutdown { reason } => PrimaryEvent::Shutdown { reason },
+        };
+        self.primary.handle(now(), event);
+    }
+
+    /// Feeds as much of the image as is wanted.
+    fn feed_image(&mut self) {
+        const CHUNK: usize = 256 << 10;
+        while let Some((bytes, fed)) = &mut self.image {
+            if *fed == bytes.len() {
+                self.image = None;
+                self.primary.handle(now(), PrimaryEvent::ImageEnd);
+                return;
+            }
+            let n = CHUNK.min(bytes.len() - *fed).min(self.image_wanted as usize);
+            if n == 0 {
+                return;
+            }
+            let chunk = bytes[*fed..*fed + n].to_vec();
+            *fed += n;
+            self.image_wanted -= n as u64;
+            self.primary.handle(now(), PrimaryEvent::ImageChunk(chunk));
+        }
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.primary.poll() {
+            match action {
+                PrimaryAction::Send(bytes) => {
+                    if let Some(connection) = &self.connection {
+                        connection.send(bytes);
+                    }
+                }
+                PrimaryAction::Disconnect => self.connection = None,
+                PrimaryAction::StartImage => self.tell_vm(ToVm::MakeImage),
+                PrimaryAction::WantImage { bytes } => {
+                    self.image_wanted += bytes;
+                    self.feed_image();
+                }
+                PrimaryAction::Release { up_to } => self.release(up_to),
+                PrimaryAction::AskArbiter(claim) => {
+                    self.events.say("arbiter", format!("claiming epoch {}", claim.epoch));
+                    self.asker.ask(claim);
+                }
+                PrimaryAction::GoAlone { epoch, reason } => {
+                    let figures = Map::from_iter([("epoch".to_owned(), json!(epoch.0))]);
+                    self.events.say_with("alone", format!("going on alone in epoch {epoch}: {reason}"), figures);
+                }
+                PrimaryAction::Stop(reason) => {
+                    self.events.say("stopped", reason.to_string());
+                    self.tell_vm(ToVm::Stop(reason.to_string()));
+                    // Never to leave.
+                    self.held.clear();
+                    self.done = true;
+                }
+                PrimaryAction::Throttle(on) => self.tell_vm(ToVm::Throttle(on)),
+                PrimaryAction::Notice(notice) => self.events.say("notice", notice.to_string()),
+            }
+        }
+        let state = self.primary.state();
+        if state != self.last_state {
+            self.last_state = state;
+            if state == PrimaryState::Protected {
+                self.report.protected = true;
+                self.events.say("protected", "every output now waits for the secondary");
+            }
+        }
+    }
+
+    fn release(&mut self, up_to: OutputId) {
+        let now_ns = now_ns();
+        while self.held.front().is_some_and(|(id, ..)| *id <= up_to) {
+            let (_, made_ns, output) = self.held.pop_front().expect("just seen");
+            (self.outlet)(output);
+            let held = now_ns.saturating_sub(made_ns);
+            self.report.held_max_ns = self.report.held_max_ns.max(held);
+            self.report.held_sum_ns += held;
+            self.report.held_outputs += 1;
+        }
+        self.primary.handle(now(), PrimaryEvent::OutputsLeft { up_to });
+    }
+
+    fn tell_vm(&mut self, message: ToVm) {
+        // A machine that has ended needs nothing.
+        let _ = self.vm.send(message);
+    }
+}

@@ -1,0 +1,210 @@
+//! Recordings: written while a machine runs, replayed and checked later; snapshots.
+//!
+//! *Invariant*: a recording that cannot be written any more is said so once and harms nobody; one that cannot be read is refused with the
+//! place where it is broken.
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use twinstep_log::recording::NicMetadata;
+use twinstep_log::{
+    Compression, Entry, ImageReader, RecordingEnd, RecordingMetadata, RecordingReader, RecordingStart, RecordingWriter,
+    ReplayOptions, Replayable, Replayer, Report, RunOutcome,
+};
+use twinstep_machine::{Config, Digest, Input, Machine, Output, Pause};
+
+use super::build::{self, DiskMaker};
+use super::live::EntrySink;
+use crate::error::{Context, Error, Result};
+use crate::identity;
+
+/// A machine as a replay sees it.
+pub struct Vm(pub Machine);
+
+impl Replayable for Vm {
+    fn position(&self) -> u64 {
+        self.0.position()
+    }
+    fn run_to(&mut self, position: u64) -> RunOutcome {
+        match self.0.run(position) {
+            Pause::Position => RunOutcome::Reached,
+            // What ended the run, or put it to sleep, may have happened at the very position asked for.
+            _ if self.0.position() == position => RunOutcome::Reached,
+            Pause::Idle { .. } => RunOutcome::Waiting,
+            Pause::PoweredOff => RunOutcome::Stopped("the guest switched itself off".into()),
+            Pause::Reset => RunOutcome::Stopped("the guest asked for a reset".into()),
+            Pause::Crashed { reason } => RunOutcome::Stopped(format!("the guest crashed: {reason}")),
+            Pause::HostFailure(why) => RunOutcome::Stopped(format!("this host failed: {why}")),
+        }
+    }
+    fn input(&mut self, input: Input) -> std::result::Result<(), String> {
+        self.0.input(input).map_err(|e| e.to_string())
+    }
+    fn take_outputs(&mut self) -> Vec<(u64, Output)> {
+        self.0.drain_outputs()
+    }
+    fn digest(&mut self) -> Vec<u8> {
+        minicbor::to_vec(self.0.digest()).expect("encoding into memory cannot fail")
+    }
+    fn explain(&self, ours: &[u8], recorded: &[u8]) -> String {
+        match (minicbor::decode::<Digest>(ours), minicbor::decode::<Digest>(recorded)) {
+            (Ok(ours), Ok(recorded)) => format!("differs in {}", ours.differences(&recorded).join(", ")),
+            _ => "the digests cannot be compared part by part".into(),
+        }
+    }
+}
+
+/// A recording that is being written.
+struct FileSink {
+    writer: RecordingWriter<BufWriter<File>>,
+    path: PathBuf,
+}
+
+fn write_error(path: &Path, e: twinstep_log::WriteError) -> Error {
+    let full = e.is_disk_full();
+    let error = Error::new(format!("cannot write the recording {}", path.display())).because(e);
+    if full { error.next("make room on that file system, and record again") } else { error }
+}
+
+/// Starts a recording of the machine as it is now.
+pub fn record(machine: &Machine, path: &Path, digest_interval: u64, disk_bytes: &[u64], last_output: u64) -> Result<Box<dyn EntrySink>> {
+    let file = File::create(path).at("create the recording", path)?;
+    let (vendor, family) = identity::cpu();
+    let config = machine.config();
+    let metadata = RecordingMetadata {
+        engine: identity::build(),
+        cpu_model: config.cpu_model.clone(),
+        ram_mib: config.ram_mib,
+        host_vendor: vendor,
+        host_family: family.to_string(),
+        nics: config.nics.iter().map(|&mac| NicMetadata { mac }).collect(),
+        disks: Vec::new(),
+        digest_interval,
+        note: String::new(),
+    };
+    let fail = |e| write_error(path, e);
+    let output = BufWriter::with_capacity(1 << 20, file);
+    let mut start =
+        RecordingStart::new(output, &metadata, &build::image_metadata(machine), Compression::Lz4).map_err(fail)?;
+    for payload in build::image_payloads(machine, disk_bytes, last_output) {
+        start.image.payload(&payload).map_err(fail)?;
+    }
+    for page in 0..machine.ram().flags().pages() {
+        start.image.page(page as u64, machine.ram().page_bytes(page)).map_err(fail)?;
+    }
+    let (writer, _) = start.finish_image().map_err(fail)?;
+    Ok(Box::new(FileSink { writer, path: path.to_owned() }))
+}
+
+impl EntrySink for FileSink {
+    fn entry(&mut self, entry: &Entry) -> Result<()> {
+        self.writer.entry(entry).map_err(|e| write_error(&self.path, e))
+    }
+    fn close(self: Box<Self>) -> Result<()> {
+        let (mut output, _) = self.writer.close().map_err(|e| write_error(&self.path, e))?;
+        output.flush().at("write the recording", &self.path)
+    }
+}
+
+/// Writes a snapshot of the machine.
+pub fn save_snapshot(machine: &Machine, disk_bytes: &[u64], last_output: u64, path: &Path) -> Result<()> {
+    let file = File::create(path).at("create the snapshot", path)?;
+    let output = BufWriter::with_capacity(1 << 20, file);
+    let (mut output, _) = build::write_image(machine, disk_bytes, last_output, output, Compression::Lz4)
+        .map_err(|e| Error::new(format!("cannot write the snapshot {}", path.display())).because(e))?;
+    output.flush().at("write the snapshot", path)
+}
+
+/// Loads the machine of a snapshot.
+pub fn load_snapshot(path: &Path, disks: DiskMaker, tune: &dyn Fn(&mut Config)) -> Result<(Machine, build::Extra)> {
+    let file = File::open(path).at("open the snapshot", path)?;
+    let mut reader = ImageReader::open(BufReader::with_capacity(1 << 20, file))
+        .what(format!("cannot use the snapshot {}", path.display()))?;
+    build::from_image(&mut reader, disks, tune)
+}
+
+/// How to replay.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Stop at this position.
+    pub until: Option<u64>,
+    /// Write a snapshot where it stops.
+    pub save: Option<PathBuf>,
+    /// Start from this snapshot instead of the recording's beginning.
+    pub from: Option<PathBuf>,
+    /// Instructions a block at most (1: every instruction alone in its block).
+    pub block: Option<u32>,
+}
+
+/// What a replay came to.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What was done and found equal.
+    pub report: Report,
+    /// How the recording ends, if its end was reached.
+    pub end: Option<RecordingEnd>,
+    /// The machine's digest where it stands.
+    pub digest: Digest,
+    /// Guest time where it stands.
+    pub guest_ns: u64,
+}
+
+/// Replays a recording. `outputs` is given what the machine made; `progress` the position now and then.
+pub fn replay(
+    path: &Path,
+    options: &Options,
+    disks: DiskMaker,
+    outputs: &mut dyn FnMut(Output),
+    progress: &mut dyn FnMut(u64),
+) -> Result<Outcome> {
+    let file = File::open(path).at("open the recording", path)?;
+    let broken = || format!("cannot use the recording {}", path.display());
+    let mut reader = RecordingReader::open(BufReader::with_capacity(1 << 20, file)).what(broken())?;
+    let metadata = reader.metadata().clone();
+    build::check_host(&metadata.host_vendor, &metadata.host_family)?;
+    let tune = |config: &mut Config| {
+        if let Some(block) = options.block {
+            config.max_block_instructions = block;
+        }
+    };
+    let (machine, extra) = match &options.from {
+        Some(snapshot) => load_snapshot(snapshot, disks, &tune)?,
+        None => build::from_image(&mut reader.image().what(broken())?, disks, &tune)?,
+    };
+    let start = machine.position();
+    if options.from.is_some() {
+        let (first, until) = (reader.image_metadata().position, options.until.unwrap_or(u64::MAX));
+        if !(first..=until).contains(&start) {
+            return Err(Error::new(format!("the snapshot stands at position {start}, the replay goes from {first} to {until}"))
+                .next("use a snapshot that a replay of this very recording saved"));
+        }
+    }
+    reader.rewind();
+    let mut vm = Vm(machine);
+    let mut replayer = Replayer::new(start, ReplayOptions::default());
+    let from_snapshot = options.from.is_some();
+    let report = replayer
+        .run(
+            &mut vm,
+            options.until,
+            || loop {
+                let entry = reader.next_entry()?;
+                // A snapshot holds everything up to and at its position.
+                match entry {
+                    Some(entry) if from_snapshot && entry.position <= start => continue,
+                    Some(entry) => {
+                        progress(entry.position);
+                        return Ok(Some(entry));
+                    }
+                    None => return Ok(None),
+                }
+            },
+            |_, output| outputs(output),
+        )
+        .what(format!("replaying {}", path.display()))?;
+    if let Some(save) = &options.save {
+        let disk_bytes: Vec<u64> = extra.disks.iter().map(|d| d.bytes).collect();
+        save_snapshot(&vm.0, &disk_bytes, extra.last_output + report.outputs_checked, save)?;
+    }
+    Ok(Outcome { end: reader.end().cloned(), digest: vm.0.digest(), guest_ns: vm.0.guest_ns(), report })
+}

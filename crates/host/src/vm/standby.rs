@@ -1,0 +1,331 @@
+//! The secondary: replays a machine from the network and goes live when its primary is lost.
+//!
+//! *In*: a connection from a primary. *Out*: how it ended, and, if it went live, the machine with the outputs that the world may not have
+//! seen. *Invariant*: the protocol runs on a thread of its own, so that receipt is acknowledged at once, however busy the replay is.
+use std::collections::VecDeque;
+use std::net::TcpStream;
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use serde_json::{Map, json};
+use twinstep_log::{Entry, ImageReader, ReplayOptions, Replayer};
+use twinstep_machine::{Config, Machine, Output};
+use twinstep_pair::{
+    Arbiter, Epoch, Nanos, OutputId, Record, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq, StopReason,
+    Verdict,
+};
+
+use super::build::{self, DiskExtra, Extra};
+use super::live::entry_of;
+use super::pairing::{Asker, Connection};
+use super::replay::Vm;
+use crate::error::{Context, Error, Result};
+use crate::events::{Events, now_ns};
+
+/// Makes the replica disks that an image's machine wants.
+pub type Disks = Box<dyn FnMut(&[DiskExtra]) -> Result<Vec<Box<dyn twinstep_machine::Disk>>> + Send>;
+
+/// What a standby works with.
+pub struct StandbyWiring {
+    /// Who it is and what it accepts.
+    pub setup: SecondarySetup,
+    /// The primary's connection.
+    pub stream: TcpStream,
+    /// The arbiter.
+    pub arbiter: Box<dyn Arbiter + Send>,
+    /// Replica disks.
+    pub disks: Disks,
+    /// Events.
+    pub events: Events,
+    /// What the guest cannot see of the configuration.
+    pub tune: fn(&mut Config),
+}
+
+/// A machine that has gone live.
+pub struct Live {
+    /// The machine, at the end of the log.
+    pub machine: Machine,
+    /// What the image said of it.
+    pub extra: Extra,
+    /// Outputs to send again, in order.
+    pub reissue: Vec<Output>,
+    /// Outputs it has made since power-on.
+    pub last_output: OutputId,
+    /// The epoch it runs in.
+    pub epoch: Epoch,
+}
+
+/// How serving a primary ended.
+pub enum Outcome {
+    /// The machine is ours.
+    Live(Box<Live>),
+    /// It is not, and why.
+    Stopped(StopReason),
+}
+
+/// What the protocol's thread is told.
+#[derive(Debug)]
+enum ToStandby {
+    Bytes(Vec<u8>),
+    Closed(String),
+    Verdict(Epoch, Verdict),
+    Restored { position: u64, last_output: OutputId, took_ns: u64 },
+    Output(OutputId),
+    Replayed { seq: Seq, position: u64 },
+    Failed(String),
+}
+
+/// What the replay's thread is told.
+enum ToReplay {
+    Chunk(Vec<u8>),
+    Restore { position: u64 },
+    Records { first_seq: Seq, records: Vec<Record> },
+    Discard { up_to: OutputId },
+    Finish { reissue: Range<OutputId>, epoch: Epoch, answer: Sender<Result<Live>> },
+}
+
+/// Serves one primary to the end. Blocks.
+pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
+    let (sender, inbox) = channel();
+    let (replay, replay_inbox) = channel();
+    let connection = Connection::start(wiring.stream, sender.clone(), ToStandby::Bytes, ToStandby::Closed)?;
+    let replayer = Replay {
+        inbox: replay_inbox,
+        to: sender.clone(),
+        disks: wiring.disks,
+        tune: wiring.tune,
+        image: Vec::new(),
+        waiting: Vec::new(),
+        running: None,
+        held: VecDeque::new(),
+        last_output: 0,
+    };
+    std::thread::Builder::new().name("replay".into()).spawn(move || replayer.run()).what("cannot start a thread")?;
+    let secondary = Secondary::new(wiring.setup).what("the pair's settings do not fit")?;
+    let mut driver = Driver {
+        secondary,
+        connection: Some(connection),
+        asker: Asker::new(wiring.arbiter, sender, ToStandby::Verdict),
+        replay,
+        events: wiring.events,
+        outcome: None,
+    };
+    driver.run(inbox)
+}
+
+struct Driver {
+    secondary: Secondary,
+    connection: Option<Connection>,
+    asker: Asker<ToStandby>,
+    replay: Sender<ToReplay>,
+    events: Events,
+    outcome: Option<Result<Outcome>>,
+}
+
+fn now() -> Nanos {
+    Nanos(now_ns())
+}
+
+impl Driver {
+    fn run(&mut self, inbox: Receiver<ToStandby>) -> Result<Outcome> {
+        self.secondary.handle(now(), SecondaryEvent::PeerConnected);
+        self.act();
+        loop {
+            if let Some(outcome) = self.outcome.take() {
+                return outcome;
+            }
+            let message = match self.secondary.deadline() {
+                Some(deadline) => inbox.recv_timeout(Duration::from_nanos(deadline.since(now()).0)),
+                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match message {
+                Ok(message) => self.take(message),
+                Err(RecvTimeoutError::Timeout) => self.secondary.handle(now(), SecondaryEvent::Tick),
+                Err(RecvTimeoutError::Disconnected) => return Err(Error::new("the standby's threads are gone")),
+            }
+            self.act();
+        }
+    }
+
+    fn take(&mut self, message: ToStandby) {
+        let event = match message {
+            // Of a connection that was given up, nothing is wanted.
+            ToStandby::Bytes(_) | ToStandby::Closed(_) if self.connection.is_none() => return,
+            ToStandby::Bytes(bytes) => SecondaryEvent::Bytes(bytes),
+            ToStandby::Closed(reason) => {
+                self.connection = None;
+                self.events.say("peer-lost", format!("the primary is gone: {reason}"));
+                SecondaryEvent::PeerClosed { reason }
+            }
+            ToStandby::Verdict(epoch, verdict) => {
+                self.asker.answered();
+                let figures = Map::from_iter([("epoch".to_owned(), json!(epoch.0))]);
+                self.events.say_with("arbiter", format!("the arbiter says {verdict:?} for epoch {epoch}"), figures);
+                SecondaryEvent::ArbiterAnswer { epoch, verdict }
+            }
+            ToStandby::Restored { position, last_output, took_ns } => {
+                let figures = Map::from_iter([("took_ns".to_owned(), json!(took_ns))]);
+                let text = format!("machine restored at position {position} in {:.1} ms", took_ns as f64 / 1e6);
+                self.events.say_with("restored", text, figures);
+                SecondaryEvent::ImageRestored { position, last_output }
+            }
+            ToStandby::Output(id) => SecondaryEvent::Output { id },
+            ToStandby::Replayed { seq, position } => SecondaryEvent::Replayed { seq, position },
+            ToStandby::Failed(reason) => {
+                self.events.say("replay-failed", reason.clone());
+                SecondaryEvent::Shutdown { reason }
+            }
+        };
+        self.secondary.handle(now(), event);
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.secondary.poll() {
+            match action {
+                SecondaryAction::Send(bytes) => {
+                    if let Some(connection) = &self.connection {
+                        connection.send(bytes);
+                    }
+                }
+                SecondaryAction::Disconnect => self.connection = None,
+                SecondaryAction::Prepare(hello) => self.events.say(
+                    "accepted",
+                    format!("following VM {} ({} MiB, {}) in epoch {}", hello.vm.vm, hello.vm.ram_bytes >> 20, hello.vm.cpu_model, hello.epoch),
+                ),
+                SecondaryAction::ImageChunk(bytes) => self.tell_replay(ToReplay::Chunk(bytes)),
+                SecondaryAction::Restore { position } => self.tell_replay(ToReplay::Restore { position }),
+                SecondaryAction::Replay { first_seq, records } => self.tell_replay(ToReplay::Records { first_seq, records }),
+                SecondaryAction::Discard { up_to } => self.tell_replay(ToReplay::Discard { up_to }),
+                SecondaryAction::AskArbiter(claim) => {
+                    self.events.say("arbiter", format!("claiming epoch {}", claim.epoch));
+                    self.asker.ask(claim);
+                }
+                SecondaryAction::GoLive { epoch, reissue } => self.go_live(epoch, reissue),
+                SecondaryAction::Stop(reason) => {
+                    self.events.say("stopped", reason.to_string());
+                    self.outcome = Some(Ok(Outcome::Stopped(reason)));
+                }
+                SecondaryAction::Notice(notice) => self.events.say("notice", notice.to_string()),
+            }
+        }
+    }
+
+    fn go_live(&mut self, epoch: Epoch, reissue: Range<OutputId>) {
+        let (answer, live) = channel();
+        self.tell_replay(ToReplay::Finish { reissue, epoch, answer });
+        let live = live.recv().unwrap_or_else(|_| Err(Error::new("the replay is gone")));
+        if let Ok(live) = &live {
+            let figures = Map::from_iter([("position".to_owned(), json!(live.machine.position()))]);
+            self.events.say_with("consumed", format!("the log is consumed, to position {}", live.machine.position()), figures);
+        }
+        self.outcome = Some(live.map(|live| Outcome::Live(Box::new(live))));
+    }
+
+    fn tell_replay(&mut self, message: ToReplay) {
+        // A replay that has failed has said so.
+        let _ = self.replay.send(message);
+    }
+}
+
+/// The thread that owns the machine.
+struct Replay {
+    inbox: Receiver<ToReplay>,
+    to: Sender<ToStandby>,
+    disks: Disks,
+    tune: fn(&mut Config),
+    image: Vec<u8>,
+    /// Records that came before the image was restored.
+    waiting: Vec<(Seq, Vec<Record>)>,
+    running: Option<Running>,
+    /// Outputs that may not have left, with their numbers.
+    held: VecDeque<(OutputId, Output)>,
+    last_output: OutputId,
+}
+
+struct Running {
+    vm: Vm,
+    extra: Extra,
+    replayer: Replayer,
+}
+
+impl Replay {
+    fn run(mut self) {
+        while let Ok(message) = self.inbox.recv() {
+            let result = match message {
+                ToReplay::Chunk(bytes) => {
+                    self.image.extend(bytes);
+                    Ok(())
+                }
+                ToReplay::Restore { position } => self.restore(position),
+                ToReplay::Records { first_seq, records } => {
+                    if self.running.is_some() {
+                        self.replay(first_seq, records)
+                    } else {
+                        self.waiting.push((first_seq, records));
+                        Ok(())
+                    }
+                }
+                ToReplay::Discard { up_to } => {
+                    while self.held.front().is_some_and(|(id, _)| *id <= up_to) {
+                        self.held.pop_front();
+                    }
+                    Ok(())
+                }
+                ToReplay::Finish { reissue, epoch, answer } => {
+                    let _ = answer.send(self.finish(reissue, epoch));
+                    return;
+                }
+            };
+            if let Err(e) = result {
+                let _ = self.to.send(ToStandby::Failed(e.to_string()));
+                return;
+            }
+        }
+    }
+
+    fn restore(&mut self, position: u64) -> Result<()> {
+        let started = now_ns();
+        let image = std::mem::take(&mut self.image);
+        let mut reader = ImageReader::open(image.as_slice()).what("the primary's image cannot be read")?;
+        let tune = self.tune;
+        let (machine, extra) = build::from_image(&mut reader, &mut *self.disks, &tune)?;
+        if machine.position() != position {
+            return Err(Error::new(format!("the image is of position {}, not {position}", machine.position())));
+        }
+        self.last_output = extra.last_output;
+        let replayer = Replayer::new(position, ReplayOptions::default());
+        self.running = Some(Running { vm: Vm(machine), extra, replayer });
+        let took_ns = now_ns() - started;
+        let _ = self.to.send(ToStandby::Restored { position, last_output: self.last_output, took_ns });
+        for (first_seq, records) in std::mem::take(&mut self.waiting) {
+            self.replay(first_seq, records)?;
+        }
+        Ok(())
+    }
+
+    fn replay(&mut self, first_seq: Seq, records: Vec<Record>) -> Result<()> {
+        let Self { running, to, held, last_output, .. } = self;
+        let Running { vm, replayer, .. } = running.as_mut().expect("checked by the caller");
+        for (seq, record) in (first_seq..).zip(&records) {
+            let entry: Entry = entry_of(record)?;
+            replayer
+                .step(vm, entry, &mut |_, output| {
+                    *last_output += 1;
+                    held.push_back((*last_output, output));
+                    let _ = to.send(ToStandby::Output(*last_output));
+                })
+                .what("the replay differs from the primary")?;
+            let _ = to.send(ToStandby::Replayed { seq, position: vm.0.position() });
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, reissue: Range<OutputId>, epoch: Epoch) -> Result<Live> {
+        let Running { vm, extra, .. } = self.running.take().ok_or_else(|| Error::new("there is no machine to go live with"))?;
+        let kept = std::mem::take(&mut self.held).into_iter();
+        let outputs: Vec<Output> = kept.filter(|(id, _)| reissue.contains(id)).map(|(_, output)| output).collect();
+        assert_eq!(outputs.len() as u64, reissue.end.saturating_sub(reissue.start), "every output that may not have left is kept");
+        Ok(Live { machine: vm.0, extra, reissue: outputs, last_output: self.last_output, epoch })
+    }
+}
