@@ -30,6 +30,8 @@ mod string;
 mod transfer;
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 pub(crate) mod testing;
 
 pub use delivery::{Delivery, deliver_exception, deliver_interrupt};
