@@ -7,6 +7,8 @@
 
 #![forbid(unsafe_op_in_unsafe_fn)]
 
+pub mod arbiter;
+pub mod disk;
 pub mod error;
 pub mod events;
 pub mod guest;
@@ -16,6 +18,7 @@ pub mod packages;
 pub mod passt;
 pub mod redis_check;
 pub mod switch;
+pub mod terminal;
 pub mod vm;
 pub mod wake;
 
