@@ -103,12 +103,8 @@ impl DirectoryArbiter {
         if let Some(found) = read_owner(&path)? {
             return self.verdict(found, owner);
         }
-        let draft = self.folder.join(format!(".{vm}.epoch-{epoch}.{owner}"));
         let say = |what: &str, path: &Path, e: std::io::Error| format!("cannot {what} {}: {e}", path.display());
-        // A crash may have left an earlier draft; it says the same or is cut off, so it is written anew.
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o644);
-        let mut file = options.open(&draft).map_err(|e| say("create", &draft, e))?;
+        let (mut file, draft) = self.new_draft(vm, epoch, owner)?;
         file.write_all(owner.as_bytes()).and_then(|()| file.sync_all()).map_err(|e| say("write", &draft, e))?;
         drop(file);
         let linked = fs::hard_link(&draft, &path);
@@ -119,6 +115,23 @@ impl DirectoryArbiter {
             (None, Err(e)) => Err(say("create", &path, e)),
             (None, Ok(())) => Err(format!("{} vanished after it was created", path.display())),
         }
+    }
+
+    /// A file nobody else has open. It must be a new one: a draft of the same name could be the very file that was linked a moment ago, and writing to it
+    /// would empty a claim.
+    fn new_draft(&self, vm: &str, epoch: u64, owner: &str) -> std::result::Result<(File, PathBuf), String> {
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o644);
+        // Left-overs of crashes are passed over.
+        for number in 0..1000 {
+            let draft = self.folder.join(format!(".{vm}.epoch-{epoch}.{owner}.{}-{number}", std::process::id()));
+            match options.open(&draft) {
+                Ok(file) => return Ok((file, draft)),
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                Err(e) => return Err(format!("cannot create {}: {e}", draft.display())),
+            }
+        }
+        Err(format!("{} is full of old drafts (.{vm}.epoch-{epoch}.*); remove them", self.folder.display()))
     }
 
     fn verdict(&self, found: String, owner: &str) -> std::result::Result<Verdict, String> {
@@ -212,9 +225,25 @@ mod tests {
     }
 
     #[test]
+    fn one_owner_may_ask_from_several_threads() {
+        let (_dir, arbiter) = arbiter();
+        for epoch in 0..20 {
+            let threads: Vec<_> = (0..8)
+                .map(|_| {
+                    let arbiter = arbiter.clone();
+                    std::thread::spawn(move || arbiter.claim("vm", epoch, "left"))
+                })
+                .collect();
+            for thread in threads {
+                assert_eq!(thread.join().unwrap(), Verdict::Won);
+            }
+        }
+    }
+
+    #[test]
     fn a_crash_before_the_link_leaves_nothing_that_counts() {
         let (dir, arbiter) = arbiter();
-        fs::write(dir.path().join(".vm.epoch-1.left"), b"le").unwrap();
+        fs::write(dir.path().join(format!(".vm.epoch-1.right.{}-0", std::process::id())), b"ri").unwrap();
         assert_eq!(arbiter.claim("vm", 1, "right"), Verdict::Won);
         assert_eq!(arbiter.claim("vm", 1, "left"), Verdict::Lost { owner: "right".into() });
     }

@@ -9,6 +9,7 @@
 
 pub mod arbiter;
 pub mod disk;
+pub mod doctor;
 pub mod error;
 pub mod events;
 pub mod guest;

@@ -130,17 +130,22 @@ pub fn tell_on_stderr(progress: Progress) {
 }
 
 impl Store {
-    /// The user's cache: `$TWINSTEP_CACHE`, else `$XDG_CACHE_HOME/twinstep`, else `~/.cache/twinstep`.
+    /// The user's cache; see [`Store::default_folder`].
     pub fn open() -> Result<Self> {
+        let root = Self::default_folder().ok_or_else(|| {
+            Error::new("there is no folder to keep packages in: neither TWINSTEP_CACHE nor HOME is set")
+                .next("set TWINSTEP_CACHE to a folder with about 400 MB of space")
+        })?;
+        Self::at(root)
+    }
+
+    /// Where the user's cache is or would be: `$TWINSTEP_CACHE`, else `$XDG_CACHE_HOME/twinstep`, else `~/.cache/twinstep`.
+    #[must_use]
+    pub fn default_folder() -> Option<PathBuf> {
         let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let root = set("TWINSTEP_CACHE")
+        set("TWINSTEP_CACHE")
             .or_else(|| set("XDG_CACHE_HOME").filter(|p| p.is_absolute()).map(|p| p.join("twinstep")))
             .or_else(|| set("HOME").map(|p| p.join(".cache/twinstep")))
-            .ok_or_else(|| {
-                Error::new("there is no folder to keep packages in: neither TWINSTEP_CACHE nor HOME is set")
-                    .next("set TWINSTEP_CACHE to a folder with about 300 MB of space")
-            })?;
-        Self::at(root)
     }
 
     /// A cache in a folder of the caller's choice, which is created if need be.
