@@ -205,8 +205,10 @@ impl Machine {
             // All that was due has fired, so the next deadline lies ahead; an engine that does not move would spin for ever.
             debug_assert!(stop > position);
             self.cpu.0.want_interrupt_window(self.board.lapic.pending().is_some());
-            if self.cpu.0.run(&mut self.board, stop) == Exit::TripleFault {
-                self.board.power.crash("triple fault");
+            match self.cpu.0.run(&mut self.board, stop) {
+                Exit::TripleFault => self.board.power.crash("triple fault"),
+                Exit::Unsupported(what) => self.board.power.crash(what),
+                Exit::Position | Exit::Halted | Exit::Attention | Exit::Window => {}
             }
             self.board.attention = false;
         }

@@ -1,2 +1,52 @@
-//! The command line.
-fn main() {}
+//! The command line: words to calls, results to text and exit status. No logic lives here.
+//!
+//! Exit status: 0 the guest switched itself off (or the command did what it was asked), 1 an error, 2 a wrong command line,
+//! 3 the guest crashed, 4 the guest asked for a reset, 5 the VM was stopped from outside, 6 a replay differs from its recording.
+mod commands;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Virtual machines that outlive their hosts.
+#[derive(Parser)]
+#[command(name = "twinstep", version, about, long_about = None)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs a virtual machine, its console on this terminal
+    Run(commands::run::Arguments),
+    /// Waits for a VM to protect, follows it, and goes live when its host dies
+    Standby(commands::standby::Arguments),
+    /// Replays a recording and checks it
+    Replay(commands::replay::Arguments),
+    /// Shows the promise: a protected pair on this machine, a real client, the primary killed, nothing lost
+    Demo(commands::demo::Arguments),
+    /// Says what this host offers and what Twinstep will use
+    Doctor(commands::doctor::Arguments),
+    /// Joins virtual machines and passt to one Ethernet
+    Switch(commands::switch::Arguments),
+}
+
+fn main() -> ExitCode {
+    twinstep_host::terminal::restore_on_panic();
+    let result = match Arguments::parse().command {
+        Command::Run(arguments) => commands::run::run(arguments),
+        Command::Standby(arguments) => commands::standby::run(arguments),
+        Command::Replay(arguments) => commands::replay::run(arguments),
+        Command::Demo(arguments) => commands::demo::run(arguments),
+        Command::Doctor(arguments) => commands::doctor::run(arguments),
+        Command::Switch(arguments) => commands::switch::run(arguments),
+    };
+    match result {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("twinstep: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

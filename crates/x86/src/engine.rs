@@ -489,6 +489,10 @@ impl Core {
     fn fetch(&mut self, user: bool) -> Result<(u64, crate::mmu::Walk), Stop> {
         let st = self.st();
         if !st.is_64_bit_code() || st.efer & efer::LMA == 0 {
+            // A user program that jumps to a 32-bit segment hurts only itself.
+            if user {
+                return Err(Stop::Fault(Exception::UD));
+            }
             return Err(Stop::Unsupported("code that is not 64-bit"));
         }
         let rip = st.rip;

@@ -3,6 +3,8 @@
 //! *In*: messages ([`ToVm`]) from sockets, terminals and the pair. *Out*: the machine's outputs to the world, or to the pair, which holds
 //! them back; entries of the log to a recording, to the pair, or to nobody. *Invariant*: whatever enters the machine is noted first, with
 //! the position at which it enters; and every output's note comes before whatever the machine is given next.
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
@@ -110,6 +112,8 @@ pub struct Wiring {
     pub disk_bytes: Vec<u64>,
     /// Outputs the machine has made since power-on.
     pub last_output: u64,
+    /// Frames that wait in the inbox; counted down here.
+    pub waiting: Arc<AtomicUsize>,
 }
 
 /// A machine in the real world.
@@ -224,7 +228,12 @@ impl Live {
 
     fn take(&mut self, message: ToVm) {
         match message {
-            ToVm::Input(input) => self.input(input),
+            ToVm::Input(input) => {
+                if matches!(input, Input::NetRx { .. }) {
+                    self.wiring.waiting.fetch_sub(1, Ordering::Relaxed);
+                }
+                self.input(input);
+            }
             ToVm::Throttle(on) => self.throttled = on,
             ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
             ToVm::MakeImage => self.make_image(),

@@ -8,6 +8,7 @@
 //! | [`live`] | run and record: real I/O to inputs, outputs to real I/O |
 //! | [`pairing`] | the primary's end of the logging channel |
 //! | [`standby`] | the secondary: replay from the network, go live |
+//! | [`session`] | one VM from the command to its end |
 //! | [`replay`] | a recording replayed and checked |
 //!
 //! *Invariant*: a machine is driven by one thread; everything else reaches it as a message.
@@ -16,5 +17,6 @@ pub mod live;
 pub mod pace;
 pub mod pairing;
 pub mod replay;
+pub mod session;
 pub mod spec;
 pub mod standby;

@@ -1,0 +1,430 @@
+//! One VM from the command to its end: `run`, and what a standby does once it is live.
+//!
+//! *In*: a spec and options. *Out*: how it ended. *Invariant*: everything that is opened here (cables, terminal, recording) is closed when
+//! the session ends, whatever the end.
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, json};
+use twinstep_machine::{Disk, DiskError, Input, Machine, Output};
+use twinstep_pair::{Claim, Config as PairConfig, Epoch, OwnerId, Primary, PrimarySetup, Verdict, VmId, VmIdentity};
+
+use super::build::DiskExtra;
+use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
+use super::pairing::{PairThread, PairWiring};
+use super::replay;
+use super::spec::{Cable, DiskSpec, VmSpec};
+use super::standby;
+use crate::arbiter::{self, Arbiter as _, DirectoryArbiter};
+use crate::disk::RawDisk;
+use crate::error::{Context, Error, Result};
+use crate::events::Events;
+use crate::guest::Network;
+use crate::identity;
+use crate::net::{Backend, Link};
+use crate::packages::{Store, tell_on_stderr};
+use crate::passt;
+use crate::terminal::{Escape, RawMode, Typed};
+
+/// Frames that wait for the machine at most; what comes beyond is dropped, as on any Ethernet.
+const MAX_WAITING_FRAMES: usize = 4096;
+
+/// Positions between two state digests in a recording: about one or two a second of a busy guest.
+pub const DIGEST_INTERVAL: u64 = 1 << 28;
+
+/// What `run` is to do besides running.
+#[derive(Debug, Clone, Default)]
+pub struct RunOptions {
+    /// Record to this file.
+    pub record: Option<PathBuf>,
+    /// Positions between digests in the recording.
+    pub digest_interval: Option<u64>,
+    /// Start from this snapshot instead of a kernel.
+    pub from: Option<PathBuf>,
+    /// Protect with the standby at this address.
+    pub protect: Option<String>,
+    /// The arbiter's directory.
+    pub arbiter: Option<PathBuf>,
+    /// Bounds and times of the pair.
+    pub pair: PairConfig,
+    /// No terminal: the serial port's output goes to standard output, nothing is read.
+    pub no_input: bool,
+    /// Serial output goes to this file instead of standard output.
+    pub serial: Option<PathBuf>,
+}
+
+/// What a session came to.
+#[derive(Debug)]
+pub struct SessionEnd {
+    /// How the machine ended.
+    pub end: End,
+    /// What was logged.
+    pub stats: RunStats,
+}
+
+/// A raw image as the machine's disk.
+#[derive(Debug)]
+struct FileDisk(RawDisk);
+
+impl Disk for FileDisk {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> std::result::Result<(), DiskError> {
+        self.0.read_at(offset, data).map_err(|e| DiskError(e.to_string()))
+    }
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> std::result::Result<(), DiskError> {
+        self.0.write_at(offset, data).map_err(|e| DiskError(e.to_string()))
+    }
+    fn flush(&mut self) -> std::result::Result<(), DiskError> {
+        self.0.flush().map_err(|e| DiskError(e.to_string()))
+    }
+}
+
+/// Opens the disks of a spec.
+pub fn open_disks(specs: &[DiskSpec]) -> Result<Vec<Box<dyn Disk>>> {
+    specs.iter().map(|d| Ok(Box::new(FileDisk(RawDisk::open(&d.path, d.access())?)) as Box<dyn Disk>)).collect()
+}
+
+/// Opens the disks that an image's machine wants from those of a spec, and refuses others.
+pub fn open_matching_disks(specs: &[DiskSpec], wanted: &[DiskExtra]) -> Result<Vec<Box<dyn Disk>>> {
+    if specs.len() != wanted.len() {
+        return Err(Error::new(format!("the machine has {} disks, {} were given", wanted.len(), specs.len()))
+            .next("give --disk once for each, in the same order"));
+    }
+    let disks = open_disks(specs)?;
+    for ((spec, disk), want) in specs.iter().zip(&disks).zip(wanted) {
+        if disk.size() != want.bytes {
+            let what = format!("{} has {} bytes, the machine's disk {}", spec.path.display(), disk.size(), want.bytes);
+            return Err(Error::new(what).next("give a copy of the image the machine started with"));
+        }
+    }
+    Ok(disks)
+}
+
+/// The directory arbiter as the pair asks it.
+struct PairArbiter {
+    directory: DirectoryArbiter,
+    events: Events,
+}
+
+impl twinstep_pair::Arbiter for PairArbiter {
+    fn test_and_set(&mut self, claim: &Claim) -> Verdict {
+        match self.directory.claim(&claim.vm.to_string(), claim.epoch.0, &claim.owner.to_string()) {
+            arbiter::Verdict::Won => Verdict::Won,
+            arbiter::Verdict::Lost { .. } => Verdict::Lost,
+            arbiter::Verdict::Unreachable { why } => {
+                self.events.say("arbiter-unreachable", why);
+                Verdict::Unreachable
+            }
+        }
+    }
+}
+
+/// The arbiter in a directory, for the pair.
+pub fn open_arbiter(directory: &Path, events: &Events) -> Result<Box<dyn twinstep_pair::Arbiter + Send>> {
+    Ok(Box::new(PairArbiter { directory: DirectoryArbiter::open(directory)?, events: events.clone() }))
+}
+
+/// The cables and the terminal of a machine.
+struct Outside {
+    links: Vec<Arc<Link>>,
+    serial: Option<std::fs::File>,
+    /// Ends with the session.
+    _passts: Vec<passt::Passt>,
+    _raw: Option<RawMode>,
+}
+
+impl Outside {
+    fn open(spec: &VmSpec, options: &RunOptions, to_vm: &Sender<ToVm>, waiting: &Arc<AtomicUsize>) -> Result<Self> {
+        let mut links = Vec::new();
+        let mut passts = Vec::new();
+        for (nic, net) in spec.net.iter().enumerate() {
+            let backend = match &net.cable {
+                Cable::Switch(path) => Backend::Switch(path.clone()),
+                Cable::Passt(path) => Backend::Passt(path.clone()),
+                Cable::Tap(name) => Backend::Tap(name.clone()),
+                Cable::User(forwards) => {
+                    let program = passt::program(&Store::open()?, &mut tell_on_stderr)?;
+                    let running =
+                        passt::start(&passt::Options { program, forwards: forwards.clone(), network: Network::default() })?;
+                    let path = running.socket().to_owned();
+                    passts.push(running);
+                    Backend::Passt(path)
+                }
+            };
+            let (to_vm, waiting) = (to_vm.clone(), waiting.clone());
+            let receive = move |frame: Vec<u8>| {
+                // Too long or too short for the card, or too many: dropped here, before anything is logged.
+                if !(14..=twinstep_machine::MAX_FRAME).contains(&frame.len())
+                    || waiting.load(Ordering::Relaxed) >= MAX_WAITING_FRAMES
+                {
+                    return ControlFlow::Continue(());
+                }
+                waiting.fetch_add(1, Ordering::Relaxed);
+                match to_vm.send(ToVm::Input(Input::NetRx { nic: nic as u8, frame })) {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                }
+            };
+            links.push(Arc::new(backend.open(Box::new(receive))?));
+        }
+        let serial = match &options.serial {
+            None => None,
+            Some(path) => {
+                let file = std::fs::File::options().create(true).append(true).open(path);
+                Some(file.at("open the serial port's file", path)?)
+            }
+        };
+        let raw = if options.no_input { None } else { RawMode::enter(std::io::stdin())? };
+        if !options.no_input {
+            read_terminal(to_vm.clone(), raw.is_some())?;
+        }
+        Ok(Self { links, serial, _passts: passts, _raw: raw })
+    }
+
+    fn outlet(&self) -> Result<Outlet> {
+        let links = self.links.clone();
+        let mut serial: Box<dyn Write + Send> = match &self.serial {
+            Some(file) => Box::new(file.try_clone().what("cannot share the serial port's file")?),
+            None => Box::new(std::io::stdout()),
+        };
+        Ok(Box::new(move |output| match output {
+            Output::NetTx { nic, frame } => {
+                if let Some(link) = links.get(usize::from(nic)) {
+                    link.send(&frame);
+                }
+            }
+            Output::Serial(bytes) | Output::Console(bytes) => {
+                // A terminal that is gone does not stop the guest.
+                let _ = serial.write_all(&bytes).and_then(|()| serial.flush());
+            }
+        }))
+    }
+}
+
+const HELP: &str = "\r\nCtrl-A x leaves (the guest is switched off hard), Ctrl-A h is this help, Ctrl-A Ctrl-A types Ctrl-A\r\n";
+
+fn read_terminal(to_vm: Sender<ToVm>, raw: bool) -> Result<()> {
+    let read = move || {
+        let mut stdin = std::io::stdin().lock();
+        let mut buffer = [0; 1024];
+        let mut escape = Escape::default();
+        while let Ok(n @ 1..) = stdin.read(&mut buffer) {
+            // What comes from a pipe is for the guest, byte by byte.
+            let typed = if raw { escape.typed(&buffer[..n]) } else { vec![Typed::Bytes(buffer[..n].to_vec())] };
+            for typed in typed {
+                let sent = match typed {
+                    Typed::Bytes(bytes) => to_vm.send(ToVm::Input(Input::Serial(bytes))),
+                    Typed::Leave => to_vm.send(ToVm::Stop("left by Ctrl-A x".into())),
+                    Typed::Help => {
+                        eprint!("{HELP}");
+                        Ok(())
+                    }
+                };
+                if sent.is_err() {
+                    return;
+                }
+            }
+        }
+    };
+    std::thread::Builder::new().name("terminal".into()).spawn(read).what("cannot start a thread")?;
+    Ok(())
+}
+
+/// Ends the machine in good order when the process is told to end. To be called once, before other threads are started.
+fn end_on_signals(to_vm: Sender<ToVm>) -> Result<()> {
+    // SAFETY: plain libc calls on a set of our own; the thread only waits.
+    let set = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+        set
+    };
+    let wait = move || {
+        let mut signal = 0;
+        // SAFETY: both point to values of this thread.
+        while unsafe { libc::sigwait(&set, &mut signal) } == 0 {
+            if to_vm.send(ToVm::Stop(format!("signal {signal}"))).is_err() {
+                // Nobody to tell any more: the default is to end.
+                std::process::exit(128 + signal);
+            }
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).what("cannot start a thread")?;
+    Ok(())
+}
+
+fn read_file(path: &Path, what: &str) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|e| {
+        Error::new(format!("cannot read the {what} {}", path.display())).because(e).next(format!("check --{what}"))
+    })
+}
+
+/// A machine at power-on, or from a snapshot. Also says how many outputs it had made.
+fn make_machine(spec: &VmSpec, options: &RunOptions) -> Result<(Machine, u64)> {
+    if let Some(snapshot) = &options.from {
+        let (machine, extra) =
+            replay::load_snapshot(snapshot, &mut |wanted| open_matching_disks(&spec.disk, wanted), &|_| {})?;
+        return Ok((machine, extra.last_output));
+    }
+    let kernel = spec.kernel.as_ref().ok_or_else(|| {
+        Error::new("there is nothing to boot").next("give --kernel FILE (and --initrd FILE), or --from SNAPSHOT, or a TOML file")
+    })?;
+    let image = read_file(kernel, "kernel")?;
+    let initrd = spec.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
+    let mut machine = Machine::new(spec.config(), open_disks(&spec.disk)?)
+        .map_err(|e| Error::new("cannot build this machine").because(e))?;
+    machine
+        .boot_linux(&image, initrd.as_deref(), spec.cmdline.as_deref().unwrap_or("console=ttyS0"))
+        .map_err(|e| Error::new(format!("cannot boot {}", kernel.display())).because(e))?;
+    Ok((machine, 0))
+}
+
+/// Runs a VM to its end.
+pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<SessionEnd> {
+    options.pair.check().what("the pair's settings do not fit")?;
+    let (to_vm, inbox) = channel();
+    end_on_signals(to_vm.clone())?;
+    let (machine, last_output) = make_machine(spec, options)?;
+    let disk_bytes: Vec<u64> = spec
+        .disk
+        .iter()
+        .map(|d| std::fs::metadata(&d.path).map(|m| m.len()).at("look at the disk", &d.path))
+        .collect::<Result<_>>()?;
+    let digest_interval = options.digest_interval.unwrap_or(DIGEST_INTERVAL);
+    // The standby is asked first: a VM that was to be protected does not start unprotected by mistake.
+    let standby = options.protect.as_ref().map(|address| connect(address)).transpose()?;
+    let recording = match &options.record {
+        Some(path) => Some(replay::record(&machine, path, digest_interval, &disk_bytes, last_output)?),
+        None => None,
+    };
+    let waiting = Arc::new(AtomicUsize::new(0));
+    let outside = Outside::open(spec, options, &to_vm, &waiting)?;
+    if options.from.is_none() {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut seed = [0; 32];
+        identity::random(&mut seed);
+        for input in [Input::WallClock(since_1970.as_nanos() as u64), Input::Seed(seed)] {
+            to_vm.send(ToVm::Input(input)).expect("the inbox is ours");
+        }
+    }
+    let pair = match standby {
+        None => None,
+        Some(stream) => {
+            let directory = options.arbiter.as_ref().ok_or_else(|| {
+                Error::new("a protected VM needs an arbiter").next("give --arbiter DIR, a directory both hosts share")
+            })?;
+            let primary = Primary::new(PrimarySetup {
+                config: options.pair.clone(),
+                vm: VmIdentity {
+                    vm: VmId(identity::random_id()),
+                    cpu_model: machine.config().cpu_model.clone(),
+                    ram_bytes: u64::from(machine.config().ram_mib) << 20,
+                },
+                host: identity::host(),
+                owner: OwnerId(identity::random_id()),
+                epoch: Epoch::FIRST,
+                last_output,
+                last_left: last_output,
+            })
+            .what("the pair's settings do not fit")?;
+            Some(PairThread::start(PairWiring {
+                primary,
+                stream: Some(stream),
+                arbiter: open_arbiter(directory, events)?,
+                outlet: outside.outlet()?,
+                vm: to_vm.clone(),
+                events: events.clone(),
+            })?)
+        }
+    };
+    let wiring = Wiring {
+        inbox,
+        outlet: outside.outlet()?,
+        recording,
+        pair: pair.as_ref().map(|pair| pair.sender.clone()),
+        events: events.clone(),
+        digest_interval: if options.record.is_some() { digest_interval } else { 0 },
+        disk_bytes,
+        last_output,
+        waiting,
+    };
+    let (_machine, end, stats) = live::run(machine, wiring);
+    if let Some(pair) = pair {
+        let report = pair.join();
+        let mut figures = log_figures(&stats);
+        figures.insert("held_outputs".into(), json!(report.held_outputs));
+        figures.insert("held_mean_ns".into(), json!(report.held_sum_ns.checked_div(report.held_outputs).unwrap_or(0)));
+        figures.insert("held_max_ns".into(), json!(report.held_max_ns));
+        events.say_with("ended", end.text(), figures);
+    } else {
+        events.say_with("ended", end.text(), log_figures(&stats));
+    }
+    Ok(SessionEnd { end, stats })
+}
+
+/// The log's figures, by kind of entry.
+pub fn log_figures(stats: &RunStats) -> Map<String, serde_json::Value> {
+    let kinds: Map<_, _> = stats
+        .log
+        .iter()
+        .map(|(kind, k)| (kind.name().to_owned(), json!({ "entries": k.entries, "bytes": k.bytes })))
+        .collect();
+    let mut figures = Map::new();
+    figures.insert("position".into(), json!(stats.position));
+    figures.insert("guest_ns".into(), json!(stats.guest_ns));
+    figures.insert("log".into(), json!(kinds));
+    figures
+}
+
+fn connect(address: &str) -> Result<TcpStream> {
+    TcpStream::connect(address).map_err(|e| {
+        Error::new(format!("cannot reach the standby at {address}"))
+            .because(e)
+            .next(format!("start it there first: twinstep standby --listen {address} --arbiter DIR ..."))
+    })
+}
+
+/// Runs a machine that has just gone live, to its end.
+pub fn run_live(live: standby::Live, spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<SessionEnd> {
+    let (to_vm, inbox): (Sender<ToVm>, Receiver<ToVm>) = channel();
+    end_on_signals(to_vm.clone())?;
+    let waiting = Arc::new(AtomicUsize::new(0));
+    let outside = Outside::open(spec, options, &to_vm, &waiting)?;
+    // The network learns where the machine is now, before it hears from it.
+    for (link, mac) in outside.links.iter().zip(&live.machine.config().nics) {
+        link.announce(*mac);
+    }
+    let mut outlet = outside.outlet()?;
+    let reissued = live.reissue.len();
+    live.reissue.into_iter().for_each(&mut outlet);
+    let figures = Map::from_iter([
+        ("epoch".to_owned(), json!(live.epoch.0)),
+        ("reissued".to_owned(), json!(reissued)),
+        ("position".to_owned(), json!(live.machine.position())),
+    ]);
+    events.say_with("live", format!("live in epoch {}; {reissued} outputs sent again", live.epoch), figures);
+    let wiring = Wiring {
+        inbox,
+        outlet,
+        recording: None,
+        pair: None,
+        events: events.clone(),
+        digest_interval: 0,
+        disk_bytes: live.extra.disks.iter().map(|d| d.bytes).collect(),
+        last_output: live.last_output,
+        waiting,
+    };
+    let (_machine, end, stats) = live::run(live.machine, wiring);
+    events.say_with("ended", end.text(), log_figures(&stats));
+    Ok(SessionEnd { end, stats })
+}

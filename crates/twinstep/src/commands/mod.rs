@@ -1,0 +1,7 @@
+//! One module a command.
+pub mod demo;
+pub mod doctor;
+pub mod replay;
+pub mod run;
+pub mod standby;
+pub mod switch;

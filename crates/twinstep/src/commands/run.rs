@@ -1,0 +1,131 @@
+//! `twinstep run`.
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use twinstep_host::events::Events;
+use twinstep_host::vm::live::End;
+use twinstep_host::vm::session::{self, RunOptions};
+use twinstep_host::vm::spec::{DiskSpec, Memory, NetSpec, VmSpec};
+
+/// The machine, as flags.
+#[derive(Args, Clone)]
+pub struct MachineArguments {
+    /// Linux kernel (bzImage)
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initramfs
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line [default: console=ttyS0]
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// RAM, such as 512M or 2G [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    mem: Option<Memory>,
+    /// CPU model [default: x86-64-v2]
+    #[arg(long, value_name = "NAME")]
+    cpu: Option<String>,
+    /// A disk: PATH[,ro][,serial=TEXT] (raw image; can be given several times)
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<DiskSpec>,
+    /// A network card: user[,forward=HOSTPORT:GUESTPORT], switch=PATH, passt=PATH or tap=NAME, each with [,mac=...] (several times)
+    #[arg(long, value_name = "NET")]
+    net: Vec<NetSpec>,
+}
+
+impl MachineArguments {
+    /// The spec that flags and file make together.
+    pub fn spec(self, file: Option<&PathBuf>) -> anyhow::Result<VmSpec> {
+        let flags = VmSpec {
+            kernel: self.kernel,
+            initrd: self.initrd,
+            cmdline: self.cmdline,
+            mem: self.mem,
+            cpu: self.cpu,
+            disk: self.disk,
+            net: self.net,
+        };
+        Ok(match file {
+            Some(path) => VmSpec::from_file(path)?.overridden_by(flags),
+            None => flags,
+        })
+    }
+}
+
+/// What people can see of a run.
+#[derive(Args, Clone)]
+pub struct Visibility {
+    /// No terminal: nothing is read from standard input
+    #[arg(long)]
+    pub no_input: bool,
+    /// The serial port's output goes to this file
+    #[arg(long, value_name = "FILE")]
+    pub serial: Option<PathBuf>,
+    /// Events as JSON lines go to this file
+    #[arg(long, value_name = "FILE")]
+    pub events: Option<PathBuf>,
+    /// No events on standard error
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+#[derive(Args)]
+pub struct Arguments {
+    /// A TOML file with the same names as the flags, which win over it
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    machine: MachineArguments,
+    /// Record everything, for `twinstep replay`
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+    /// Positions (retired instructions) between two state digests in the recording
+    #[arg(long, value_name = "N")]
+    digest_interval: Option<u64>,
+    /// Start from a snapshot instead of a kernel
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
+    /// Protect with the standby at this address
+    #[arg(long, value_name = "ADDRESS", requires = "arbiter")]
+    protect: Option<String>,
+    /// The directory in which the pair's sides settle who goes on (the same one on both hosts)
+    #[arg(long, value_name = "DIR")]
+    arbiter: Option<PathBuf>,
+    /// Hold the guest back when the standby is more instructions than this behind
+    #[arg(long, value_name = "N")]
+    max_lag: Option<u64>,
+    #[command(flatten)]
+    visibility: Visibility,
+}
+
+pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let spec = arguments.machine.spec(arguments.config.as_ref())?;
+    let v = arguments.visibility;
+    let events = Events::new("primary", v.quiet, v.events.as_deref())?;
+    let mut options = RunOptions {
+        record: arguments.record,
+        digest_interval: arguments.digest_interval,
+        from: arguments.from,
+        protect: arguments.protect,
+        arbiter: arguments.arbiter,
+        no_input: v.no_input,
+        serial: v.serial,
+        ..RunOptions::default()
+    };
+    if let Some(lag) = arguments.max_lag {
+        options.pair.max_replay_lag = lag;
+    }
+    let session = session::run(&spec, &options, &events)?;
+    Ok(exit_code(&session.end))
+}
+
+/// The exit status that says how a machine ended.
+pub fn exit_code(end: &End) -> ExitCode {
+    ExitCode::from(match end {
+        End::PoweredOff => 0,
+        End::HostFailure(_) => 1,
+        End::Crashed(_) => 3,
+        End::Reset => 4,
+        End::Stopped(_) => 5,
+    })
+}

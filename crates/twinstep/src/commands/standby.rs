@@ -1,0 +1,81 @@
+//! `twinstep standby`.
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Args;
+use twinstep_host::events::Events;
+use twinstep_host::identity;
+use twinstep_host::vm::session::{self, RunOptions};
+use twinstep_host::vm::standby::{self, Outcome, StandbyWiring};
+use twinstep_pair::{Config, Expectation, OwnerId, SecondarySetup};
+
+#[derive(Args)]
+pub struct Arguments {
+    /// Where to wait for the primary, such as 0.0.0.0:7171
+    #[arg(long, value_name = "ADDRESS")]
+    listen: String,
+    /// The directory in which the pair's sides settle who goes on (the same one on both hosts)
+    #[arg(long, value_name = "DIR")]
+    arbiter: PathBuf,
+    /// Where the guest's network cards and disks are on this host, and what is expected of the VM (--mem, --cpu); the kernel comes
+    /// from the primary
+    #[command(flatten)]
+    machine: super::run::MachineArguments,
+    #[command(flatten)]
+    visibility: super::run::Visibility,
+}
+
+pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let spec = arguments.machine.spec(None)?;
+    let v = arguments.visibility;
+    let events = Events::new("standby", v.quiet, v.events.as_deref())?;
+    let arbiter = session::open_arbiter(&arguments.arbiter, &events)?;
+    let listener = TcpListener::bind(&arguments.listen).with_context(|| {
+        format!("cannot listen on {} (is another standby there? choose another port with --listen)", arguments.listen)
+    })?;
+    events.say("listening", format!("waiting for a primary on {}", listener.local_addr()?));
+    let (stream, from) = listener.accept().context("cannot accept a primary")?;
+    drop(listener);
+    events.say("connected", format!("a primary connected from {from}"));
+    let disks = spec.disk.clone();
+    let outcome = standby::serve(StandbyWiring {
+        setup: SecondarySetup {
+            config: Config::default(),
+            expect: Expectation {
+                vm: None,
+                cpu_model: spec.cpu.clone(),
+                ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20),
+            },
+            host: identity::host(),
+            owner: OwnerId(identity::random_id()),
+        },
+        stream,
+        arbiter,
+        disks: Box::new(move |wanted| session::open_matching_disks(&disks, wanted)),
+        events: events.clone(),
+        tune: |_| {},
+    })?;
+    let options = RunOptions { no_input: v.no_input, serial: v.serial, ..RunOptions::default() };
+    match outcome {
+        Outcome::Live(live) => {
+            anyhow::ensure!(
+                spec.net.len() >= live.machine.config().nics.len(),
+                "the machine has {} network cards, this standby was given {}: start it with --net once for each",
+                live.machine.config().nics.len(),
+                spec.net.len()
+            );
+            let session = session::run_live(*live, &spec, &options, &events)?;
+            Ok(super::run::exit_code(&session.end))
+        }
+        Outcome::Stopped(reason) => {
+            use twinstep_pair::StopReason::*;
+            Ok(match reason {
+                // The primary ended in good order: nothing was to be done here.
+                PeerEnded { .. } => ExitCode::SUCCESS,
+                LostArbitration { .. } | Ended { .. } | NotProtected { .. } | Refused { .. } => ExitCode::FAILURE,
+            })
+        }
+    }
+}
