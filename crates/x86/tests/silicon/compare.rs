@@ -1,10 +1,12 @@
 //! What has to be equal, and how a difference is told.
 use crate::case::{Case, Program};
-use crate::layout::{BREAKPOINT, CODE_AT, DATA_AT, IMAGE, NO_VECTOR, Outcome, PAGE_FAULT, RAN_AWAY, Regs, SHUT_DOWN, STACK_AT, STATUS_FLAGS, STRANGE_EXIT, TIMED_OUT};
+use crate::layout::{BREAKPOINT, CODE_AT, DATA_AT, IMAGE, NO_VECTOR, Outcome, PAGE_FAULT, RAN_AWAY, Regs, SHUT_DOWN, STACK_AT, STATUS_FLAGS, STRANGE_EXIT, TIMED_OUT, image_offset};
 use crate::native::Slot;
 use crate::operands::operand_size;
 use iced_x86::{Code, Instruction};
 
+/// Where a program's addresses end on Linux.
+const USER_END: u64 = 0x7fff_ffff_f000;
 /// Resume flag: set in what a fault pushes, and in the kernel's picture of a single step inside a string instruction.
 const RF: u64 = 1 << 16;
 const NAMES: [&str; 16] = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
@@ -61,8 +63,8 @@ pub fn outcomes(case: &Case, program: &Program, silicon: &Outcome, engine: &Outc
             if case.cpl != 3 {
                 ignored |= 4; // user
             }
-            if silicon.cr2 >> 47 != 0 {
-                ignored |= 1; // Linux says "present" of all addresses that are its own
+            if silicon.cr2 >= USER_END {
+                ignored |= 1; // Linux says "present" of all addresses that are not a program's
             }
         }
         value("error code", silicon.error & !ignored, engine.error & !ignored, out);
@@ -82,7 +84,9 @@ pub fn outcomes(case: &Case, program: &Program, silicon: &Outcome, engine: &Outc
     }
     if silicon.vector == PAGE_FAULT && faulting(case, program, silicon).is_some_and(|i| i.code() == Code::Maskmovq_rDI_mm_mm) {
         // The silicon has already left x87 mode when it finds the fault.
-        engine.fx.0[2..6].copy_from_slice(&silicon.regs.fx.0[2..6]);
+        for part in [2..6, 32..160] {
+            engine.fx.0[part.clone()].copy_from_slice(&silicon.regs.fx.0[part]);
+        }
     }
     registers(silicon_regs, &engine, out);
 }
@@ -110,12 +114,24 @@ fn is_repeated_comparison(instruction: &Instruction) -> bool {
     compares && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
 }
 
-/// Compares two images.
-pub fn images(case: &Case, silicon: &[u8; IMAGE], engine: &[u8; IMAGE], out: &mut Vec<String>) {
+/// Compares two images as they are at the end.
+pub fn images(case: &Case, program: &Program, end: &Outcome, silicon: &[u8; IMAGE], engine: &[u8; IMAGE], out: &mut Vec<String>) {
     if silicon == engine {
         return;
     }
-    let differing: Vec<usize> = (0..IMAGE).filter(|&i| silicon[i] != engine[i] && case.compares(i)).collect();
+    let mut unknown = 0..0;
+    if faulting(case, program, end).is_some_and(|i| matches!(i.code(), Code::Enterw_imm16_imm8 | Code::Enterq_imm16_imm8))
+        && let Some(top) = image_offset(end.regs.gpr[4])
+    {
+        // The silicon leaves what it has pushed before it finds the fault.
+        unknown = top.saturating_sub(33 * 8)..top;
+    }
+    bytes(silicon, engine, &|i| case.compares(i) && !unknown.contains(&i), out);
+}
+
+/// Compares those bytes of two images that `compared` says.
+fn bytes(silicon: &[u8; IMAGE], engine: &[u8; IMAGE], compared: &dyn Fn(usize) -> bool, out: &mut Vec<String>) {
+    let differing: Vec<usize> = (0..IMAGE).filter(|&i| silicon[i] != engine[i] && compared(i)).collect();
     let (Some(&first), Some(&last)) = (differing.first(), differing.last()) else { return };
     let window = match first {
         _ if first >= STACK_AT => format!("stack+{:#x}", first - STACK_AT),
@@ -138,7 +154,9 @@ pub fn picture(case: &Case, slot: &Slot, regs: &Regs, image: &[u8; IMAGE], out: 
     silicon.rflags &= !RF;
     engine.rflags &= !RF;
     registers(&silicon, &engine, out);
-    images(case, &slot.picture_memory, image, out);
+    if slot.picture_memory != *image {
+        bytes(&slot.picture_memory, image, &|i| case.compares(i), out);
+    }
 }
 
 /// The silicon at full speed and in single steps.

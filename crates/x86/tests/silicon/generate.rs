@@ -414,14 +414,16 @@ impl<'a> Builder<'a> {
             let value = self.case.init.gpr[RAX].to_le_bytes();
             for pointer in [RSI, RDI] {
                 if let Some(at) = image_offset(self.case.init.gpr[pointer]).filter(|at| at + 128 <= DATA_AT + DATA_BYTES && *at >= DATA_AT + 64) {
-                    let bytes = (0..128).map(|i| value[i % 8 & (operand_size(&item.instruction) as usize - 1)]).collect();
+                    let bytes = (0..128).map(|i| value[i % operand_size(&item.instruction) as usize]).collect();
                     self.case.pokes.push((at - 64, bytes));
                 }
             }
         }
         self.case.items.push(item);
         self.spoils(&item.instruction);
-        Some(())
+        // LODS loads RAX, which must not be what counts the rounds of a loop.
+        let counts = |p: &Pin| p.number == RAX && p.kind == Kind::Count;
+        (!self.pins.iter().any(counts)).then_some(())
     }
 
     fn indirect_focus(&mut self, code: Code) -> Option<()> {
@@ -583,7 +585,8 @@ fn fsw(rng: &mut Rng, fcw: u16) -> u16 {
         exceptions &= fcw; // nothing pending
     }
     let pending = exceptions & !fcw & 0x3f != 0;
-    (rng.next() as u16 & 0x4700) | rng.below(8) as u16 * 0x800 | exceptions | if pending { 0x8080 } else { 0 }
+    let top = rng.below(8) as u16 * 0x800;
+    (rng.next() as u16 & 0x4700) | top | exceptions | if pending { 0x8080 } else { 0 }
 }
 
 /// A random FXSAVE image.

@@ -75,6 +75,10 @@ pub struct Shared {
     pub slots: [Slot; BATCH],
 }
 
+/// The low part of the address space, which the child clears.
+const LOW_START: u64 = 0x1_0000;
+const LOW_END: u64 = 1 << 32;
+
 const SHARED_BYTES: usize = size_of::<Shared>().next_multiple_of(PAGE);
 
 /// The child process.
@@ -159,6 +163,11 @@ unsafe fn serve(shared: *mut Shared, file: libc::c_int, down: libc::c_int, up: l
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         let mut byte = b'+';
+        // Wild addresses are often small: nothing must be there, in particular no engine of another test. This program itself and
+        // all it needs are position-independent, and high.
+        if (serve as *const () as u64) < LOW_END || libc::munmap(LOW_START as *mut _, (LOW_END - LOW_START) as usize) != 0 {
+            byte = b'p';
+        }
         for w in WINDOWS {
             let mut prot = libc::PROT_READ;
             if w.write {

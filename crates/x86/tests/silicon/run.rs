@@ -246,7 +246,7 @@ impl Judge for Itself {
         self.0.run(1);
         let second = &self.0.shared().slots[0];
         compare::outcomes(case, program, &slot.end, &second.end, out);
-        compare::images(case, &slot.memory, &second.memory, out);
+        compare::images(case, program, &slot.end, &slot.memory, &second.memory, out);
         if let (Some(counted), true) = (straight_positions(case, program, slot), case.stepping)
             && counted != slot.stepped_positions
         {
@@ -325,7 +325,7 @@ impl Judge for Engine {
             if found.is_empty() {
                 let end = end.unwrap_or_else(|| guest.finish(limit));
                 compare::outcomes(case, program, &slot.end, &end, &mut found);
-                compare::images(case, &slot.memory, guest.image(), &mut found);
+                compare::images(case, program, &slot.end, &slot.memory, guest.image(), &mut found);
                 if let Some(expected) = expected_end
                     && guest.position() != expected
                 {

@@ -49,6 +49,10 @@ static mut CONTROL: Control = Control {
     positions: 0,
     picture_taken: false,
 };
+/// The control block. Only the one thread of the process uses it.
+const fn control() -> *mut Control {
+    &raw mut CONTROL
+}
 /// The host's stack pointer while a guest runs.
 static mut HOST_RSP: u64 = 0;
 /// The host's FS base.
@@ -138,8 +142,8 @@ unsafe fn copy_registers(context: *const libc::ucontext_t, regs: *mut Regs) {
         }
         (*regs).rip = from[libc::REG_RIP as usize] as u64;
         (*regs).rflags = from[libc::REG_EFL as usize] as u64 & !TF;
-        (*regs).fs_base = (*(&raw const CONTROL)).fs_base;
-        (*regs).gs_base = (*(&raw const CONTROL)).gs_base;
+        (*regs).fs_base = (*control()).fs_base;
+        (*regs).gs_base = (*control()).gs_base;
         ptr::copy_nonoverlapping((*context).uc_mcontext.fpregs.cast::<u8>(), (&raw mut (*regs).fx).cast(), 512);
     }
 }
@@ -148,7 +152,7 @@ unsafe fn copy_registers(context: *const libc::ucontext_t, regs: *mut Regs) {
 unsafe extern "C" fn on_signal(signal: libc::c_int, context: *mut libc::ucontext_t) -> u64 {
     // SAFETY: one thread, and signals are blocked in the handler, so CONTROL is ours; context comes from the kernel.
     unsafe {
-        let control = &mut *(&raw mut CONTROL);
+        let control = &mut *control();
         if !control.running {
             if signal == libc::SIGALRM {
                 return HOST_FS;
@@ -246,7 +250,7 @@ pub unsafe fn run(init: *const Regs, outcome: *mut Outcome) {
     unsafe {
         begin(init, outcome, None);
         enter(init);
-        (*(&raw mut CONTROL)).running = false;
+        (*control()).running = false;
     }
 }
 
@@ -261,7 +265,7 @@ pub unsafe fn run_stepping(init: *const Regs, outcome: *mut Outcome, steps: Step
         let mut trapping = *init;
         trapping.rflags |= TF;
         enter(&raw const trapping);
-        let control = &mut *(&raw mut CONTROL);
+        let control = &mut *control();
         control.running = false;
         (control.positions, control.picture_taken)
     }
@@ -276,7 +280,7 @@ unsafe fn begin(init: *const Regs, outcome: *mut Outcome, steps: Option<Steps>) 
         debug_assert_eq!((*outcome).vector, NO_VECTOR);
         debug_assert!((*init).rip >= CODE && (*init).rip < CODE + (CODE_PAGES * PAGE) as u64);
         TARGET = (*init).rip;
-        let control = &mut *(&raw mut CONTROL);
+        let control = &mut *control();
         *control = Control {
             running: true,
             timed_out: false,
