@@ -22,11 +22,16 @@
 //! uses UDP must expect duplicates. Losing a frame is allowed too, but costs the sender's retransmission timeout, 200 ms at the
 //! least and a second with some peers: that is the gap a client would see. A frame is delivered again at most once, so two ports that fight for
 //! one address can't multiply traffic.
+//!
+//! What a guest has certainly got is not delivered again, because each frame costs its heir time in the very moment the client
+//! is waiting for. A TCP segment is certain when the guest itself has acknowledged it: a protected machine's output leaves only after its
+//! standby has all the input before it. Of segments without data only a connection's newest is kept, since acknowledgements are cumulative.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::tcp::Segment;
 use crate::net::frames::{HEADER, Mac};
 
 /// A frame with its length in front, as it goes over the wire.
@@ -139,6 +144,18 @@ impl<T: AsRef<WireFrame>> Store<T> {
         true
     }
 
+    /// Throws some out.
+    fn retain(&mut self, keep: impl Fn(&T) -> bool) {
+        let bytes = &mut self.bytes;
+        self.items.retain(|item| {
+            let kept = keep(item);
+            if !kept {
+                *bytes -= item.as_ref().len();
+            }
+            kept
+        });
+    }
+
     fn pop(&mut self) -> Option<T> {
         let item = self.items.pop_front()?;
         self.bytes -= item.as_ref().len();
@@ -174,6 +191,7 @@ impl AsRef<WireFrame> for Queued {
 struct Passed {
     frame: WireFrame,
     at: Duration,
+    segment: Option<Segment>,
 }
 
 impl AsRef<WireFrame> for Passed {
@@ -192,6 +210,16 @@ struct Port {
 }
 
 impl Port {
+    /// The guest has said something: what it confirms to have got need not be remembered.
+    fn heard(&mut self, frame: &[u8]) {
+        if self.recent.items.is_empty() {
+            return;
+        }
+        if let Some(said) = Segment::of(frame) {
+            self.recent.retain(|passed| !passed.segment.is_some_and(|segment| !segment.empty && said.confirms(&segment)));
+        }
+    }
+
     /// What the next owner of `mac` shall get: what was passed on lately, then what is still queued.
     fn legacy(&mut self, mac: Mac, now: Duration, limits: &Limits) -> Vec<Queued> {
         let lately = |passed: &Passed| now.saturating_sub(passed.at) <= limits.recent_for;
@@ -214,13 +242,17 @@ impl Port {
         if item.again || destination(&item.frame).is_none_or(Mac::is_group) {
             return;
         }
+        let segment = Segment::of(&item.frame[HEADER..]);
+        if let Some(new) = segment {
+            self.recent.retain(|old| !old.segment.is_some_and(|old| old.empty && old.flow == new.flow));
+        }
         // Rarely more than one round: make room for the newcomer, oldest first.
         while self.recent.items.len() >= limits.recent.frames || self.recent.bytes + item.frame.len() > limits.recent.bytes {
             if self.recent.pop().is_none() {
                 return;
             }
         }
-        self.recent.push(Passed { frame: item.frame, at: now }, limits.recent);
+        self.recent.push(Passed { frame: item.frame, at: now, segment }, limits.recent);
     }
 }
 
@@ -285,6 +317,9 @@ impl Fabric {
         let (Some(source), Some(destination)) = (Mac::source(ethernet), Mac::destination(ethernet)) else { return };
         if !source.is_group() {
             self.learn(source, from, now);
+        }
+        if let Some(port) = self.ports.get_mut(&from) {
+            port.heard(ethernet);
         }
         let frame: WireFrame = frame.into();
         if destination.is_group() {

@@ -74,6 +74,39 @@ fn nothing_is_lost_in_a_failover() {
 }
 
 #[test]
+fn what_the_guest_has_acknowledged_is_not_delivered_again() {
+    use super::super::tcp::tests::segment;
+    let wire = |frame: Vec<u8>| {
+        let mut wire = Vec::new();
+        crate::net::frames::encode(&frame, &mut wire);
+        wire
+    };
+    let mut f = Fabric::new(Limits::default());
+    let [world, primary] = [f.attach(), f.attach()];
+    f.frame(primary, &frame(ALL, B, "hello"), at(0));
+    let (client, guest) = ((A, 1), (B, 2));
+    let sent = [
+        segment(client, guest, 100, 1, b"first"),
+        segment(client, guest, 105, 1, b""),
+        segment(client, guest, 105, 1, b"second"),
+        segment(client, guest, 111, 1, b""),
+        segment(client, guest, 111, 5, b""),
+    ];
+    for (n, frame) in sent.iter().enumerate() {
+        f.frame(world, &wire(frame.clone()), at(n as u64));
+        let length = f.waiting(primary, 1).next().unwrap().len();
+        f.wrote(primary, length, at(n as u64));
+    }
+    f.frame(primary, &wire(segment(guest, client, 1, 105, b"answer to the first")), at(10));
+    f.detach(primary, "killed", at(20));
+    let standby = f.attach();
+    f.frame(standby, &frame(ALL, B, "it is me"), at(30));
+    // The second request, and the newest of the empty ones.
+    let again: Vec<Vec<u8>> = f.waiting(standby, 9).map(<[u8]>::to_vec).collect();
+    assert_eq!(again, [wire(sent[2].clone()), wire(sent[4].clone())]);
+}
+
+#[test]
 fn a_port_that_hangs_is_left_behind() {
     let mut f = Fabric::new(Limits::default());
     let [world, hanging, standby] = [f.attach(), f.attach(), f.attach()];

@@ -9,6 +9,7 @@
 //! [`fabric`]; here are the sockets and the clock.
 
 pub mod fabric;
+mod tcp;
 
 use std::collections::BTreeMap;
 use std::fs;
