@@ -135,7 +135,3 @@ pub const TF: u64 = 1 << 8;
 pub const IF: u64 = 1 << 9;
 /// Direction flag.
 pub const DF: u64 = 1 << 10;
-/// Selectors, the same as those Linux gives a user program.
-pub const USER_CS: u16 = 0x33;
-/// See [`USER_CS`].
-pub const USER_SS: u16 = 0x2b;

@@ -16,6 +16,7 @@ mod prng;
 mod rep;
 mod run;
 mod sandbox;
+mod system;
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name}={v} is no number")))
