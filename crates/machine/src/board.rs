@@ -92,10 +92,10 @@ impl Board {
         self.deliver(message);
     }
 
-    /// The power button's line pulses.
+    /// Somebody pressed the power button.
     pub(crate) fn press_power_button(&mut self) {
-        self.set_line(layout::IRQ_EVENT, true);
-        self.set_line(layout::IRQ_EVENT, false);
+        self.power.press_button();
+        self.set_line(layout::IRQ_SCI, self.power.line());
     }
 
     /// Bytes typed at the serial port.
@@ -157,7 +157,7 @@ impl Board {
                 value
             }
             layout::PORT_RTC | 0x71 => self.rtc.read(port - layout::PORT_RTC, now),
-            layout::PORT_SLEEP_CONTROL | layout::PORT_SLEEP_STATUS | layout::PORT_RESET => self.power.read(port),
+            _ if Power::owns(port) => self.power.read(port),
             _ => 0xff,
         }
     }
@@ -178,8 +178,9 @@ impl Board {
                 let now = self.clock.ns_at(position);
                 self.rtc.write(port - layout::PORT_RTC, value, now);
             }
-            layout::PORT_KBD_COMMAND | layout::PORT_SLEEP_CONTROL | layout::PORT_SLEEP_STATUS | layout::PORT_RESET => {
+            _ if Power::owns(port) => {
                 self.attention |= self.power.write(port, value);
+                self.set_line(layout::IRQ_SCI, self.power.line());
             }
             _ => {}
         }
@@ -188,6 +189,16 @@ impl Board {
 
 fn within(gpa: u64, base: u64, len: u64) -> Option<u64> {
     gpa.checked_sub(base).filter(|&offset| offset < len)
+}
+
+impl Board {
+    /// Outputs from number `first` on were made by the instruction at `position`: they leave when it has retired, so that a replay that runs
+    /// to an output's position has made it.
+    fn outputs_left(&mut self, first: usize, position: Position) {
+        for (at, _) in &mut self.outputs[first..] {
+            *at = position + 1;
+        }
+    }
 }
 
 impl Bus for Board {
@@ -207,6 +218,7 @@ impl Bus for Board {
     }
 
     fn mmio_write(&mut self, position: Position, gpa: u64, data: &[u8]) {
+        let first = self.outputs.len();
         if within(gpa, layout::PCI_WINDOW, layout::PCI_WINDOW_LEN).is_some() {
             self.with_pci_write(position, |pci, cx| pci.window_write(cx, gpa, data));
         } else if let Some(offset) = within(gpa, layout::ECAM, layout::ECAM_LEN) {
@@ -219,6 +231,7 @@ impl Bus for Board {
             let ended = self.lapic.mmio_write(offset, data, now);
             self.end_of_interrupt(ended);
         }
+        self.outputs_left(first, position);
     }
 
     fn pio_read(&mut self, position: Position, port: u16, size: u8) -> u32 {
@@ -247,9 +260,11 @@ impl Bus for Board {
         if let Some(offset) = port.checked_sub(layout::PORT_PCI_DATA).filter(|&o| usize::from(o) + n <= 4) {
             return self.with_pci_write(position, |pci, cx| pci.data_write(cx, offset, &data[..n]));
         }
+        let first = self.outputs.len();
         for (i, byte) in data[..n].iter().enumerate() {
             self.port_write(position, port.wrapping_add(i as u16), *byte);
         }
+        self.outputs_left(first, position);
     }
 
     fn tsc(&mut self, position: Position) -> u64 {
