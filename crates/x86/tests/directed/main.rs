@@ -1,0 +1,13 @@
+//! The rules that random instructions seldom meet: code that changes itself, page tables that change, exact stops, shadows, steps of
+//! string instructions. Each runs with blocks of one, few and many instructions, warm and cold.
+#[path = "../silicon/bus.rs"]
+mod bus;
+mod code;
+#[path = "../silicon/memory.rs"]
+mod memory;
+mod paging;
+mod stops;
+mod strings;
+#[path = "../silicon/system.rs"]
+mod system;
+mod world;
