@@ -3,12 +3,13 @@
 //! **In:** nothing but the constants of [`layout`](crate::layout). **Out:** the tables, and where each goes. **Invariant:** they describe exactly what
 //! the bus answers to; every checksum is right.
 //!
-//! The platform is *hardware-reduced* (ACPI 6.5, section 4.1): no PM timer, no PM1 event block, no SCI, no 8259. Sleep goes through the sleep control
-//! register, reset through the reset register, and the power button is a control-method device whose interrupt a generic event device
-//! (ACPI0013) owns. PCI functions use MSI-X only, so there is no `_PRT`.
+//! The fixed hardware of ACPI is reduced to what is used: PM1 event and control registers with the power button, the SCI, and the reset
+//! register; no PM timer, no general-purpose events. The *hardware-reduced* profile (ACPI 6.5, section 4.1) would do without those as well, but on it
+//! Linux reboots only through EFI or through real-mode firmware, and there is neither. PCI functions use MSI-X only, so there is no `_PRT`.
 use crate::layout;
-use acpi_tables::Aml;
-use acpi_tables::aml::{self, Name, Path};
+use acpi_tables::{Aml, AmlSink};
+use acpi_tables::aml::{self, Name};
+use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
@@ -25,6 +26,8 @@ const SDT_HEADER: u32 = 36;
 /// IA-PC boot flags (ACPI 6.5, table 5.11): no VGA, no PCIe ASPM. The CMOS clock is there, the 8042 is not.
 const BOOT_NO_VGA: u16 = 1 << 2;
 const BOOT_NO_ASPM: u16 = 1 << 4;
+/// A latency that says: no such C-state.
+const NO_C_STATE: u16 = 0x0fff;
 
 /// A table ready to be copied to guest memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +55,8 @@ pub(crate) fn tables() -> Vec<Table> {
     };
     let dsdt = place(dsdt());
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
-    xsdt.add_entry(place(fadt(dsdt)));
+    let facs = place(bytes(&FACS::new()));
+    xsdt.add_entry(place(fadt(dsdt, facs)));
     xsdt.add_entry(place(madt()));
     xsdt.add_entry(place(mcfg()));
     let xsdt = place(bytes(&xsdt));
@@ -60,28 +64,51 @@ pub(crate) fn tables() -> Vec<Table> {
     tables
 }
 
-fn port(address: u16) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address.into())
+fn port(address: u16, bytes: u16) -> GAS {
+    let size = if bytes == 1 { AccessSize::ByteAccess } else { AccessSize::WordAccess };
+    GAS::new(AddressSpace::SystemIo, (bytes * 8) as u8, 0, size, address.into())
 }
 
-fn fadt(dsdt: u64) -> Vec<u8> {
+fn fadt(dsdt: u64, facs: u64) -> Vec<u8> {
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, REVISION)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .dsdt_64(dsdt)
+        .firmware_ctrl_32(facs as u32)
         .flag(Flags::Wbinvd)
-        // Both buttons are control-method devices, or absent.
-        .flag(Flags::PwrButton)
+        .flag(Flags::ProcC1)
+        // A clear power button flag says that it is a fixed feature; a set one that there is no sleep button of that kind.
         .flag(Flags::SlpButton)
-        .flag(Flags::ResetRegSup)
-        .flag(Flags::HwReducedAcpi);
+        .flag(Flags::ResetRegSup);
+    // Also in the 32-bit field, for those that look only there.
+    fadt.dsdt = (dsdt as u32).into();
     fadt.iapc_boot_arch = (BOOT_NO_VGA | BOOT_NO_ASPM).into();
     fadt.century = crate::rtc::CENTURY;
-    fadt.reset_reg = port(layout::PORT_RESET);
+    fadt.sci_int = u16::from(layout::IRQ_SCI).into();
+    fadt.p_lvl2_lat = NO_C_STATE.into();
+    fadt.p_lvl3_lat = NO_C_STATE.into();
+    fadt.pm1a_evt_blk = u32::from(layout::PORT_PM1_EVENT).into();
+    fadt.pm1_evt_len = layout::PORT_PM1_EVENT_LEN as u8;
+    fadt.x_pm1a_evt_blk = port(layout::PORT_PM1_EVENT, layout::PORT_PM1_EVENT_LEN);
+    fadt.pm1a_cnt_blk = u32::from(layout::PORT_PM1_CONTROL).into();
+    fadt.pm1_cnt_len = layout::PORT_PM1_CONTROL_LEN as u8;
+    fadt.x_pm1a_cnt_blk = port(layout::PORT_PM1_CONTROL, layout::PORT_PM1_CONTROL_LEN);
+    fadt.reset_reg = port(layout::PORT_RESET, 1);
     fadt.reset_value = layout::RESET_VALUE;
-    fadt.sleep_control_reg = port(layout::PORT_SLEEP_CONTROL);
-    fadt.sleep_status_reg = port(layout::PORT_SLEEP_STATUS);
     fadt.hypervisor_vendor_identity = u64::from_le_bytes(OEM_TABLE).into();
     bytes(&fadt.finalize())
+}
+
+/// Interrupt source override (ACPI 6.5, 5.2.12.5): the SCI is level triggered and active high.
+struct SciOverride;
+
+impl Aml for SciOverride {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        // Type, length, bus, source.
+        sink.vec(&[2, 10, 0, layout::IRQ_SCI]);
+        sink.dword(layout::IRQ_SCI.into());
+        // Polarity: active high. Trigger: level.
+        sink.word(1 | 3 << 2);
+    }
 }
 
 fn madt() -> Vec<u8> {
@@ -89,7 +116,14 @@ fn madt() -> Vec<u8> {
         MADT::new(OEM, OEM_TABLE, REVISION, LocalInterruptController::Address(layout::LOCAL_APIC as u32));
     madt.add_structure(ProcessorLocalApic::new(0, 0, EnabledStatus::Enabled));
     madt.add_structure(IoApic::new(0, layout::IO_APIC as u32, 0));
-    bytes(&madt)
+    // The crate has no such structure, and takes none but its own: appended by hand.
+    let mut table = bytes(&madt);
+    SciOverride.to_aml_bytes(&mut table);
+    let len = table.len() as u32;
+    table[4..8].copy_from_slice(&len.to_le_bytes());
+    table[9] = 0;
+    table[9] = table.iter().fold(0u8, |sum, b| sum.wrapping_sub(*b));
+    table
 }
 
 fn mcfg() -> Vec<u8> {
@@ -110,8 +144,8 @@ fn name(name: &str, value: &dyn Aml) -> Name {
 fn dsdt() -> Vec<u8> {
     let mut code = Vec::new();
 
-    // S5: the sleep type goes into the sleep control register.
-    let s5 = aml::Package::new(vec![&layout::SLEEP_TYPE_S5, &0u8]);
+    // S5: the sleep type that goes into the PM1 control register.
+    let s5 = aml::Package::new(vec![&layout::SLEEP_TYPE_S5, &0u8, &0u8, &0u8]);
     Name::new("\\_S5_".into(), &s5).to_aml_bytes(&mut code);
 
     let cpu_hid = Name::new("_HID".into(), &"ACPI0007");
@@ -132,20 +166,6 @@ fn dsdt() -> Vec<u8> {
     let rtc_io = aml::IO::new(layout::PORT_RTC, layout::PORT_RTC, 1, 2);
     let rtc_crs = name("_CRS", &aml::ResourceTemplate::new(vec![&rtc_io]));
     aml::Device::new("\\_SB_.RTC_".into(), vec![&hid("PNP0B00"), &rtc_crs]).to_aml_bytes(&mut code);
-
-    // The power button, and the generic event device that owns its interrupt.
-    aml::Device::new("\\_SB_.PWRB".into(), vec![&hid("PNP0C0C")]).to_aml_bytes(&mut code);
-    let ged_hid = Name::new("_HID".into(), &"ACPI0013");
-    let ged_uid = name("_UID", &0u8);
-    let ged_irq = aml::Interrupt::new(true, true, false, false, layout::IRQ_EVENT.into());
-    let ged_crs = name("_CRS", &aml::ResourceTemplate::new(vec![&ged_irq]));
-    let button = Path::new("\\_SB_.PWRB");
-    let notify = aml::Notify::new(&button, &0x80u8);
-    let (arg, line) = (aml::Arg(0), layout::IRQ_EVENT);
-    let is_button = aml::Equal::new(&arg, &line);
-    let on_event = aml::If::new(&is_button, vec![&notify]);
-    let evt = aml::Method::new("_EVT".into(), 1, true, vec![&on_event]);
-    aml::Device::new("\\_SB_.GED_".into(), vec![&ged_hid, &ged_uid, &ged_crs, &evt]).to_aml_bytes(&mut code);
 
     let mut dsdt = Sdt::new(*b"DSDT", SDT_HEADER, 6, OEM, OEM_TABLE, REVISION);
     dsdt.append_slice(&code);
@@ -179,7 +199,7 @@ fn pci_root(code: &mut Vec<u8>) {
 /// What Linux must keep its hands off: without this reservation it does not trust MCFG.
 fn motherboard(code: &mut Vec<u8>) {
     let ecam = aml::Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_LEN as u32);
-    let power = aml::IO::new(layout::PORT_SLEEP_CONTROL, layout::PORT_SLEEP_CONTROL, 1, 2);
+    let power = aml::IO::new(layout::PORT_PM1_EVENT, layout::PORT_PM1_EVENT, 1, 6);
     let crs = name("_CRS", &aml::ResourceTemplate::new(vec![&ecam, &power]));
     let uid = name("_UID", &0u8);
     aml::Device::new("\\_SB_.MBRD".into(), vec![&hid("PNP0C02"), &uid, &crs]).to_aml_bytes(code);
@@ -202,7 +222,8 @@ mod tests {
         let rsdp = &tables[0].bytes;
         assert_eq!((sum(&rsdp[..20]), sum(rsdp)), (0, 0));
         for table in &tables[1..] {
-            assert_eq!(sum(&table.bytes), 0);
+            // The FACS is the one table without a checksum.
+            assert!(sum(&table.bytes) == 0 || table.bytes.starts_with(b"FACS"));
             let length = u32::from_le_bytes(table.bytes[4..8].try_into().unwrap());
             assert_eq!(length as usize, table.bytes.len());
         }

@@ -47,10 +47,14 @@ pub const PORT_SERIAL_LEN: u16 = 8;
 pub const PORT_KBD_COMMAND: u16 = 0x64;
 /// CMOS index port; the data port follows it.
 pub const PORT_RTC: u16 = 0x70;
-/// ACPI sleep control register (hardware-reduced ACPI).
-pub const PORT_SLEEP_CONTROL: u16 = 0x600;
-/// ACPI sleep status register.
-pub const PORT_SLEEP_STATUS: u16 = 0x601;
+/// ACPI PM1a event block: status and enable, two bytes each.
+pub const PORT_PM1_EVENT: u16 = 0x600;
+/// Bytes of the PM1a event block.
+pub const PORT_PM1_EVENT_LEN: u16 = 4;
+/// ACPI PM1a control block.
+pub const PORT_PM1_CONTROL: u16 = 0x604;
+/// Bytes of the PM1a control block.
+pub const PORT_PM1_CONTROL_LEN: u16 = 2;
 /// PCI configuration address register.
 pub const PORT_PCI_ADDRESS: u16 = 0xcf8;
 /// Reset control register; also ACPI's reset register.
@@ -59,10 +63,10 @@ pub const PORT_RESET: u16 = 0xcf9;
 pub const PORT_PCI_DATA: u16 = 0xcfc;
 /// What ACPI says to write to [`PORT_RESET`].
 pub const RESET_VALUE: u8 = 0x06;
-/// Sleep type of S5 (soft off) in the sleep control register.
+/// Sleep type of S5 (soft off) in the PM1 control register.
 pub const SLEEP_TYPE_S5: u8 = 5;
 
 /// Interrupt line of COM1 (edge, active high).
 pub const IRQ_SERIAL: u8 = 4;
-/// Interrupt line of the ACPI generic event device (edge, active high): the power button.
-pub const IRQ_EVENT: u8 = 9;
+/// Interrupt line of ACPI, the SCI (level, active high): the power button.
+pub const IRQ_SCI: u8 = 9;

@@ -6,7 +6,7 @@
 //!
 //! A [`Machine`] is built from a [`Config`], loaded with [`Machine::boot_linux`] or [`Machine::restore`], and run with [`Machine::run`]. What the guest
 //! finds: one processor with its local APIC, an I/O APIC, RAM, a serial port, a CMOS clock, kvmclock, and on the PCI bus
-//! virtio disks, network cards, a console and an entropy source, described by ACPI tables (hardware-reduced platform).
+//! virtio disks, network cards, a console and an entropy source, described by ACPI tables.
 //!
 //! **Invariant:** what happens is a function of the configuration, the disks' contents and the inputs with their positions. How a run is cut into calls
 //! of [`Machine::run`] changes nothing.

@@ -1,7 +1,7 @@
 //! Interrupt controllers: the processor's local APIC and the I/O APIC.
 //!
-//! There is no 8259 and no 8254: the machine is a hardware-reduced ACPI platform, and its guests learn time from the TSC, kvmclock and the
-//! local APIC timer.
+//! There is no 8259 and no 8254: guests find no answer at their ports and do without them. They learn time from the TSC, kvmclock and the local APIC
+//! timer.
 mod io;
 mod local;
 
