@@ -60,15 +60,28 @@ impl Events {
     }
     /// The same with figures.
     pub fn say_with(&self, what: &str, text: impl Into<String>, figures: serde_json::Map<String, serde_json::Value>) {
-        let event =
-            Event { at_ns: now_ns(), side: self.side.to_string(), what: what.into(), text: text.into(), figures };
+        let event = self.make(what, text.into(), figures);
         if !self.quiet {
             let ms = (event.at_ns - self.start_ns) as f64 / 1e6;
             // Carriage return: the terminal may be raw for the guest's console.
             eprint!("[{} {ms:10.3} ms] {}: {}\r\n", event.side, event.what, event.text);
         }
+        self.write(&event);
+    }
+    /// Figures for programs only.
+    pub fn figures(&self, what: &str, figures: serde_json::Map<String, serde_json::Value>) {
+        if self.file.is_some() {
+            self.write(&self.make(what, String::new(), figures));
+        }
+    }
+
+    fn make(&self, what: &str, text: String, figures: serde_json::Map<String, serde_json::Value>) -> Event {
+        Event { at_ns: now_ns(), side: self.side.to_string(), what: what.into(), text, figures }
+    }
+
+    fn write(&self, event: &Event) {
         if let Some(file) = &self.file
-            && let Ok(mut line) = serde_json::to_string(&event)
+            && let Ok(mut line) = serde_json::to_string(event)
         {
             line.push('\n');
             let mut file = file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

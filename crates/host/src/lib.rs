@@ -8,6 +8,7 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod arbiter;
+pub mod demo;
 pub mod disk;
 pub mod doctor;
 pub mod error;

@@ -214,6 +214,9 @@ impl PairThread {
             image_wanted: 0,
             report: PairReport::default(),
             last_state: PrimaryState::Unprotected,
+            logged: Default::default(),
+            status_ns: now_ns(),
+            held_before: (0, 0),
             done: false,
         };
         let thread = std::thread::Builder::new()
@@ -243,8 +246,15 @@ struct Driver {
     image_wanted: u64,
     report: PairReport,
     last_state: PrimaryState,
+    /// What was logged since the last status: entries and bytes by kind.
+    logged: std::collections::BTreeMap<u8, (u64, u64)>,
+    status_ns: u64,
+    held_before: (u64, u64),
     done: bool,
 }
+
+/// Time between two status events.
+const STATUS_NS: u64 = 500_000_000;
 
 fn now() -> Nanos {
     Nanos(now_ns())
@@ -279,6 +289,7 @@ impl Driver {
                 Err(RecvTimeoutError::Timeout) => self.event(PrimaryEvent::Tick),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
+            self.status();
         }
         std::mem::take(&mut self.report)
     }
@@ -290,8 +301,12 @@ impl Driver {
 
     fn take(&mut self, message: ToPair) {
         let event = match message {
-            ToPair::Record(record) => PrimaryEvent::Record(record),
+            ToPair::Record(record) => {
+                self.count(&record);
+                PrimaryEvent::Record(record)
+            }
             ToPair::Output { id, note, output } => {
+                self.count(&note);
                 self.held.push_back((id, now_ns(), output));
                 PrimaryEvent::Output { id, note }
             }
@@ -387,6 +402,42 @@ impl Driver {
                 self.report.protected = true;
                 self.events.say("protected", "every output now waits for the secondary");
             }
+        }
+    }
+
+    fn count(&mut self, record: &Record) {
+        let (entries, bytes) = self.logged.entry(record.kind).or_default();
+        *entries += 1;
+        *bytes += record.bytes.len() as u64;
+    }
+
+    /// Says how the pair does, now and then.
+    fn status(&mut self) {
+        let span_ns = now_ns() - self.status_ns;
+        if span_ns < STATUS_NS {
+            return;
+        }
+        self.status_ns += span_ns;
+        let per_s = |n: u64| n as f64 * 1e9 / span_ns as f64;
+        let status = self.primary.status();
+        let (sum, number) = (self.report.held_sum_ns, self.report.held_outputs);
+        let (sum_before, number_before) = std::mem::replace(&mut self.held_before, (sum, number));
+        let mut log = Map::new();
+        let mut bytes = 0;
+        for (kind, (n, b)) in std::mem::take(&mut self.logged) {
+            let name = twinstep_log::EntryKind::from_number(kind).map_or("unknown", twinstep_log::EntryKind::name);
+            log.insert(name.to_owned(), json!({ "entries": per_s(n), "bytes": per_s(b) }));
+            bytes += b;
+        }
+        let figures = json!({
+            "state": status.state.name(), "epoch": status.epoch.0, "throttled": status.throttled,
+            "unacked_bytes": status.unacked_bytes, "unreplayed_bytes": status.unreplayed_bytes,
+            "lag_instructions": status.lag_instructions, "held_now": status.held_outputs,
+            "held_mean_ns": (sum - sum_before).checked_div(number - number_before).unwrap_or(0),
+            "held_max_ns": self.report.held_max_ns, "log_bytes_per_s": per_s(bytes), "log_per_s": log,
+        });
+        if let serde_json::Value::Object(figures) = figures {
+            self.events.figures("status", figures);
         }
     }
 

@@ -35,7 +35,9 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let listener = TcpListener::bind(&arguments.listen).with_context(|| {
         format!("cannot listen on {} (is another standby there? choose another port with --listen)", arguments.listen)
     })?;
-    events.say("listening", format!("waiting for a primary on {}", listener.local_addr()?));
+    let address = listener.local_addr()?.to_string();
+    let figures = serde_json::Map::from_iter([("address".to_owned(), address.clone().into())]);
+    events.say_with("listening", format!("waiting for a primary on {address}"), figures);
     let (stream, from) = listener.accept().context("cannot accept a primary")?;
     drop(listener);
     events.say("connected", format!("a primary connected from {from}"));

@@ -1,0 +1,160 @@
+//! A process of the demo: started, listened to, ended.
+//!
+//! *In*: a command of this very program. *Out*: its events (JSON lines on its standard error) and its guest's console (standard output).
+//! *Invariant*: a process of the demo never outlives the demo.
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::error::{Context, Error, Result};
+use crate::events::Event;
+
+/// What a process said.
+enum Said {
+    Event(Event),
+    /// Its guest's console shows this line.
+    Console(String),
+}
+
+/// A running process.
+pub struct Process {
+    name: &'static str,
+    child: Child,
+    heard: Receiver<Said>,
+    /// All events so far, in order.
+    pub events: Vec<Event>,
+    console: Vec<String>,
+    /// What it said that is no event: complaints.
+    complaints: Arc<Mutex<Vec<String>>>,
+}
+
+impl Process {
+    /// Starts `twinstep ARGUMENTS`.
+    pub fn start(name: &'static str, arguments: &[&str]) -> Result<Self> {
+        let program = std::env::current_exe().what("cannot find the program itself")?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // SAFETY: prctl is async-signal-safe; it asks the kernel to end the process with this one.
+        unsafe {
+            command.pre_exec(|| {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().what(format!("cannot start the {name}"))?;
+        let (to, heard) = channel();
+        let complaints = Arc::new(Mutex::new(Vec::new()));
+        let stdout = child.stdout.take().expect("piped");
+        let stderr = child.stderr.take().expect("piped");
+        listen(stdout, to.clone(), |line| Some(Said::Console(line)))?;
+        let aside = complaints.clone();
+        listen(stderr, to, move |line| match serde_json::from_str(&line) {
+            Ok(event) => Some(Said::Event(event)),
+            Err(_) => {
+                aside.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line);
+                None
+            }
+        })?;
+        Ok(Self { name, child, heard, events: Vec::new(), console: Vec::new(), complaints })
+    }
+
+    fn hear(&mut self, deadline: Instant) -> std::result::Result<(), RecvTimeoutError> {
+        match self.heard.recv_timeout(deadline.saturating_duration_since(Instant::now()))? {
+            Said::Event(event) => self.events.push(event),
+            Said::Console(line) => self.console.push(line),
+        }
+        Ok(())
+    }
+
+    fn wait_until<T>(&mut self, what: &str, patience: Duration, found: impl Fn(&Self) -> Option<T>) -> Result<T> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(found) = found(self) {
+                return Ok(found);
+            }
+            if let Err(e) = self.hear(deadline) {
+                let last: Vec<&str> = self.console.iter().rev().take(5).rev().map(String::as_str).collect();
+                let said = self.complaints.lock().unwrap_or_else(std::sync::PoisonError::into_inner).join("\n");
+                let why = match e {
+                    RecvTimeoutError::Timeout => format!("did not get to '{what}' within {} s", patience.as_secs()),
+                    RecvTimeoutError::Disconnected => format!("ended before '{what}'"),
+                };
+                return Err(Error::new(format!("the {} {why}; it said: {said}; console: {}", self.name, last.join(" | "))));
+            }
+        }
+    }
+
+    /// Waits for the first event of a kind.
+    pub fn wait_for(&mut self, what: &str, patience: Duration) -> Result<Event> {
+        self.wait_until(what, patience, |process| process.event(what).cloned())
+    }
+    /// Waits for text on the guest's console.
+    pub fn wait_for_console(&mut self, text: &str, patience: Duration) -> Result<()> {
+        self.wait_until(text, patience, |process| process.console.iter().any(|line| line.contains(text)).then_some(()))
+    }
+    /// The first event of a kind heard so far.
+    pub fn event(&self, what: &str) -> Option<&Event> {
+        self.events.iter().find(|e| e.what == what)
+    }
+    /// Takes in what was said up to now, or, of a process that has ended, all of it.
+    pub fn catch_up(&mut self) {
+        while self.hear(Instant::now()).is_ok() {}
+    }
+    /// Kills it at once (SIGKILL), as a host that loses power.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().what(format!("cannot kill the {}", self.name))?;
+        self.child.wait().what(format!("cannot wait for the {}", self.name))?;
+        Ok(())
+    }
+    /// Tells it to end in good order and waits; then what it said last is there as well.
+    pub fn end(&mut self, patience: Duration) -> Result<()> {
+        // SAFETY: a signal to our own child, which was not waited for.
+        unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGTERM) };
+        let deadline = Instant::now() + patience;
+        // Both pipes close when it has ended.
+        loop {
+            match self.hear(deadline) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(Error::new(format!("the {} does not end", self.name)));
+                }
+            }
+        }
+        self.child.wait().what(format!("cannot wait for the {}", self.name))?;
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn listen<R: Read + Send + 'static>(
+    from: R,
+    to: Sender<Said>,
+    mut meaning: impl FnMut(String) -> Option<Said> + Send + 'static,
+) -> Result<()> {
+    let read = move || {
+        let mut reader = BufReader::new(from);
+        let mut line = Vec::new();
+        while let Ok(1..) = reader.read_until(b'\n', &mut line) {
+            let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+            line.clear();
+            if let Some(said) = meaning(text)
+                && to.send(said).is_err()
+            {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new().name("listen".into()).spawn(read).what("cannot start a thread")?;
+    Ok(())
+}
