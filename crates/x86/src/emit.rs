@@ -271,6 +271,18 @@ impl Emit {
 
     /// Goes on at the guest address in r11 through the jump cache. Clobbers flags.
     pub fn jump_cache(&mut self) {
+        self.jump_if_cached();
+        self.jmp_abs(self.shared.leave_lookup);
+    }
+    /// The same for an address that a guest computed. Whoever finds that no code can be there is told whence it came: the block, and by
+    /// how much its last instruction has moved RSP.
+    pub fn jump_cache_or(&mut self, block: i32, moved: i32) {
+        self.jump_if_cached();
+        let (exit_arg, tmp) = (self.at.exit_arg(), self.at.tmp(2));
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [exit_arg], block ; mov QWORD [tmp], moved);
+        self.jmp_abs(self.shared.leave_lookup);
+    }
+    fn jump_if_cached(&mut self) {
         let jumps = self.at.jumps(self.user);
         let mask = ((crate::frame::JUMP_ENTRIES - 1) << 4) as i32;
         dynasm!(self.ops ; .arch x64
@@ -281,7 +293,6 @@ impl Emit {
             ; jne >miss
             ; jmp QWORD [r10 + jumps + 8]
             ; miss:);
-        self.jmp_abs(self.shared.leave_lookup);
     }
     /// Leaves at the guest address in r11.
     pub fn leave_lookup(&mut self) {

@@ -15,7 +15,7 @@ use crate::frame::{Frame, FrameAt, LowArea, exit};
 use crate::mmu::{Access, Mmu, MmuStats, canonical};
 use crate::priority;
 use crate::signals::Running;
-use crate::state::{cr0, cr4, efer, rflags};
+use crate::state::{cr0, cr4, efer, gpr, rflags};
 use crate::sys::{self, Cx, Delivery, Flow};
 use crate::translate::{Mode, Source, decode, translate};
 use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position};
@@ -410,6 +410,18 @@ impl Core {
             left = unsafe { (*self.frame).budget };
             self.position = self.limit - left;
             match reason {
+                exit::LOOKUP if !canonical(self.st().rip) => {
+                    // Only an indirect branch can have led there, and it is what faults: it runs again, alone.
+                    let block = self.cache.block(arg as u32);
+                    let rip = block.rip_of(block.len() as usize - 1);
+                    // SAFETY: the frame is ours.
+                    let moved = unsafe { (*self.frame).tmp[2] };
+                    self.position -= 1;
+                    let st = self.st();
+                    st.rip = rip;
+                    st.gpr[gpr::RSP] = st.gpr[gpr::RSP].wrapping_sub(moved);
+                    return Some(1);
+                }
                 exit::LOOKUP | exit::HELPER => return None,
                 exit::LINK => {
                     let key = self.cache.link_target(arg as u32);
@@ -600,9 +612,16 @@ impl Core {
                 self.fault = None;
                 self.bounce.active = false;
                 let entry = self.cache.block(id).entry;
+                let rsp = self.st().gpr[gpr::RSP];
                 self.enter(entry, 1);
                 // SAFETY: the frame is ours.
                 match unsafe { (*self.frame).exit } {
+                    exit::LOOKUP if priority::branches_anywhere(&insn) && !canonical(self.st().rip) => {
+                        let st = self.st();
+                        st.rip = rip;
+                        st.gpr[gpr::RSP] = rsp;
+                        return Err(Stop::Fault(Exception::gp(0)));
+                    }
                     exit::LOOKUP => {}
                     exit::HELPER => {
                         let raised = self.fault.take().expect("why else would it leave");

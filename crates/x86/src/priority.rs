@@ -25,6 +25,12 @@ pub fn resolve(insn: &Instruction, st: &CpuState, ea: u64, pending: bool, raised
     raised
 }
 
+/// Whether an instruction is a near branch to an address the guest computed. If that is not canonical, the branch faults, not
+/// what would be there.
+pub fn branches_anywhere(insn: &Instruction) -> bool {
+    insn.is_jmp_near_indirect() || insn.is_call_near_indirect() || insn.mnemonic() == Mnemonic::Ret
+}
+
 /// Whether an instruction first looks for a pending x87 exception: x87 and MMX, but for the control instructions without WAIT.
 pub fn waits(insn: &Instruction) -> bool {
     if matches!(

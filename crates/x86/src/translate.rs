@@ -466,13 +466,14 @@ impl Translator<'_> {
         self.cold.push(Cold::Stub { label, link });
     }
 
-    /// Goes on at the address in r11.
-    fn go_to_register(&mut self) {
+    /// Goes on at the address in r11, which may be any. `moved` is by how much the branch has changed RSP: if there can be no code,
+    /// the branch is what faults, and [`crate::engine`] takes it back.
+    fn go_to_register(&mut self, moved: i32) {
         self.settle_flags();
         if self.alone() {
             self.emit.leave_lookup();
         } else {
-            self.emit.jump_cache();
+            self.emit.jump_cache_or(self.src.block as i32, moved);
         }
     }
 
@@ -503,14 +504,14 @@ impl Translator<'_> {
             self.go_to(insn.near_branch_target());
         } else if insn.is_jmp_near_indirect() {
             self.load_target(insn);
-            self.go_to_register();
+            self.go_to_register(0);
         } else if insn.is_call_near_indirect() {
             self.load_target(insn);
             self.emit.store_word(self.at.tmp(2), T0);
             self.push_value(next);
             self.emit.load_word(T0, self.at.tmp(2));
             // The push left the flags in the frame.
-            self.go_to_register();
+            self.go_to_register(-8);
         } else if insn.is_jcx_short() {
             self.settle_flags();
             let wide = insn.code() == Code::Jrcxz_rel8_64;
@@ -530,7 +531,7 @@ impl Translator<'_> {
                 self.emit.load_sum16(T0, 4, T1, 0);
             }
             self.emit.lea(4, 4, size as i32 + extra);
-            self.go_to_register();
+            self.go_to_register(size as i32 + extra);
         }
     }
 
