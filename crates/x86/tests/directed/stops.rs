@@ -98,10 +98,10 @@ fn sti_casts_a_shadow_of_one_instruction() {
         let mut w = World::new(max, &[0xfb, 0x90, 0x90, 0xfb, 0x90, 0xf4]);
         w.cpu.want_interrupt_window(true);
         assert_eq!((w.run(100), w.cpu.position()), (Exit::Window, 2), "blocks of {max}");
-        assert!(w.cpu.interrupt(&mut w.bus, 0x40));
+        assert!(w.cpu.interrupt(&mut w.bus, 0x41));
         w.cpu.want_interrupt_window(false);
         let frame = w.fault();
-        assert_eq!((frame.vector, frame.rip, frame.rflags & rflags::IF), (0x40, CODE + 2, rflags::IF));
+        assert_eq!((frame.vector, frame.rip, frame.rflags & rflags::IF), (0x41, CODE + 2, rflags::IF));
         assert_eq!(w.cpu.position(), 3, "delivery counts nothing, the handler's HLT one");
     }
 }
@@ -140,6 +140,24 @@ fn dead_flags_are_exact_in_a_fault_frame() {
             let frame = w.fault();
             assert_eq!((frame.vector, frame.rip, frame.rflags & 0xcd5), (14, CODE + 2, flags), "blocks of {max}");
             assert_eq!((w.cpu.state().cr2, w.cpu.position()), (0x1234_5000, 2));
+        }
+    }
+}
+
+#[test]
+fn the_trap_flag_traps_after_every_instruction() {
+    for max in BLOCKS {
+        // add rax, rcx; mov [rbx], rax; rep stosb
+        let code = [0x48, 0x01, 0xc8, 0x48, 0x89, 0x03, 0xf3, 0xaa, 0xf4];
+        for (at, next) in [(0, 3), (3, 6)] {
+            let mut w = World::new(max, &code).with(|st| {
+                st.rip = CODE + at;
+                st.rflags |= rflags::TF;
+            });
+            let frame = w.fault();
+            assert_eq!((frame.vector, frame.rip, frame.rflags & rflags::TF), (1, CODE + next, rflags::TF), "blocks of {max}");
+            assert_eq!(w.cpu.state().dr[6] & 1 << 14, 1 << 14);
+            assert_eq!(w.cpu.position(), 2, "the instruction and the handler's HLT");
         }
     }
 }

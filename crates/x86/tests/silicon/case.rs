@@ -12,6 +12,8 @@ pub struct Item {
     pub target: Option<usize>,
     /// Makes no sense without the item before it.
     pub glued: bool,
+    /// Its memory operand is the last byte of this item: the program changes itself.
+    pub patches: Option<usize>,
 }
 
 /// A place that has to hold the address of an item.
@@ -79,6 +81,9 @@ impl Case {
                 if let Some(target) = item.target {
                     instruction.set_near_branch64(if pass == 0 { rip } else { at[target] });
                 }
+                if let Some(item) = item.patches {
+                    instruction.set_memory_displacement64(if pass == 0 { rip } else { at[item + 1] - 1 });
+                }
                 encoder.encode(&instruction, rip).ok()?;
                 bytes.extend(encoder.take_buffer());
             }
@@ -111,6 +116,12 @@ impl Case {
         for item in &mut case.items {
             item.target = item.target.map(moved);
         }
+        if case.items.iter().any(|item| item.patches.is_some_and(|n| (i..end).contains(&n))) {
+            return None;
+        }
+        for item in &mut case.items {
+            item.patches = item.patches.map(moved);
+        }
         for (_, target) in &mut case.addresses {
             *target = moved(*target);
         }
@@ -132,6 +143,9 @@ pub fn listing(case: &Case, program: &Program) -> String {
         let mut instruction = item.instruction;
         if let Some(target) = item.target {
             instruction.set_near_branch64(program.at[target]);
+        }
+        if let Some(patched) = item.patches {
+            instruction.set_memory_displacement64(program.at[patched + 1] - 1);
         }
         let (from, to) = ((program.at[i] - program.at[0]) as usize, (program.at[i + 1] - program.at[0]) as usize);
         let bytes: String = program.bytes[from..to].iter().map(|b| format!("{b:02x}")).collect();

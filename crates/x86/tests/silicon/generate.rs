@@ -100,6 +100,10 @@ fn attempt(rng: &mut Rng, forms: &[Form], focus: Form) -> Option<Case> {
     b.require(focus.code)?;
     b.random_pins();
     let start = b.case.items.len();
+    let patcher = !single && !focus.last && b.rng.chance(6);
+    if patcher {
+        b.patcher();
+    }
     for _ in 0..before {
         b.filler()?;
     }
@@ -125,6 +129,9 @@ fn attempt(rng: &mut Rng, forms: &[Form], focus: Form) -> Option<Case> {
             let code = b.rng.pick(FLAG_READERS);
             b.ordinary(code)?;
         }
+    }
+    if patcher {
+        b.patch(start)?;
     }
     b.finish()
 }
@@ -236,7 +243,36 @@ impl<'a> Builder<'a> {
 
     /// Adds an instruction as it is.
     fn push(&mut self, instruction: Instruction, target: Option<usize>, glued: bool) {
-        self.case.items.push(Item { instruction, prefix: None, target, glued });
+        self.case.items.push(Item { instruction, prefix: None, target, glued, patches: None });
+    }
+
+    /// Adds a store into the program itself.
+    fn patcher(&mut self) {
+        let mut store = Instruction::default();
+        store.set_code(Code::Mov_rm8_imm8);
+        store.set_op0_kind(iced_x86::OpKind::Memory);
+        store.set_memory_base(iced_x86::Register::RIP);
+        store.set_memory_displ_size(8);
+        store.set_op1_kind(iced_x86::OpKind::Immediate8);
+        store.set_immediate8(self.rng.next() as u8);
+        self.push(store, None, false);
+    }
+
+    /// Chooses which item the store at `store` changes: one that ends in an immediate.
+    fn patch(&mut self, store: usize) -> Option<()> {
+        use iced_x86::OpKind as K;
+        let ends_in_immediate = |item: &Item| {
+            let i = &item.instruction;
+            let constant = i.op_count() > 0 && matches!(i.op_kind(i.op_count() - 1), K::Immediate8 | K::Immediate32 | K::Immediate32to64 | K::Immediate8to64 | K::Immediate8to32);
+            let free = !i.is_stack_instruction() && i.code() != Code::Int_imm8 && i.code().op_code().op_kinds().last() != Some(&iced_x86::OpCodeOperandKind::imm8_const_1);
+            constant && free
+        };
+        let found: Vec<usize> = (store + 1..self.case.items.len()).filter(|&n| ends_in_immediate(&self.case.items[n])).collect();
+        if found.is_empty() {
+            return None;
+        }
+        self.case.items[store].patches = Some(self.rng.pick(&found));
+        Some(())
     }
 
     /// Adds a random instruction that is not the case's focus.
@@ -440,7 +476,12 @@ impl<'a> Builder<'a> {
         };
         self.case.items.push(item);
         self.spoils(&item.instruction);
-        self.waiting.push((place, self.case.items.len() - 1));
+        if self.rng.chance(95) {
+            self.waiting.push((place, self.case.items.len() - 1));
+        } else if let Place::Register(number) = place {
+            // Mostly nowhere.
+            self.case.init.gpr[number] = self.rng.value();
+        }
         Some(())
     }
 
@@ -456,7 +497,11 @@ impl<'a> Builder<'a> {
         if let Some(pin) = self.pins.iter_mut().find(|p| p.number == RSP) {
             pin.exact = false;
         }
-        self.waiting.push((Place::Register(number), item));
+        if self.rng.chance(95) {
+            self.waiting.push((Place::Register(number), item));
+        } else {
+            self.case.init.gpr[number] = self.rng.value();
+        }
         Some(())
     }
 

@@ -98,6 +98,14 @@ impl Guest {
     pub fn finish(&mut self, limit: Position) -> Outcome {
         self.run(limit).unwrap_or_else(|| self.odd(RAN_AWAY))
     }
+    /// Interrupts it here, if that may be, with a handler that returns at once. Answers whether it did.
+    pub fn interrupt(&mut self) -> bool {
+        const NT: u64 = 1 << 14;
+        if !self.cpu.can_interrupt() || self.cpu.state().rflags & NT != 0 {
+            return false;
+        }
+        self.cpu.interrupt(&mut self.bus, system::TRANSPARENT as u8)
+    }
     /// Drops everything derived from the state, as a restored snapshot would.
     pub fn go_cold(&mut self) {
         let state = self.cpu.state().clone();

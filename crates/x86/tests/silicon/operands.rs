@@ -50,7 +50,7 @@ impl Builder<'_> {
         } else {
             None
         };
-        Some((Item { instruction, prefix, target: None, glued: false }, memory))
+        Some((Item { instruction, prefix, target: None, glued: false, patches: None }, memory))
     }
 
     fn random_gpr(&mut self) -> usize {

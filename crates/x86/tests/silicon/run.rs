@@ -294,7 +294,8 @@ impl Judge for Engine {
         let traps = matches!(slot.end.vector, 1 | BREAKPOINT);
         let expected_end = expected.map(|n| base + n + u64::from(traps) + 1);
         let others = 2 + rng.below(3) as usize;
-        for (how, which) in [(How::Picture, 0), (How::Straight, 1), (How::Sliced, others)] {
+        for (how, which) in [(How::Picture, 0), (How::Straight, 1), (How::Sliced, others), (How::Interrupted, (lane % 5) as usize)] {
+            let mut interrupts = 0;
             let guest = &mut self.guests[which];
             let mut found = Vec::new();
             guest.load(template, program, case.code_at, case.cpl, base);
@@ -311,6 +312,13 @@ impl Judge for Engine {
                         }
                     }
                 }
+                How::Interrupted => {
+                    while end.is_none() && guest.position() < limit + interrupts {
+                        let until = guest.position() + rng.below(6);
+                        end = guest.run(until);
+                        interrupts += u64::from(end.is_none() && guest.interrupt());
+                    }
+                }
                 How::Sliced => {
                     while end.is_none() && guest.position() < limit {
                         let until = guest.position() + rng.below(4);
@@ -323,12 +331,13 @@ impl Judge for Engine {
                 _ => {}
             }
             if found.is_empty() {
-                let end = end.unwrap_or_else(|| guest.finish(limit));
+                let end = end.unwrap_or_else(|| guest.finish(limit + interrupts));
                 compare::outcomes(case, program, &slot.end, &end, &mut found);
                 compare::images(case, program, &slot.end, &slot.memory, guest.image(), &mut found);
                 if let Some(expected) = expected_end
-                    && guest.position() != expected
+                    && guest.position() != expected + interrupts
                 {
+                    let expected = expected + interrupts;
                     found.push(format!("position: {} expected, {} counted", expected - base, guest.position().wrapping_sub(base)));
                 }
             }
@@ -347,6 +356,8 @@ enum How {
     Picture,
     /// In one go.
     Straight,
+    /// Interrupted at random positions by a handler that returns at once.
+    Interrupted,
     /// In many short runs, some of them from cold caches.
     Sliced,
 }

@@ -30,6 +30,9 @@ pub const USER_CS: u16 = 0x33;
 /// See [`KERNEL_CS`].
 pub const USER_SS: u16 = 0x2b;
 
+/// The vector whose handler returns at once (IRETQ).
+pub const TRANSPARENT: u64 = 0x40;
+
 /// Vectors that push an error code.
 const WITH_ERROR: [u64; 7] = [8, 10, 11, 12, 13, 14, 17];
 
@@ -60,7 +63,7 @@ pub fn install(ram: &mut GuestRam, tables: &mut PageTables) {
         let low = at & 0xffff | u64::from(KERNEL_CS) << 16 | 1 << 32 | (0x8e | dpl << 5) << 40 | (at >> 16 & 0xffff) << 48;
         put(ram, IDT + vector * 16, low);
         put(ram, IDT + vector * 16 + 8, at >> 32);
-        put(ram, at, 0xf4);
+        put(ram, at, if vector == TRANSPARENT { 0xcf48 } else { 0xf4 });
     }
 }
 
