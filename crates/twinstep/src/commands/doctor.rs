@@ -2,6 +2,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use twinstep_host::{doctor, packages::Store};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -11,6 +12,7 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let _ = arguments.json;
-    Ok(ExitCode::SUCCESS)
+    let findings = doctor::examine(Store::default_folder());
+    println!("{}", if arguments.json { findings.in_json() } else { findings.in_words() });
+    Ok(if findings.healthy() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
