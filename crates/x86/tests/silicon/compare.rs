@@ -120,13 +120,14 @@ pub fn images(case: &Case, program: &Program, end: &Outcome, silicon: &[u8; IMAG
     if silicon == engine {
         return;
     }
-    let mut unknown = 0..0;
-    if faulting(case, program, end).is_some_and(|i| matches!(i.code(), Code::Enterw_imm16_imm8 | Code::Enterq_imm16_imm8))
-        && let Some(top) = image_offset(end.regs.gpr[4])
-    {
+    let below_stack = match faulting(case, program, end).map(|i| i.code()) {
         // The silicon leaves what it has pushed before it finds the fault.
-        unknown = top.saturating_sub(33 * 8)..top;
-    }
+        Some(Code::Enterw_imm16_imm8 | Code::Enterq_imm16_imm8) => 33 * 8,
+        // The engine has pushed the return address before it finds that the target is not canonical.
+        Some(Code::Call_rm64) => 8,
+        _ => 0,
+    };
+    let unknown = image_offset(end.regs.gpr[4]).map_or(0..0, |top| top.saturating_sub(below_stack)..top);
     bytes(silicon, engine, &|i| case.compares(i) && !unknown.contains(&i), out);
 }
 

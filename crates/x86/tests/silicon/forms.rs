@@ -137,7 +137,28 @@ pub fn compared() -> Vec<Form> {
 
 /// The number of forms that are not compared.
 pub fn skipped() -> usize {
-    Code::values().filter(|&c| is_form(c) && not_compared(c).is_some()).count()
+    NOT_COMPARED.iter().map(|(codes, _)| codes.len()).sum()
+}
+
+/// The tables for people.
+pub fn tables() -> String {
+    let mut text = String::new();
+    for (title, table) in [("not compared", NOT_COMPARED), ("known gap", KNOWN_GAPS)] {
+        for (codes, reason) in table {
+            text += &format!("{title}: {reason}: {codes:?}\n");
+        }
+    }
+    text
+}
+
+/// Every entry of a table is a form, and in one table only.
+pub fn check_tables() {
+    let mut seen = Vec::new();
+    for &code in NOT_COMPARED.iter().chain(KNOWN_GAPS).flat_map(|(codes, _)| codes.iter()) {
+        assert!(is_form(code), "{code:?} in a table of forms.rs is no form");
+        assert!(!seen.contains(&code), "{code:?} is twice in the tables of forms.rs");
+        seen.push(code);
+    }
 }
 
 fn form(code: Code) -> Form {

@@ -204,6 +204,13 @@ fn report(forms: &[Form], results: &Results, settings: Settings) {
         forms.len(),
         forms::skipped()
     );
+    if std::env::var_os("TWINSTEP_COVERAGE").is_some() {
+        for form in forms {
+            let tally = results.tallies.get(&(form.code as usize)).copied().unwrap_or_default();
+            println!("compared: {:?}: {} cases, {} to the end", form.code, tally.cases, tally.ended);
+        }
+        print!("{}", forms::tables());
+    }
     let mut wrong = Vec::new();
     for form in forms {
         let tally = results.tallies.get(&(form.code as usize)).copied().unwrap_or_default();
