@@ -203,7 +203,7 @@ impl<'a> Builder<'a> {
             Kind::High => DATA_HIGH + inside,
             Kind::Index => self.rng.within(-64, 64) as u64,
             Kind::Count => 1 + self.rng.below(20),
-            Kind::Stack => STACK + (STACK_PAGES * PAGE / 2) as u64 + self.rng.within(-600, 600) as u64,
+            Kind::Stack => STACK + (STACK_PAGES * PAGE / 2) as u64 - 600 + self.rng.below(1200),
             Kind::Address => 0,
         };
         // The stack is mostly aligned, as in real programs.
