@@ -13,7 +13,7 @@ use twinstep_machine::{Input, Machine, Output, Pause};
 use twinstep_pair::Record;
 
 use super::build;
-use super::pace::Pace;
+use super::pace::{Pace, cpu_ns};
 use super::pairing::ToPair;
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
@@ -133,7 +133,7 @@ pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
     let now = now_ns();
     let logging = wiring.recording.is_some() || wiring.pair.is_some();
     let mut live = Live {
-        pace: Pace::new(now, machine.position(), machine.guest_ns()),
+        pace: Pace::new(now, cpu_ns(), machine.position(), machine.guest_ns()),
         recorder: Recorder::new(machine.position(), if logging { wiring.digest_interval } else { 0 }),
         machine,
         wiring,
@@ -158,7 +158,7 @@ impl Live {
             }
             if self.throttled {
                 self.wait(None);
-                self.pace.stood_still(now_ns(), self.machine.position());
+                self.pace.stood_still(now_ns(), cpu_ns(), self.machine.position());
                 continue;
             }
             self.step();
@@ -178,7 +178,7 @@ impl Live {
         match pause {
             Pause::Position => {
                 if self.pace.tick_due(now) {
-                    self.tick(now, false);
+                    self.tick(now);
                     self.progress();
                 }
             }
@@ -197,10 +197,10 @@ impl Live {
     fn idle(&mut self, wake_ns: Option<u64>, now: u64) {
         let guest_now = self.pace.guest_ns(now);
         match wake_ns {
-            Some(wake) if wake <= guest_now => self.tick(now, true),
+            Some(wake) if wake <= guest_now => self.tick(now),
             Some(wake) => {
                 if !self.wait(Some(Duration::from_nanos(wake - guest_now))) {
-                    self.tick(now_ns(), true);
+                    self.tick(now_ns());
                 }
             }
             None => {
@@ -220,7 +220,7 @@ impl Live {
             None => self.wiring.inbox.recv().unwrap_or_else(|_| ToVm::Stop("nobody is left to talk to".into())),
         };
         if matches!(message, ToVm::Input(_)) && !self.throttled {
-            self.tick(now_ns(), true);
+            self.tick(now_ns());
         }
         self.take(message);
         true
@@ -260,8 +260,8 @@ impl Live {
         }
     }
 
-    fn tick(&mut self, now: u64, slept: bool) {
-        let clock = self.pace.tick(now, self.machine.position(), slept);
+    fn tick(&mut self, now: u64) {
+        let clock = self.pace.tick(now, cpu_ns(), self.machine.position(), self.machine.guest_ns());
         self.input(clock);
     }
 
@@ -358,7 +358,7 @@ impl Live {
             }
             Err(e) => self.end = Some(End::HostFailure(format!("cannot make an image: {e}"))),
         }
-        self.pace.stood_still(now_ns(), self.machine.position());
+        self.pace.stood_still(now_ns(), cpu_ns(), self.machine.position());
     }
 
     fn finish(&mut self, end: &End) {

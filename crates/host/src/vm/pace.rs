@@ -17,19 +17,23 @@ pub struct Pace {
     /// Real time (monotonic) at guest time zero.
     origin_ns: u64,
     last_tick_ns: u64,
+    last_tick_cpu_ns: u64,
     last_tick_position: u64,
-    /// Picoseconds of real time an instruction takes, smoothed.
+    /// Picoseconds of processor time an instruction takes, smoothed.
     picoseconds: u64,
 }
 
 impl Pace {
-    /// A pace for a machine at `position` whose guest time is `guest_ns` at the real time `now_ns`.
-    pub fn new(now_ns: u64, position: u64, guest_ns: u64) -> Self {
+    /// A pace for a machine at `position` whose guest time is `guest_ns` at the real time `now_ns`; `cpu_ns` is the processor time its
+    /// thread has used.
+    pub fn new(now_ns: u64, cpu_ns: u64, position: u64, guest_ns: u64) -> Self {
         Self {
             origin_ns: now_ns.wrapping_sub(guest_ns),
             last_tick_ns: now_ns,
+            last_tick_cpu_ns: cpu_ns,
             last_tick_position: position,
-            picoseconds: 5_000,
+            // A fast host: an estimate that is too small makes guest time lag for a moment, one that is too large makes it run ahead.
+            picoseconds: 500,
         }
     }
     /// Guest time that corresponds to `now_ns`.
@@ -44,26 +48,41 @@ impl Pace {
     pub fn tick_due(&self, now_ns: u64) -> bool {
         now_ns - self.last_tick_ns >= TICK_NS
     }
-    /// The clock input for now. `slept` says that the guest was idle since the last one, so that nothing is learnt of its speed.
-    pub fn tick(&mut self, now_ns: u64, position: u64, slept: bool) -> Input {
-        let (ns, instructions) = (now_ns - self.last_tick_ns, position - self.last_tick_position);
-        if !slept && instructions > 10_000 {
-            let measured = (ns as u128 * 1000 / instructions as u128).clamp(50, 1_000_000) as u64;
-            self.picoseconds = (self.picoseconds * 7 + measured) / 8;
+    /// The clock input for now, for a machine that stands at `position` and believes that it is `believed_ns`.
+    ///
+    /// The rate is learnt from processor time, not from real time: a host that gives the thread no processor for a while
+    /// must not make the guest believe that it has become slow, or its time would run ahead once it runs again.
+    pub fn tick(&mut self, now_ns: u64, cpu_ns: u64, position: u64, believed_ns: u64) -> Input {
+        let (ns, instructions) = (cpu_ns - self.last_tick_cpu_ns, position - self.last_tick_position);
+        if instructions > 10_000 {
+            let measured = (u128::from(ns) * 1000 / u128::from(instructions)).clamp(50, 1_000_000) as u64;
+            // Down at once, up slowly.
+            self.picoseconds = if measured < self.picoseconds {
+                (self.picoseconds + measured) / 2
+            } else {
+                (self.picoseconds * 15 + measured) / 16
+            };
         }
         self.last_tick_ns = now_ns;
+        self.last_tick_cpu_ns = cpu_ns;
         self.last_tick_position = position;
-        Input::Clock {
-            advance_to_ns: self.guest_ns(now_ns),
-            // A little slow, so that guest time lags and each tick pulls it forward: it must not run ahead.
-            picoseconds_per_instruction: (self.picoseconds * 7 / 8) as u32,
-        }
+        let real_ns = self.guest_ns(now_ns);
+        // A little slow, so that guest time lags and each tick pulls it forward. If it is ahead all the same, real time catches up.
+        let picoseconds = if believed_ns > real_ns { self.picoseconds / 4 } else { self.picoseconds * 7 / 8 };
+        Input::Clock { advance_to_ns: real_ns, picoseconds_per_instruction: picoseconds as u32 }
     }
-    /// Forgets how long the machine stood still (it was held back): guest time goes on, but its speed is not learnt from it.
-    pub fn stood_still(&mut self, now_ns: u64, position: u64) {
+    /// The machine stood still for a while (it was held back): nothing is to be learnt from that time.
+    pub fn stood_still(&mut self, now_ns: u64, cpu_ns: u64, position: u64) {
         self.last_tick_ns = now_ns.max(self.last_tick_ns);
+        self.last_tick_cpu_ns = cpu_ns;
         self.last_tick_position = position;
     }
+}
+
+/// Processor time this thread has used.
+pub fn cpu_ns() -> u64 {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
 }
 
 #[cfg(test)]
@@ -72,16 +91,19 @@ mod tests {
 
     #[test]
     fn learns_the_speed_and_stays_behind_real_time() {
-        let mut pace = Pace::new(1_000, 0, 0);
-        let (mut now, mut position) = (1_000, 0);
-        for _ in 0..100 {
-            now += TICK_NS;
+        let mut pace = Pace::new(1_000, 0, 0, 0);
+        let (mut now, mut position, mut guest) = (1_000, 0, 0);
+        for round in 0..200 {
+            // Every tenth time the host has something else to do for twenty ticks.
+            now += if round % 10 == 9 { 20 * TICK_NS } else { TICK_NS };
             position += 500_000;
             assert!(pace.tick_due(now));
-            let Input::Clock { advance_to_ns, picoseconds_per_instruction } = pace.tick(now, position, false) else { panic!() };
-            assert_eq!(advance_to_ns, now - 1_000);
-            let next_guest = advance_to_ns + 500_000 * u64::from(picoseconds_per_instruction) / 1000;
-            assert!(position < 10_000_000 || next_guest <= now - 1_000 + TICK_NS);
+            let real = now - 1_000;
+            let tick = pace.tick(now, 1_000_000 * (round + 1), position, guest);
+            let Input::Clock { advance_to_ns, picoseconds_per_instruction } = tick else { panic!() };
+            assert_eq!(advance_to_ns, real);
+            guest = guest.max(advance_to_ns) + 500_000 * u64::from(picoseconds_per_instruction) / 1000;
+            assert!(guest <= real + TICK_NS, "{guest} at {real}");
         }
         assert!((1_900..2_100).contains(&pace.picoseconds), "{}", pace.picoseconds);
         assert_eq!(pace.slice(), SLICE_NS * 1000 / pace.picoseconds);
