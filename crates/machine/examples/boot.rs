@@ -70,7 +70,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let seconds = started.elapsed().as_secs_f64();
     let position = machine.position();
     eprintln!("\n{pause:?} at position {position}, guest time {:.3} s", machine.guest_ns() as f64 / 1e9);
-    eprintln!("rip {:#x}, {seconds:.2} s, {:.1} million instructions/s", machine.cpu_state().rip, position as f64 / seconds / 1e6);
+    eprintln!(
+        "rip {:#x}, {seconds:.2} s, {:.1} million instructions/s",
+        machine.cpu_state().rip,
+        position as f64 / seconds / 1e6
+    );
     eprintln!("digest {}", machine.digest());
     Ok(())
 }

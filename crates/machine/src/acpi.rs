@@ -7,7 +7,6 @@
 //! register; no PM timer, no general-purpose events. The *hardware-reduced* profile (ACPI 6.5, section 4.1) would do without those as well, but on it
 //! Linux reboots only through EFI or through real-mode firmware, and there is neither. PCI functions use MSI-X only, so there is no `_PRT`.
 use crate::layout;
-use acpi_tables::{Aml, AmlSink};
 use acpi_tables::aml::{self, Name};
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -17,6 +16,7 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink};
 
 const OEM: [u8; 6] = *b"TWINST";
 const OEM_TABLE: [u8; 8] = *b"TWINSTEP";
@@ -112,8 +112,7 @@ impl Aml for SciOverride {
 }
 
 fn madt() -> Vec<u8> {
-    let mut madt =
-        MADT::new(OEM, OEM_TABLE, REVISION, LocalInterruptController::Address(layout::LOCAL_APIC as u32));
+    let mut madt = MADT::new(OEM, OEM_TABLE, REVISION, LocalInterruptController::Address(layout::LOCAL_APIC as u32));
     madt.add_structure(ProcessorLocalApic::new(0, 0, EnabledStatus::Enabled));
     madt.add_structure(IoApic::new(0, layout::IO_APIC as u32, 0));
     // The crate has no such structure, and takes none but its own: appended by hand.
@@ -189,11 +188,7 @@ fn pci_root(code: &mut Vec<u8>) {
     let (segment, base_bus, uid) = (name("_SEG", &0u8), name("_BBN", &0u8), name("_UID", &0u8));
     // Memory accesses are coherent with the processor's caches.
     let coherent = name("_CCA", &1u8);
-    aml::Device::new(
-        "\\_SB_.PCI0".into(),
-        vec![&express, &plain, &segment, &base_bus, &uid, &coherent, &crs],
-    )
-    .to_aml_bytes(code);
+    aml::Device::new("\\_SB_.PCI0".into(), vec![&express, &plain, &segment, &base_bus, &uid, &coherent, &crs]).to_aml_bytes(code);
 }
 
 /// What Linux must keep its hands off: without this reservation it does not trust MCFG.

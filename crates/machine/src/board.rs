@@ -2,7 +2,6 @@
 //!
 //! **In:** the processor's bus accesses, guest time. **Out:** answers, interrupts for the processor, outputs, the end of the run. **Invariant:** an access is
 //! served completely at its position; whatever it changes that the run loop must know of raises [`Bus::attention`].
-use crate::power::{Ending, Power};
 use crate::apic::{IoApic, LocalApic, Message};
 use crate::clock::Clock;
 use crate::door::Output;
@@ -10,9 +9,10 @@ use crate::kvmclock::KvmClock;
 use crate::layout;
 use crate::memory::GuestRam;
 use crate::pci::PciHost;
+use crate::power::{Ending, Power};
 use crate::rtc::Rtc;
 use crate::serial::Serial;
-use crate::virtio::{Cx, Received};
+use crate::virtio::{Cx, Failure, Received};
 use twinstep_x86::{Bus, Position, UnknownMsr};
 
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
@@ -33,8 +33,8 @@ pub(crate) struct Board {
     pub(crate) power: Power,
     pub(crate) pci: PciHost,
     pub(crate) outputs: Vec<(Position, Output)>,
-    /// The host's disk failed.
-    pub(crate) failure: Option<String>,
+    /// The host failed; nothing goes on until it did its part.
+    pub(crate) failure: Option<Failure>,
     /// The run loop must look at the board.
     pub(crate) attention: bool,
 }
@@ -140,6 +140,14 @@ impl Board {
         self.power.ending()
     }
 
+    /// Outputs from number `first` on were made by the instruction at `position`: they leave when it has retired, so that a replay that runs
+    /// to an output's position has made it.
+    fn outputs_left(&mut self, first: usize, position: Position) {
+        for (at, _) in &mut self.outputs[first..] {
+            *at = position.saturating_add(1);
+        }
+    }
+
     fn end_of_interrupt(&mut self, vector: Option<u8>) {
         if let Some(vector) = vector {
             let again = self.ioapic.end_of_interrupt(vector);
@@ -191,16 +199,6 @@ fn within(gpa: u64, base: u64, len: u64) -> Option<u64> {
     gpa.checked_sub(base).filter(|&offset| offset < len)
 }
 
-impl Board {
-    /// Outputs from number `first` on were made by the instruction at `position`: they leave when it has retired, so that a replay that runs
-    /// to an output's position has made it.
-    fn outputs_left(&mut self, first: usize, position: Position) {
-        for (at, _) in &mut self.outputs[first..] {
-            *at = position + 1;
-        }
-    }
-}
-
 impl Bus for Board {
     fn mmio_read(&mut self, position: Position, gpa: u64, data: &mut [u8]) {
         if within(gpa, layout::PCI_WINDOW, layout::PCI_WINDOW_LEN).is_some() {
@@ -209,7 +207,8 @@ impl Bus for Board {
             self.with_pci(position, |pci, cx| pci.ecam_read(cx, offset, data));
         } else if let Some(offset) = within(gpa, layout::IO_APIC, layout::IO_APIC_LEN) {
             self.ioapic.mmio_read(offset, data);
-        } else if let Some(offset) = within(gpa, layout::LOCAL_APIC, layout::LOCAL_APIC_LEN).filter(|_| self.lapic.mmio_enabled()) {
+        } else if let Some(offset) = within(gpa, layout::LOCAL_APIC, layout::LOCAL_APIC_LEN).filter(|_| self.lapic.mmio_enabled())
+        {
             let now = self.clock.ns_at(position);
             self.lapic.mmio_read(offset, data, now);
         } else {
@@ -226,7 +225,8 @@ impl Bus for Board {
         } else if let Some(offset) = within(gpa, layout::IO_APIC, layout::IO_APIC_LEN) {
             let messages = self.ioapic.mmio_write(offset, data);
             self.deliver(messages);
-        } else if let Some(offset) = within(gpa, layout::LOCAL_APIC, layout::LOCAL_APIC_LEN).filter(|_| self.lapic.mmio_enabled()) {
+        } else if let Some(offset) = within(gpa, layout::LOCAL_APIC, layout::LOCAL_APIC_LEN).filter(|_| self.lapic.mmio_enabled())
+        {
             let now = self.clock.ns_at(position);
             let ended = self.lapic.mmio_write(offset, data, now);
             self.end_of_interrupt(ended);
@@ -255,14 +255,15 @@ impl Bus for Board {
         if port == layout::PORT_PCI_ADDRESS && size == 4 {
             return self.pci.set_address(value);
         }
+        let first = self.outputs.len();
         let data = value.to_le_bytes();
         let n = usize::from(size).min(4);
         if let Some(offset) = port.checked_sub(layout::PORT_PCI_DATA).filter(|&o| usize::from(o) + n <= 4) {
-            return self.with_pci_write(position, |pci, cx| pci.data_write(cx, offset, &data[..n]));
-        }
-        let first = self.outputs.len();
-        for (i, byte) in data[..n].iter().enumerate() {
-            self.port_write(position, port.wrapping_add(i as u16), *byte);
+            self.with_pci_write(position, |pci, cx| pci.data_write(cx, offset, &data[..n]));
+        } else {
+            for (i, byte) in data[..n].iter().enumerate() {
+                self.port_write(position, port.wrapping_add(i as u16), *byte);
+            }
         }
         self.outputs_left(first, position);
     }

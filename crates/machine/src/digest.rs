@@ -51,7 +51,8 @@ impl Digest {
     /// The names of the parts in which two digests differ: `ram`, `cpu.rip`, `virtio-net0`, ... Empty if they are equal.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         let find = |digest: &Self, name: &str| digest.parts.iter().find(|p| p.name == name).map(|p| p.hash);
-        let mut names: Vec<_> = self.parts.iter().filter(|p| find(other, &p.name) != Some(p.hash)).map(|p| p.name.clone()).collect();
+        let mut names: Vec<_> =
+            self.parts.iter().filter(|p| find(other, &p.name) != Some(p.hash)).map(|p| p.name.clone()).collect();
         names.extend(other.parts.iter().filter(|p| find(self, &p.name).is_none()).map(|p| p.name.clone()));
         names
     }
@@ -149,15 +150,12 @@ fn cpu_parts(state: &CpuState) -> Vec<Part> {
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         parts.push(Part { name: format!("cpu.{name}"), hash: xxh3_128(&bytes).into() });
     };
-    let names =
-        ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+    let names = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
     for (name, &value) in names.iter().zip(gpr) {
         add(name, &[value]);
     }
     let words = |s: &Segment| [s.base, s.limit.into(), s.selector.into(), s.attributes.into()];
-    for (name, index) in
-        [("es", seg::ES), ("cs", seg::CS), ("ss", seg::SS), ("ds", seg::DS), ("fs", seg::FS), ("gs", seg::GS)]
-    {
+    for (name, index) in [("es", seg::ES), ("cs", seg::CS), ("ss", seg::SS), ("ds", seg::DS), ("fs", seg::FS), ("gs", seg::GS)] {
         add(name, &words(&seg[index]));
     }
     add("tr", &words(tr));

@@ -15,7 +15,7 @@ use crate::memory;
 use crate::payload::{Payload, Payloads, RestoreError};
 use crate::pci::PciHost;
 use crate::power::Ending;
-use crate::virtio::{self, Received, VirtioPci};
+use crate::virtio::{self, Failure, Received, VirtioPci};
 use minicbor::{Decode, Encode};
 use twinstep_x86::{Cpu, CpuConfig, CpuModel, CpuState, Exit, PAGE_SIZE, PhysMem, Position};
 
@@ -63,6 +63,9 @@ pub enum InputError {
     /// Not an Ethernet frame a card can take.
     #[error("a frame of {0} bytes is outside 14..=9216")]
     FrameLength(usize),
+    /// The machine waits for its host; it must be run until it no longer reports [`Pause::HostFailure`].
+    #[error("the machine waits for its host: {0}")]
+    HostFailure(String),
 }
 
 /// What is saved of the machine itself, beside its devices.
@@ -74,6 +77,9 @@ struct Head {
     ram_mib: u32,
     #[n(2)]
     cpu_model: String,
+    /// Where the host failed, if the machine waits for it.
+    #[n(3)]
+    failed_at: Option<Position>,
 }
 
 /// Where the functions of each kind are on the PCI bus (index into the host's functions).
@@ -116,11 +122,8 @@ impl Machine {
         let model = CpuModel::by_name(&config.cpu_model).ok_or_else(|| ConfigError::CpuModel(config.cpu_model.clone()))?;
         let (ram, phys) = memory::map(config.ram_mib).map_err(ConfigError::Map)?;
         let pages = phys.flags().pages();
-        let cpu_config = CpuConfig {
-            model,
-            code_cache_bytes: config.code_cache_bytes,
-            max_block_instructions: config.max_block_instructions,
-        };
+        let cpu_config =
+            CpuConfig { model, code_cache_bytes: config.code_cache_bytes, max_block_instructions: config.max_block_instructions };
         let mut cpu = Cpu::new(cpu_config, phys);
 
         let (functions, slots) = functions(&config, disks);
@@ -178,15 +181,14 @@ impl Machine {
 
     /// Runs until position `until` at most.
     pub fn run(&mut self, until: Position) -> Pause {
-        if self.board.failure.take().is_some() {
-            let position = self.position();
-            self.board.with_pci(position, |pci, cx| pci.functions.iter_mut().for_each(|f| f.retry(cx)));
+        if let Some(failure) = self.board.failure.take() {
+            self.board.with_pci(failure.position, |pci, cx| pci.functions.iter_mut().for_each(|f| f.retry(cx)));
         }
         loop {
             self.settle();
             let position = self.position();
-            if let Some(message) = &self.board.failure {
-                return Pause::HostFailure(message.clone());
+            if let Some(failure) = &self.board.failure {
+                return Pause::HostFailure(failure.message.clone());
             }
             match self.board.ending() {
                 Some(Ending::PoweredOff) => return Pause::PoweredOff,
@@ -223,11 +225,15 @@ impl Machine {
     /// Fires what is due and delivers what can be delivered. Idempotent.
     fn settle(&mut self) {
         for _ in 0..MAX_INTERRUPTS_AT_ONCE {
+            // What the host still owes comes before anything else, as it does where the host did not fail.
+            if self.board.failure.is_some() {
+                return;
+            }
             let position = self.position();
             self.board.latch(position, self.cpu.0.state().tsc_offset);
             self.board.fire_due(position);
             self.board.attention = false;
-            if self.board.ending().is_some() || self.board.failure.is_some() {
+            if self.board.ending().is_some() {
                 return;
             }
             let Some(vector) = self.board.lapic.pending().filter(|_| self.cpu.0.can_interrupt()) else { return };
@@ -266,6 +272,9 @@ impl Machine {
     }
 
     fn check(&self, input: &Input) -> Result<(), InputError> {
+        if let Some(failure) = &self.board.failure {
+            return Err(InputError::HostFailure(failure.message.clone()));
+        }
         let Input::NetRx { nic, frame } = input else { return Ok(()) };
         let cards = self.config.nics.len();
         if usize::from(*nic) >= cards {
@@ -281,9 +290,13 @@ impl Machine {
 
     /// The state of everything but RAM and disks. Outputs not yet drained are not part of it.
     pub fn save(&self) -> Vec<Payload> {
-        let head =
-            Head { position: self.position(), ram_mib: self.config.ram_mib, cpu_model: self.config.cpu_model.clone() };
         let b = &self.board;
+        let head = Head {
+            position: self.position(),
+            ram_mib: self.config.ram_mib,
+            cpu_model: self.config.cpu_model.clone(),
+            failed_at: b.failure.as_ref().map(|f| f.position),
+        };
         let mut payloads = vec![
             Payload::encode(HEAD, HEAD_VERSION, &head),
             crate::cpu_payload::save(self.cpu.0.state()),
@@ -310,7 +323,9 @@ impl Machine {
             return Err(payload.invalid(format!("it has {} MiB of RAM, this machine {}", head.ram_mib, self.config.ram_mib)));
         }
         if head.cpu_model != self.config.cpu_model {
-            return Err(payload.invalid(format!("its CPU model is '{}', this machine's '{}'", head.cpu_model, self.config.cpu_model)));
+            return Err(
+                payload.invalid(format!("its CPU model is '{}', this machine's '{}'", head.cpu_model, self.config.cpu_model))
+            );
         }
         let state = crate::cpu_payload::restore(&mut payloads)?;
         let b = &mut self.board;
@@ -327,7 +342,8 @@ impl Machine {
         }
         payloads.finish()?;
         b.outputs.clear();
-        b.failure = None;
+        let message = "saved while it waited for its host".into();
+        b.failure = head.failed_at.map(|position| Failure { position, message });
         self.cpu.0.set_state(state);
         self.cpu.0.set_position(head.position);
         Ok(())

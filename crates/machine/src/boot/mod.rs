@@ -14,9 +14,9 @@ mod entry;
 
 use crate::memory::GuestRam;
 use crate::{acpi, layout, memory};
+use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bootparam::{boot_params, setup_header};
 use linux_loader::loader::bzimage::BzImage;
-use linux_loader::loader::KernelLoader;
 use std::io::Cursor;
 use twinstep_x86::CpuState;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
@@ -274,7 +274,10 @@ mod tests {
         assert!(matches!(boot(&good[..1024], None, ""), BootError::NotBzImage(_)));
         let mut old = good.clone();
         set(&mut old, 0x206, 0x0206u16);
-        assert_eq!(boot(&old, None, "").to_string(), "the kernel's boot protocol 2.06 is too old; 2.12 (Linux 3.8) or later is needed");
+        assert_eq!(
+            boot(&old, None, "").to_string(),
+            "the kernel's boot protocol 2.06 is too old; 2.12 (Linux 3.8) or later is needed"
+        );
         let mut small = good.clone();
         set(&mut small, 0x236, 0u16);
         assert_eq!(boot(&small, None, ""), BootError::Not64Bit);

@@ -27,8 +27,7 @@ pub(crate) struct ConfigSpace {
 impl ConfigSpace {
     /// A function without base addresses and capabilities. `class` is class, subclass and interface.
     pub(crate) fn new(vendor: u16, device: u16, revision: u8, class: u32, subsystem: (u16, u16)) -> Self {
-        let mut config =
-            Self { bytes: [0; LEN], writable: [0; LEN], next: FIRST_CAPABILITY, link: CAPABILITIES };
+        let mut config = Self { bytes: [0; LEN], writable: [0; LEN], next: FIRST_CAPABILITY, link: CAPABILITIES };
         config.put(0x00, &vendor.to_le_bytes());
         config.put(0x02, &device.to_le_bytes());
         config.put(0x08, &(class << 8 | u32::from(revision)).to_le_bytes());
@@ -62,7 +61,8 @@ impl ConfigSpace {
 
     /// Where base address register 0 decodes now, if it does.
     pub(crate) fn bar(&self) -> Option<u64> {
-        (self.bytes[COMMAND] & COMMAND_MEMORY != 0).then(|| u64::from(u32::from_le_bytes(self.bytes[BAR0..BAR0 + 4].try_into().expect("4 bytes"))))
+        (self.bytes[COMMAND] & COMMAND_MEMORY != 0)
+            .then(|| u64::from(u32::from_le_bytes(self.bytes[BAR0..BAR0 + 4].try_into().expect("4 bytes"))))
     }
 
     /// Appends a capability; `writable` covers its first bytes. Returns its offset.

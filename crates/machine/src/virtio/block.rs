@@ -170,7 +170,7 @@ impl VirtioDevice for Block {
                 Ok(outcome) => outcome,
                 Err(e) => {
                     queues.unpop(queue);
-                    *cx.failure = Some(format!("disk: {e}"));
+                    cx.fail(format!("disk: {e}"));
                     return Ok(());
                 }
             };

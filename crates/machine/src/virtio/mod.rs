@@ -48,8 +48,22 @@ pub(crate) struct Cx<'a> {
     pub(crate) outputs: &'a mut Vec<(Position, Output)>,
     /// Interrupt messages on their way to the local APIC.
     pub(crate) messages: &'a mut Vec<Message>,
-    /// The host could not do its part; the machine stops and the work is done again when it runs on.
-    pub(crate) failure: &'a mut Option<String>,
+    /// Set by [`Cx::fail`].
+    pub(crate) failure: &'a mut Option<Failure>,
+}
+
+/// The host could not do its part. The machine stops, and the work is done again, as of the same position, when it runs on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) position: Position,
+    pub(crate) message: String,
+}
+
+impl Cx<'_> {
+    /// The host could not do its part.
+    pub(crate) fn fail(&mut self, message: String) {
+        self.failure.get_or_insert(Failure { position: self.position, message });
+    }
 }
 
 /// Something from outside for one device.

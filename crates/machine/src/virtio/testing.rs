@@ -36,7 +36,7 @@ pub(crate) struct Driver {
     _phys: PhysMem,
     pub(crate) pci: VirtioPci,
     pub(crate) now_ns: u64,
-    pub(crate) failure: Option<String>,
+    pub(crate) failure: Option<Failure>,
     outputs: Vec<(Position, Output)>,
     messages: Vec<Message>,
     features: u64,

@@ -73,6 +73,8 @@ struct Image {
     msix: Msix,
     #[n(4)]
     device: ByteVec,
+    #[n(5)]
+    stalled: u64,
 }
 
 /// One virtio device as a PCI function.
@@ -85,7 +87,7 @@ pub(crate) struct VirtioPci {
     pci_cfg_at: usize,
     r: Registers,
     queues: Queues,
-    /// Doorbells the host failed to serve, a bit per queue. Not saved: a machine that waits for its host is not at a place to save.
+    /// Doorbells the host failed to serve, a bit per queue.
     stalled: u64,
     device: Box<dyn VirtioDevice>,
 }
@@ -425,6 +427,7 @@ impl VirtioPci {
             queues: self.queues.save(),
             msix: self.msix.clone(),
             device: self.device.save().into(),
+            stalled: self.stalled,
         };
         Payload::encode(self.kind.clone(), self.device.version(), &image)
     }
@@ -439,12 +442,15 @@ impl VirtioPci {
         if (negotiated && r.driver_features & !self.offered() != 0) || (r.status & status::DRIVER_OK != 0 && !negotiated) {
             return Err(payload.invalid("impossible device status"));
         }
+        if image.stalled >> self.queues.len() != 0 {
+            return Err(payload.invalid("doorbells of queues it does not have"));
+        }
         let vectors = image.queues.iter().map(|q| q.vector()).chain([r.config_vector]);
         if vectors.into_iter().any(|v| v != self.vector(v)) {
             return Err(payload.invalid("a vector lies outside the MSI-X table"));
         }
         self.queues.reset();
-        self.stalled = 0;
+        self.stalled = image.stalled;
         self.device.reset();
         self.queues.restore(&image.queues).map_err(|why| payload.invalid(why))?;
         if negotiated {
