@@ -77,10 +77,10 @@ impl DirtyTracker {
         pages
     }
 
-    /// The consumers' names, for diagnosis.
-    #[cfg(test)]
-    fn names(&self) -> Vec<&'static str> {
-        self.consumers.iter().map(|c| c.name).collect()
+    /// The consumers' names and how many pages wait for each, for diagnosis.
+    pub(crate) fn waiting(&self) -> Vec<(&'static str, usize)> {
+        let count = |c: &Consumer| c.bits.iter().map(|word| word.count_ones() as usize).sum();
+        self.consumers.iter().map(|c| (c.name, count(c))).collect()
     }
 }
 
@@ -103,7 +103,8 @@ mod tests {
         let c = tracker.register("c", Start::Everything);
         assert_eq!(tracker.take(c), (0..130).collect::<Vec<_>>());
         tracker.unregister(a);
-        assert_eq!(tracker.names(), ["b", "c"]);
+        tracker.mark(5);
+        assert_eq!(tracker.waiting(), [("b", 1), ("c", 1)]);
         assert!(tracker.take(a).is_empty());
     }
 }

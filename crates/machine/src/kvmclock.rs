@@ -105,7 +105,7 @@ impl KvmClock {
     pub(crate) fn restore(&mut self, payloads: &mut Payloads) -> Result<(), RestoreError> {
         let payload = payloads.take(Self::KIND, Self::VERSION)?;
         let s: State = payload.decode()?;
-        if s.version % 2 != 0 {
+        if !s.version.is_multiple_of(2) {
             return Err(payload.invalid("odd version"));
         }
         self.s = s;
@@ -128,12 +128,12 @@ mod tests {
         clock.latch(&ram, 12_345, 1_000, 1_700_000_000_000_000_007);
         let at = |offset: u64| ram.read_obj::<u64>(GuestAddress(0x5000 + offset)).unwrap();
         let version = at(0) as u32;
-        assert!(version != 0 && version % 2 == 0);
+        assert!(version != 0 && version.is_multiple_of(2));
         let (tsc, system) = (at(8), at(16));
         assert_eq!((tsc, system), (13_345, 12_345));
         // What Linux computes when the guest's TSC has moved on by 500.
         let shifted = u128::from(13_845 - tsc) << TSC_SHIFT;
-        let ns = system + (shifted * u128::from(at(24) as u32) >> 32) as u64;
+        let ns = system + ((shifted * u128::from(at(24) as u32)) >> 32) as u64;
         assert_eq!(ns, 12_845);
         assert_eq!(at(24) >> 40 & 0xff, u64::from(FLAG_STABLE));
         assert_eq!(ram.read_obj::<u32>(GuestAddress(0x6008)).unwrap(), 1_700_000_000);

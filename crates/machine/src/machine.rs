@@ -374,6 +374,12 @@ impl Machine {
         self.dirty.take(id)
     }
 
+    /// Every consumer of dirty pages and how many wait for it, for diagnosis.
+    pub fn dirty_waiting(&mut self) -> Vec<(&'static str, usize)> {
+        self.harvest();
+        self.dirty.waiting()
+    }
+
     fn harvest(&mut self) {
         let dirty = &mut self.dirty;
         self.cpu.0.harvest_dirty(&mut |page| dirty.mark(page));

@@ -404,5 +404,59 @@ fn the_pci_bus_looks_as_it_always_did() {
 #[test]
 fn a_machine_can_move_to_another_thread() {
     fn is_send<T: Send>() {}
-    is_send::<Board>();
+    is_send::<Machine>();
+}
+
+/// A generator for tests (SplitMix64).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+}
+
+#[test]
+fn nothing_a_guest_does_to_the_bus_panics() {
+    for seed in 0..20 {
+        let mut random = Random(seed);
+        let config = Config { disks: vec![DiskConfig::default()], ..config() };
+        let mut m = Machine::new(config, vec![Box::new(MemoryDisk(vec![0; 65_536]))]).unwrap();
+        for i in 0..3000u64 {
+            let (what, value) = (random.next(), random.next());
+            let size = 1usize << (what >> 8 & 3);
+            let mut data = value.to_le_bytes();
+            let bases =
+                [layout::PCI_WINDOW, layout::PCI_WINDOW, layout::ECAM, layout::IO_APIC, layout::LOCAL_APIC, 0x5_0000_0000];
+            let base = bases[(what >> 16) as usize % bases.len()];
+            let span = if base == layout::PCI_WINDOW { 0x2_8000 } else { 0x4_0000 >> (what >> 60) };
+            let gpa = base + (what >> 24) % span;
+            let port = [0x70, 0x71, 0x3f8, 0x3f9, 0x3fa, 0x3fc, 0xcf8, 0xcfc, 0x600, 0x602][(what >> 40) as usize % 10]
+                + (what >> 50) as u16 % 3;
+            let msr =
+                [0x1b, 0x6e0, 0x800 + (what >> 32) as u32 % 0x100, 0x4b56_4d00, 0x4b56_4d01, 0x11][(what >> 20) as usize % 6];
+            let bus = m.bus();
+            match what % 8 {
+                0 => bus.mmio_read(i, gpa, &mut data[..size]),
+                1 | 2 => bus.mmio_write(i, gpa, &data[..size]),
+                3 => drop(bus.pio_read(i, port, size.min(4) as u8)),
+                4 => bus.pio_write(i, port, size.min(4) as u8, value as u32),
+                5 => drop(bus.rdmsr(i, msr)),
+                6 => drop(bus.wrmsr(i, msr, if msr > 0x4000_0000 { value & 0x3ff_ffff } else { value })),
+                _ => bus.set_cr8(i, value as u8 & 15),
+            }
+        }
+        let inputs =
+            [Input::NetRx { nic: 0, frame: vec![1; 60] }, Input::Serial(vec![1]), Input::Console(vec![2]), Input::Seed([3; 32])];
+        for input in inputs {
+            m.input(input).unwrap();
+        }
+        m.run(10);
+        let saved = m.save();
+        m.restore(saved).unwrap();
+    }
 }

@@ -14,9 +14,14 @@ const PM1_ENABLES: u16 = 1 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10;
 const SCI_ENABLED: u8 = 1;
 /// PM1 control, high byte.
 const SLEEP_ENABLE: u8 = 1 << 5;
-const PM1_STATUS: u16 = layout::PORT_PM1_EVENT;
-const PM1_ENABLE: u16 = layout::PORT_PM1_EVENT + 2;
-const PM1_CONTROL: u16 = layout::PORT_PM1_CONTROL;
+/// Offsets into the PM1 registers, which lie side by side.
+const PM1_STATUS: u16 = 0;
+const PM1_STATUS_HIGH: u16 = 1;
+const PM1_ENABLE: u16 = 2;
+const PM1_ENABLE_HIGH: u16 = 3;
+const PM1_CONTROL: u16 = 4;
+const PM1_CONTROL_HIGH: u16 = 5;
+const PM1_LEN: u16 = layout::PORT_PM1_EVENT_LEN + layout::PORT_PM1_CONTROL_LEN;
 const KBD_PULSE_RESET: u8 = 0xfe;
 const RESET_NOW: u8 = 1 << 2;
 
@@ -70,7 +75,12 @@ impl Power {
 
     /// Whether a port is one of these registers.
     pub(crate) fn owns(port: u16) -> bool {
-        matches!(port, PM1_STATUS..=0x605 | layout::PORT_KBD_COMMAND | layout::PORT_RESET)
+        Self::pm1(port).is_some() || port == layout::PORT_KBD_COMMAND || port == layout::PORT_RESET
+    }
+
+    /// Offset into the PM1 registers.
+    fn pm1(port: u16) -> Option<u16> {
+        port.checked_sub(layout::PORT_PM1_EVENT).filter(|&offset| offset < PM1_LEN)
     }
 
     /// Somebody pressed the power button.
@@ -85,13 +95,14 @@ impl Power {
 
     /// Reads one of its ports.
     pub(crate) fn read(&self, port: u16) -> u8 {
-        let byte = |register: u16, base: u16| (register >> ((port - base) * 8)) as u8;
-        match port {
-            PM1_STATUS..PM1_ENABLE => byte(self.pm1_status, PM1_STATUS),
-            PM1_ENABLE..PM1_CONTROL => byte(self.pm1_enable, PM1_ENABLE),
-            PM1_CONTROL => SCI_ENABLED,
-            0x605 => self.sleep_type << 2,
-            layout::PORT_RESET => self.reset_control,
+        match Self::pm1(port) {
+            Some(PM1_STATUS) => self.pm1_status as u8,
+            Some(PM1_STATUS_HIGH) => (self.pm1_status >> 8) as u8,
+            Some(PM1_ENABLE) => self.pm1_enable as u8,
+            Some(PM1_ENABLE_HIGH) => (self.pm1_enable >> 8) as u8,
+            Some(PM1_CONTROL) => SCI_ENABLED,
+            Some(PM1_CONTROL_HIGH) => self.sleep_type << 2,
+            _ if port == layout::PORT_RESET => self.reset_control,
             // There is no keyboard controller.
             _ => 0xff,
         }
@@ -99,35 +110,33 @@ impl Power {
 
     /// Writes one of its ports. Returns whether that ended the run.
     pub(crate) fn write(&mut self, port: u16, value: u8) -> bool {
-        let shifted = |base: u16| (u16::from(value) << ((port - base) * 8), 0xffu16 << ((port - base) * 8));
-        let ending = match port {
-            PM1_STATUS..PM1_ENABLE => {
-                // Ones clear.
-                self.pm1_status &= !shifted(PM1_STATUS).0;
-                return false;
-            }
-            PM1_ENABLE..PM1_CONTROL => {
-                let (bits, mask) = shifted(PM1_ENABLE);
-                self.pm1_enable = (self.pm1_enable & !mask | bits) & PM1_ENABLES;
-                return false;
-            }
-            0x605 => {
+        let (low, high) = (u16::from(value), u16::from(value) << 8);
+        match Self::pm1(port) {
+            // Ones clear.
+            Some(PM1_STATUS) => self.pm1_status &= !low,
+            Some(PM1_STATUS_HIGH) => self.pm1_status &= !high,
+            Some(PM1_ENABLE) => self.pm1_enable = (self.pm1_enable & 0xff00 | low) & PM1_ENABLES,
+            Some(PM1_ENABLE_HIGH) => self.pm1_enable = (self.pm1_enable & 0x00ff | high) & PM1_ENABLES,
+            Some(PM1_CONTROL_HIGH) => {
                 self.sleep_type = value >> 2 & 7;
-                if value & SLEEP_ENABLE == 0 || self.sleep_type != layout::SLEEP_TYPE_S5 {
-                    return false;
+                if value & SLEEP_ENABLE != 0 && self.sleep_type == layout::SLEEP_TYPE_S5 {
+                    return self.end(Ending::PoweredOff);
                 }
-                Ending::PoweredOff
             }
-            layout::PORT_KBD_COMMAND if value == KBD_PULSE_RESET => Ending::Reset,
-            layout::PORT_RESET => {
+            Some(_) => {}
+            None if port == layout::PORT_KBD_COMMAND && value == KBD_PULSE_RESET => return self.end(Ending::Reset),
+            None if port == layout::PORT_RESET => {
                 self.reset_control = value & 0x0a;
-                if value & RESET_NOW == 0 {
-                    return false;
+                if value & RESET_NOW != 0 {
+                    return self.end(Ending::Reset);
                 }
-                Ending::Reset
             }
-            _ => return false,
-        };
+            None => {}
+        }
+        false
+    }
+
+    fn end(&mut self, ending: Ending) -> bool {
         self.ending.get_or_insert(ending);
         true
     }
@@ -151,16 +160,19 @@ impl Power {
 mod tests {
     use super::*;
 
+    const EVENT: u16 = layout::PORT_PM1_EVENT;
+    const CONTROL_HIGH: u16 = layout::PORT_PM1_CONTROL + 1;
+
     #[test]
     fn the_first_ending_counts() {
         let mut power = Power::new();
         assert!(!power.write(layout::PORT_KBD_COMMAND, 0xd1));
         assert!(!power.write(layout::PORT_RESET, 0x02));
         assert_eq!(power.read(layout::PORT_RESET), 2);
-        assert!(!power.write(0x605, 3 << 2 | SLEEP_ENABLE));
-        assert_eq!(power.read(0x605), 3 << 2);
+        assert!(!power.write(CONTROL_HIGH, 3 << 2 | SLEEP_ENABLE));
+        assert_eq!(power.read(CONTROL_HIGH), 3 << 2);
         assert_eq!(power.ending(), None);
-        assert!(power.write(0x605, 5 << 2 | SLEEP_ENABLE));
+        assert!(power.write(CONTROL_HIGH, 5 << 2 | SLEEP_ENABLE));
         assert!(power.write(layout::PORT_RESET, layout::RESET_VALUE));
         assert_eq!(power.ending(), Some(&Ending::PoweredOff));
         let mut back = Power::new();
@@ -173,13 +185,13 @@ mod tests {
         let mut power = Power::new();
         power.press_button();
         assert!(!power.line(), "not enabled");
-        power.write(PM1_ENABLE, 0xff);
-        power.write(PM1_ENABLE + 1, 0xff);
+        power.write(EVENT + 2, 0xff);
+        power.write(EVENT + 3, 0xff);
         assert!(power.line());
-        assert_eq!((power.read(PM1_STATUS + 1), power.read(PM1_ENABLE), power.read(PM1_CONTROL)), (1, 0x21, 1));
-        power.write(PM1_STATUS, 0xff);
+        assert_eq!((power.read(EVENT + 1), power.read(EVENT + 2), power.read(EVENT + 4)), (1, 0x21, 1));
+        power.write(EVENT, 0xff);
         assert!(power.line());
-        power.write(PM1_STATUS + 1, 1);
+        power.write(EVENT + 1, 1);
         assert!(!power.line());
     }
 

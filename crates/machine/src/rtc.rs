@@ -120,7 +120,7 @@ impl Rtc {
         self.s.cmos[usize::from(STATUS_B)]
     }
     fn encode(&self, value: u8) -> u8 {
-        if self.status_b() & B_BINARY != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.status_b() & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
     fn decode(&self, value: u8) -> u8 {
         if self.status_b() & B_BINARY != 0 { value } else { (value >> 4).wrapping_mul(10).wrapping_add(value & 15) }

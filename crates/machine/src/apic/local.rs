@@ -175,12 +175,11 @@ impl LocalApic {
     /// Writes IA32_APIC_BASE. Legal transitions only (SDM vol. 3, 11.12.5); the base address cannot move.
     pub(crate) fn set_base(&mut self, value: u64) -> Result<(), Fault> {
         let mode = |v: u64| (v & BASE_ENABLED != 0, v & BASE_X2APIC != 0);
-        let legal = match (mode(self.s.base), mode(value)) {
-            (_, (false, true)) => false,
-            ((false, _), (true, true)) | ((true, true), (true, false)) => false,
-            _ => true,
-        };
-        if !legal || value & !(BASE_ENABLED | BASE_X2APIC | BASE_BSP) != layout::LOCAL_APIC {
+        let illegal = matches!(
+            (mode(self.s.base), mode(value)),
+            (_, (false, true)) | ((false, _), (true, true)) | ((true, true), (true, false))
+        );
+        if illegal || value & !(BASE_ENABLED | BASE_X2APIC | BASE_BSP) != layout::LOCAL_APIC {
             return Err(Fault);
         }
         let was = mode(self.s.base);

@@ -74,7 +74,7 @@ impl Msix {
         let vector = (offset / ENTRY_LEN) as usize;
         let within = offset % ENTRY_LEN;
         // Anything but aligned 32-bit and 64-bit accesses is undefined; here it is ignored.
-        if !matches!(data.len(), 4 | 8) || within % data.len() as u64 != 0 {
+        if !matches!(data.len(), 4 | 8) || !within.is_multiple_of(data.len() as u64) {
             return None;
         }
         let entry = self.entries.get_mut(vector)?;

@@ -76,7 +76,7 @@ impl Block {
     /// Byte offset of `len` bytes at `sector`, if they are whole sectors of this disk.
     fn range(&self, sector: u64, len: u64) -> Result<u64, u8> {
         let end = sector.checked_add(len / SECTOR);
-        if len % SECTOR != 0 || len > LONGEST || end.is_none_or(|end| end > self.sectors) {
+        if !len.is_multiple_of(SECTOR) || len > LONGEST || end.is_none_or(|end| end > self.sectors) {
             return Err(STATUS_IO_ERROR);
         }
         Ok(sector * SECTOR)

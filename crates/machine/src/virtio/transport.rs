@@ -138,11 +138,6 @@ impl VirtioPci {
         Self { kind, config, msix, msix_at, pci_cfg_at, r, queues, stalled: 0, device }
     }
 
-    /// The name of its payload.
-    pub(crate) fn kind(&self) -> &str {
-        &self.kind
-    }
-
     /// Sets its base address, as firmware does.
     pub(crate) fn assign(&mut self, address: u32) {
         self.config.set_bar(address);
@@ -208,10 +203,8 @@ impl VirtioPci {
         let within = offset % PAGE;
         match offset / PAGE {
             COMMON => copy_from(&self.common(), within as usize, data),
-            ISR => {
-                if within == 0 {
-                    data[0] = std::mem::take(&mut self.r.isr);
-                }
+            ISR if within == 0 => {
+                data[0] = std::mem::take(&mut self.r.isr);
             }
             DEVICE => copy_from(&self.device.config(), within as usize, data),
             MSIX_TABLE => self.msix.read_table(within, data),
@@ -469,3 +462,7 @@ fn copy_from(source: &[u8], offset: usize, data: &mut [u8]) {
         *out = source.get(offset + i).copied().unwrap_or(0);
     }
 }
+
+#[cfg(test)]
+#[path = "transport_tests.rs"]
+mod tests;
