@@ -185,10 +185,6 @@ impl Emit {
     pub fn store_word(&mut self, addr: i32, from: u8) {
         dynasm!(self.ops ; .arch x64 ; mov [addr], Rq(from));
     }
-    /// Stores a sign-extended constant into a word of the frame.
-    pub fn store_imm(&mut self, addr: i32, value: i32) {
-        dynasm!(self.ops ; .arch x64 ; mov QWORD [addr], value);
-    }
     /// lea to, [base + disp]
     pub fn lea(&mut self, to: u8, base: u8, disp: i32) {
         dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + disp]);

@@ -1,0 +1,150 @@
+//! The helpers that translated code calls.
+//!
+//! **In:** the frame, with the argument and the address that the code left there. **Out:** 0 = go on in translated code, 1 = leave, with `exit` set.
+//! Invariant: a helper that makes the code leave has made RIP and the budget exact.
+use super::{Bounce, Core, Stop};
+use crate::PAGE_SIZE;
+use crate::frame::{Frame, exit};
+use crate::mmu::Access;
+use crate::sys::Flow;
+
+/// What a helper works on. Rust's own state is sound here: the shared routine saved all guest registers and loaded Rust's MXCSR.
+fn core_of(frame: *mut Frame) -> &'static mut Core {
+    // SAFETY: translated code passes its own frame, whose core is alive and runs it; `enter` holds no other borrow that is used
+    // before the helper returns.
+    unsafe { &mut *(*frame).core }
+}
+
+/// A TLB check of a block of many instructions failed: 0 = repeat it, 1 = the instruction must run alone.
+pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
+    let core = core_of(frame);
+    // SAFETY: the frame is the core's.
+    let (arg, ea, ret) = unsafe { ((*frame).arg, (*frame).ea, (*frame).ret as usize) };
+    let size = arg & 0xffff;
+    let write = arg >> 16 & 1 != 0;
+    if ea % PAGE_SIZE + size <= PAGE_SIZE {
+        // SAFETY: the state is not part of the MMU.
+        let st = unsafe { &(*frame).st };
+        let user = st.cpl == 3;
+        let access = if write { Access::Write } else { Access::Read };
+        if let Ok(walk) = core.mmu.fill(st, ea, access, user)
+            && core.mmu.is_cached(ea, write, user)
+        {
+            let _ = walk;
+            return 0;
+        }
+    }
+    let k = (arg >> 20) as usize;
+    let block = core.cache.block_at(ret).expect("called from a block");
+    let (rip, unused) = (block.rip_of(k), block.len() - k as u64);
+    // SAFETY: as above.
+    unsafe {
+        (*frame).st.rip = rip;
+        (*frame).budget += unused;
+        (*frame).exit = exit::BAIL;
+    }
+    1
+}
+
+/// A memory access of a single instruction: makes it possible (0) or raises its exception (1).
+pub(super) extern "sysv64" fn mem_alone_helper(frame: *mut Frame) -> u32 {
+    let core = core_of(frame);
+    // SAFETY: the frame is the core's; its state and bounce buffer are not part of the MMU.
+    let (arg, ea, st, buffer) = unsafe { ((*frame).arg, (*frame).ea, &(*frame).st, &mut (*frame).bounce) };
+    let size = (arg & 0xffff) as usize;
+    let write = arg >> 16 & 1 != 0;
+    let user = st.cpl == 3;
+    core.bounce = Bounce { ea, len: size, active: false };
+    let result = (|| {
+        if ea % PAGE_SIZE + size as u64 <= PAGE_SIZE {
+            let access = if write { Access::Write } else { Access::Read };
+            core.mmu.fill(st, ea, access, user)?;
+            if core.mmu.is_cached(ea, write, user) {
+                return Ok(core.mmu.addend(ea, user));
+            }
+        } else if write {
+            core.mmu.probe_write(st, ea, size, user)?;
+        }
+        // Two pages, a device, or a watched page: the instruction works on a copy at the same alignment.
+        let at = (ea % 64) as usize;
+        let copy = &mut buffer[at..at + size];
+        let position = core.position;
+        core.mmu.read(st, core.bus(), position, ea, copy, user)?;
+        core.bounce.active = write;
+        Ok((copy.as_ptr() as u64).wrapping_sub(ea))
+    })();
+    match result {
+        Ok(addend) => {
+            // SAFETY: as above.
+            unsafe { (*frame).addend = addend };
+            0
+        }
+        Err(e) => {
+            core.fault = Some(e);
+            // SAFETY: as above.
+            unsafe { (*frame).exit = exit::HELPER };
+            1
+        }
+    }
+}
+
+/// After the store of a single instruction: takes a copy to where it belongs.
+pub(super) extern "sysv64" fn write_back_helper(frame: *mut Frame) -> u32 {
+    let core = core_of(frame);
+    let bounce = std::mem::take(&mut core.bounce);
+    if !bounce.active {
+        return 0;
+    }
+    // SAFETY: the frame is the core's; its state and bounce buffer are not part of the MMU.
+    let (st, buffer) = unsafe { (&(*frame).st, &(*frame).bounce) };
+    let at = (bounce.ea % 64) as usize;
+    let position = core.position;
+    let user = st.cpl == 3;
+    match core.mmu.write(st, core.bus(), position, bounce.ea, &buffer[at..at + bounce.len], user) {
+        Ok(()) => 0,
+        // Cannot happen: the write was probed. If it does, the guest gets the fault after a half-done instruction.
+        Err(e) => {
+            core.fault = Some(e);
+            // SAFETY: as above.
+            unsafe { (*frame).exit = exit::HELPER };
+            1
+        }
+    }
+}
+
+/// A system instruction inside a block: 0 = go on behind it, 1 = leave.
+pub(super) extern "sysv64" fn sys_helper(frame: *mut Frame) -> u32 {
+    let core = core_of(frame);
+    // SAFETY: the frame is the core's.
+    let (k, ret) = unsafe { ((*frame).arg as usize, (*frame).ret as usize) };
+    let block = core.cache.block_at(ret).expect("called from a block");
+    let insn = block.sys[block.sys.partition_point(|s| (s.0 as usize) < k)].1;
+    let unused = block.len() - k as u64;
+    // SAFETY: as above.
+    let budget = unsafe { (*frame).budget } + unused;
+    core.position = core.limit - budget;
+    core.join_flags();
+    core.st().rip = insn.ip();
+    let (retired, go_on) = match core.execute_sys(&insn) {
+        Ok(flow) => {
+            let quiet = !core.mmu.pending.any() && !core.mmu.ram().flags().any_stale() && !core.bus().attention();
+            (1, flow == Flow::Next && quiet)
+        }
+        Err(Stop::Fault(e)) => {
+            core.fault = Some(e);
+            (0, false)
+        }
+        Err(_) => unreachable!("system instructions fault or retire"),
+    };
+    core.split_flags();
+    if go_on {
+        return 0;
+    }
+    // SAFETY: as above.
+    unsafe {
+        (*frame).budget = budget - retired;
+        // A fault is raised by running the instruction again, alone, where it faults again: one place delivers.
+        (*frame).exit = if retired == 1 { exit::HELPER } else { exit::BAIL };
+    }
+    1
+}

@@ -1,0 +1,385 @@
+//! Instructions that the silicon executes, with their operands rewritten.
+//!
+//! **In:** a decoded instruction. **Out:** the same instruction on the host, its memory operand through the soft TLB, guest registers that
+//! live in the frame through scratch registers. Invariant: what can fault comes before anything that changes guest state.
+use super::{Ea, FlagsIn, T0, T1, Translator, full_number, in_frame, is_high_byte, is_narrow, same_width, writes};
+use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
+
+impl Translator<'_> {
+    pub(super) fn sys_insn(&mut self, k: usize, insn: &Instruction) {
+        self.clobber_flags();
+        self.sys.push((k as u16, *insn));
+        let resume = self.emit.label();
+        self.emit.call_helper(self.shared.sys, k as i32, resume);
+        self.emit.bind(resume);
+    }
+
+    pub(super) fn silicon(&mut self, insn: &Instruction) {
+        match insn.mnemonic() {
+            Mnemonic::Push => return self.push(insn),
+            Mnemonic::Pop => return self.pop(insn),
+            Mnemonic::Leave => {
+                let size = if insn.code() == Code::Leavew { 2 } else { 8 };
+                self.access(Ea::Plain(5, 0), size, false);
+                if size == 2 {
+                    self.emit.load_sum16(T0, 5, T1, 0);
+                    self.emit.lea(4, 5, 2);
+                    self.emit.mov16(5, T0);
+                } else {
+                    self.emit.load_sum(T0, 5, T1, 0);
+                    self.emit.lea(4, 5, 8);
+                    self.emit.mov(5, T0);
+                }
+                return;
+            }
+            Mnemonic::Lea => return self.lea(insn),
+            Mnemonic::Clflush => return self.access(Ea::Operand(*insn), 1, false),
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+                if insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register =>
+            {
+                return self.bit_string(insn);
+            }
+            _ => {}
+        }
+        let mut insn = *insn;
+        // Nothing else writes guest memory meanwhile, and the prefixes that older hardware ignores must not mean
+        // something newer to this host.
+        insn.set_has_lock_prefix(false);
+        insn.set_has_rep_prefix(false);
+        insn.set_has_repne_prefix(false);
+        match (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory) {
+            Some(_) => self.with_memory(&insn),
+            None => self.registers_only(&insn),
+        }
+    }
+
+    /// Guest registers in the frame that the explicit operands name: (number, must be loaded, must be stored).
+    fn spilled(&mut self, insn: &Instruction) -> Vec<(u8, bool, bool)> {
+        let mut found: Vec<(u8, bool, bool)> = Vec::new();
+        let info = self.info.info(insn);
+        for i in 0..insn.op_count() {
+            if insn.op_kind(i) != OpKind::Register {
+                continue;
+            }
+            let reg = insn.op_register(i);
+            let Some(n) = full_number(reg).filter(|&n| in_frame(n)) else { continue };
+            let access = info.op_access(i);
+            let stores = writes(access);
+            let loads = access != OpAccess::Write || reg.size() < 4;
+            match found.iter_mut().find(|f| f.0 == n) {
+                Some(f) => {
+                    f.1 |= loads;
+                    f.2 |= stores;
+                }
+                None => found.push((n, loads, stores)),
+            }
+        }
+        found
+    }
+
+    fn rename(insn: &mut Instruction, guest: u8, host: u8) {
+        for i in 0..insn.op_count() {
+            if insn.op_kind(i) == OpKind::Register && full_number(insn.op_register(i)) == Some(guest) {
+                let reg = same_width(insn.op_register(i), host);
+                insn.set_op_register(i, reg);
+            }
+        }
+    }
+
+    fn registers_only(&mut self, insn: &Instruction) {
+        let spilled = self.spilled(insn);
+        let mut out = *insn;
+        // At most two: no instruction here names three general registers.
+        assert!(spilled.len() <= 2, "{insn:?} names too many registers");
+        let mut hosts = [0u8; 2];
+        for (i, &(n, ..)) in spilled.iter().enumerate() {
+            let other = if i == 0 { spilled.get(1).map(|s| s.0) } else { Some(hosts[0]) };
+            // r10 and r11 stand for themselves where they can.
+            hosts[i] = match n {
+                10 | 11 => n,
+                _ => {
+                    if other == Some(T0) {
+                        T1
+                    } else {
+                        T0
+                    }
+                }
+            };
+        }
+        self.flags_before(insn);
+        for (i, &(n, loads, _)) in spilled.iter().enumerate() {
+            if loads {
+                self.emit.load(hosts[i], n as usize);
+            }
+        }
+        // Rename in two steps is not needed: r10 and r11 keep their names, only r15 changes.
+        for (i, &(n, ..)) in spilled.iter().enumerate() {
+            if hosts[i] != n {
+                Self::rename(&mut out, n, hosts[i]);
+            }
+        }
+        self.note_flags();
+        let ok = self.emit.raw(&out);
+        assert!(ok, "cannot encode {out:?}");
+        for (i, &(n, _, stores)) in spilled.iter().enumerate() {
+            if stores {
+                self.emit.store(n as usize, hosts[i]);
+            }
+        }
+        self.flags_after(insn);
+    }
+
+    fn with_memory(&mut self, insn: &Instruction) {
+        let op = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory).expect("caller saw one");
+        let access = self.info.info(insn).op_access(op);
+        let write = writes(access);
+        let size = insn.memory_size().size();
+        assert!(size > 0 && size <= 512, "{insn:?} has a memory operand of {size} bytes");
+        self.access(Ea::Operand(*insn), size, write);
+        let mut out = *insn;
+        Self::plain_code(&mut out);
+
+        let spilled = self.spilled(insn);
+        let high = (0..insn.op_count())
+            .filter(|&i| insn.op_kind(i) == OpKind::Register)
+            .map(|i| insn.op_register(i))
+            .find(|&r| is_high_byte(r));
+        assert!(spilled.len() + high.is_some() as usize <= 1, "{insn:?} names too many registers");
+
+        let base = insn.memory_base();
+        let simple = !self.alone()
+            && insn.memory_index() == Register::None
+            && !matches!(insn.memory_segment(), Register::FS | Register::GS)
+            && base.is_gpr64()
+            && !in_frame(base.number() as u8);
+        let data = if simple {
+            // [base + addend + disp]; r11 is free.
+            Self::set_memory(&mut out, base, Register::R10, insn.memory_displacement64() as i32);
+            T0
+        } else {
+            self.operand_again(insn);
+            if spilled.is_empty() && high.is_none() {
+                Self::set_memory(&mut out, Register::R11, Register::R10, 0);
+            } else {
+                self.emit.add_no_flags(T0, T1);
+                Self::set_memory(&mut out, Register::R11, Register::None, 0);
+            }
+            T1
+        };
+        self.flags_before(insn);
+        if let Some(&(n, loads, _)) = spilled.first() {
+            if loads {
+                self.emit.load(data, n as usize);
+            }
+            Self::rename(&mut out, n, data);
+        }
+        if let Some(reg) = high {
+            self.emit.load_high(data, reg.number() as u8 & 3);
+            for i in 0..out.op_count() {
+                if out.op_kind(i) == OpKind::Register && out.op_register(i) == reg {
+                    out.set_op_register(i, if data == T0 { Register::R11L } else { Register::R10L });
+                }
+            }
+        }
+        // The exact place of a host fault: everything above only prepared.
+        self.note_flags();
+        let ok = self.emit.raw(&out);
+        assert!(ok, "cannot encode {out:?}");
+        if let Some(&(n, _, true)) = spilled.first() {
+            self.emit.store(n as usize, data);
+        }
+        if let Some(reg) = high {
+            let info = self.info.info(insn);
+            let stores = (0..insn.op_count()).any(|i| {
+                insn.op_kind(i) == OpKind::Register
+                    && insn.op_register(i) == reg
+                    && writes(info.op_access(i))
+            });
+            if stores {
+                self.emit.store_high(data, reg.number() as u8 & 3);
+            }
+        }
+        self.flags_after(insn);
+        if write {
+            self.stored();
+        }
+    }
+
+    /// Forms whose memory operand is an absolute address become their general forms.
+    fn plain_code(insn: &mut Instruction) {
+        let code = match insn.code() {
+            Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+            Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+            Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+            Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+            Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+            Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+            Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+            Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+            _ => return,
+        };
+        insn.set_code(code);
+    }
+
+    fn set_memory(insn: &mut Instruction, base: Register, index: Register, disp: i32) {
+        insn.set_segment_prefix(Register::None);
+        insn.set_memory_base(base);
+        insn.set_memory_index(index);
+        insn.set_memory_index_scale(1);
+        insn.set_memory_displacement64(disp as i64 as u64);
+        insn.set_memory_displ_size(match disp {
+            0 => 0,
+            -128..=127 => 1,
+            _ => 8,
+        });
+    }
+
+    fn lea(&mut self, insn: &Instruction) {
+        let dest = insn.op0_register();
+        let n = full_number(dest).expect("general register");
+        self.operand_address(insn, false);
+        match dest.size() {
+            8 => {}
+            4 => self.emit.zero_extend(T0),
+            _ => {
+                // The upper bits of the destination stay.
+                self.emit.load(T1, n as usize);
+                self.emit.mov16(T1, T0);
+                self.emit.mov(T0, T1);
+            }
+        }
+        if in_frame(n) {
+            self.emit.store(n as usize, T0);
+        } else {
+            self.emit.mov(n, T0);
+        }
+    }
+
+    fn push(&mut self, insn: &Instruction) {
+        use OpKind::*;
+        let size = if insn.stack_pointer_increment() == -2 { 2 } else { 8 };
+        match insn.op0_kind() {
+            Register => {
+                let n = full_number(insn.op0_register()).expect("general register");
+                self.access(Ea::Plain(4, -size), size as usize, true);
+                let host = if in_frame(n) {
+                    self.emit.load(T0, n as usize);
+                    T0
+                } else {
+                    n
+                };
+                self.push_store(host, size);
+            }
+            Memory => {
+                self.access(Ea::Operand(*insn), size as usize, false);
+                self.operand_again(insn);
+                if size == 2 {
+                    self.emit.load_sum16(T0, T0, T1, 0);
+                } else {
+                    self.emit.load_sum(T0, T0, T1, 0);
+                }
+                self.emit.store_word(self.at.tmp(2), T0);
+                self.access(Ea::Plain(4, -size), size as usize, true);
+                self.emit.load_word(T0, self.at.tmp(2));
+                self.push_store(T0, size);
+            }
+            _ => {
+                self.access(Ea::Plain(4, -size), size as usize, true);
+                self.emit.imm(T0, insn.immediate(0));
+                self.push_store(T0, size);
+            }
+        }
+    }
+
+    fn push_store(&mut self, host: u8, size: i32) {
+        if size == 2 {
+            self.emit.store_sum16(host, 4, T1, -2);
+        } else {
+            self.emit.store_sum(host, 4, T1, -8);
+        }
+        self.emit.lea(4, 4, -size);
+        self.stored();
+    }
+
+    fn pop(&mut self, insn: &Instruction) {
+        let size = if insn.stack_pointer_increment() == 2 { 2 } else { 8 };
+        self.access(Ea::Plain(4, 0), size as usize, false);
+        if size == 2 {
+            self.emit.load_sum16(T0, 4, T1, 0);
+        } else {
+            self.emit.load_sum(T0, 4, T1, 0);
+        }
+        if insn.op0_kind() == OpKind::Register {
+            let n = full_number(insn.op0_register()).expect("general register");
+            self.emit.lea(4, 4, size);
+            if size == 2 {
+                self.emit.load(T1, n as usize);
+                self.emit.mov16(T1, T0);
+                self.emit.mov(T0, T1);
+            }
+            if in_frame(n) {
+                self.emit.store(n as usize, T0);
+            } else {
+                self.emit.mov(n, T0);
+            }
+            return;
+        }
+        // POP to memory: the address is computed with RSP already incremented (SDM vol. 2, POP); a fault leaves RSP as it was.
+        self.emit.store_word(self.at.tmp(2), T0);
+        let mut to = *insn;
+        if insn.memory_base() == Register::ESP {
+            // Before the sum is cut off at 32 bits.
+            to.set_memory_displacement64(u64::from((insn.memory_displacement64() as u32).wrapping_add(size as u32)));
+        }
+        self.operand_address(&to, true);
+        if insn.memory_base() == Register::RSP {
+            self.emit.lea(T0, T0, size);
+        }
+        self.emit.store_word(self.at.tmp(1), T0);
+        self.access(Ea::Kept, size as usize, true);
+        self.address(Ea::Kept);
+        self.emit.add_no_flags(T0, T1);
+        self.emit.load_word(T1, self.at.tmp(2));
+        if size == 2 {
+            self.emit.store_at16(T1, T0);
+        } else {
+            self.emit.store_at(T1, T0);
+        }
+        self.emit.lea(4, 4, size);
+        self.stored();
+    }
+
+    /// BT family with a register offset into memory: a bit string of any length (SDM vol. 2, BT).
+    fn bit_string(&mut self, insn: &Instruction) {
+        let reg = insn.op1_register();
+        let n = full_number(reg).expect("general register") as usize;
+        let bits = reg.size() as u32 * 8;
+        self.clobber_flags();
+        // The sum wraps at the address size; the segment's base comes after that.
+        self.operand_address(insn, false);
+        self.emit.bit_word_index(n, bits);
+        self.emit.lea_index(T0, T0, T1, bits / 8, 0);
+        if is_narrow(insn) {
+            self.emit.zero_extend(T0);
+        }
+        self.add_segment(insn);
+        self.emit.store_word(self.at.tmp(1), T0);
+        let write = insn.mnemonic() != Mnemonic::Bt;
+        self.access(Ea::Kept, bits as usize / 8, write);
+        self.address(Ea::Kept);
+        self.emit.add_no_flags(T0, T1);
+        self.emit.bit_in_word(n, bits);
+        self.need_flags();
+        let mut out = *insn;
+        out.set_has_lock_prefix(false);
+        Self::set_memory(&mut out, Register::R11, Register::None, 0);
+        out.set_op1_register(same_width(reg, T1));
+        self.note_flags();
+        let ok = self.emit.raw(&out);
+        assert!(ok, "cannot encode {out:?}");
+        self.flags = FlagsIn::Host;
+        if write {
+            self.stored();
+        }
+    }
+}
