@@ -29,10 +29,6 @@ pub enum ToVm {
     MakeImage,
     /// Give the machine up.
     Stop(String),
-    /// Write a snapshot to a file and go on; the answer says how that went.
-    Snapshot(std::path::PathBuf, Sender<Result<()>>),
-    /// How much was logged so far, please.
-    Stats(Sender<RunStats>),
 }
 
 /// Where outputs go when they may leave.
@@ -237,18 +233,6 @@ impl Live {
             ToVm::Throttle(on) => self.throttled = on,
             ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
             ToVm::MakeImage => self.make_image(),
-            ToVm::Snapshot(path, answer) => {
-                // Whoever asked may be gone; the snapshot is written all the same.
-                let _ = answer.send(super::replay::save_snapshot(
-                    &self.machine,
-                    &self.wiring.disk_bytes,
-                    self.wiring.last_output,
-                    &path,
-                ));
-            }
-            ToVm::Stats(answer) => {
-                let _ = answer.send(self.stats());
-            }
         }
     }
 
@@ -374,8 +358,13 @@ impl Live {
             self.wiring.events.say("recording-failed", format!("{e}; its end is missing"));
         }
         if let Some(pair) = self.wiring.pair.take() {
+            // The guest's end is the pair's. A failure of this host alone is not: the secondary takes over as if the host had died.
+            let message = match end {
+                End::HostFailure(_) => ToPair::Abandon,
+                _ => ToPair::Shutdown { reason: end.text() },
+            };
             // A pair that has ended already wants nothing.
-            let _ = pair.send(ToPair::Shutdown { reason: end.text() });
+            let _ = pair.send(message);
         }
     }
 }

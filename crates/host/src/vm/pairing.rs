@@ -54,6 +54,8 @@ pub enum ToPair {
     Closed(String),
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
+    /// This host has failed: fall silent, so that the secondary takes over. Outputs that were not released never leave.
+    Abandon,
     /// The guest is over.
     Shutdown {
         /// Why.
@@ -265,6 +267,7 @@ impl Driver {
         if self.connection.is_some() {
             self.event(PrimaryEvent::PeerConnected);
         }
+        // Once it is over, not another action is carried out.
         while !self.done {
             let message = match self.primary.deadline() {
                 Some(deadline) => {
@@ -336,6 +339,13 @@ impl Driver {
                 self.events.say_with("arbiter", format!("the arbiter says {verdict:?} for epoch {epoch}"), figures);
                 PrimaryEvent::ArbiterAnswer { epoch, verdict }
             }
+            ToPair::Abandon => {
+                self.events.say("abandoned", "this host has failed; the secondary may take over");
+                self.held.clear();
+                self.connection = None;
+                self.done = true;
+                return;
+            }
             ToPair::Shutdown { reason } => PrimaryEvent::Shutdown { reason },
         };
         self.primary.handle(now(), event);
@@ -362,7 +372,8 @@ impl Driver {
     }
 
     fn act(&mut self) {
-        while let Some(action) = self.primary.poll() {
+        while !self.done
+            && let Some(action) = self.primary.poll() {
             match action {
                 PrimaryAction::Send(bytes) => {
                     if let Some(connection) = &self.connection {
