@@ -3,16 +3,16 @@
 //! *In*: a spec and options. *Out*: how it ended. *Invariant*: everything that is opened here (cables, terminal, recording) is closed when
 //! the session ends, whatever the end.
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, json};
-use twinstep_machine::{Disk, DiskError, Input, Machine, Output};
+use twinstep_machine::{BootError, ConfigError, Disk, DiskError, Input, Machine, Output};
 use twinstep_pair::{Claim, Config as PairConfig, Epoch, OwnerId, Primary, PrimarySetup, Verdict, VmId, VmIdentity};
 
 use super::build::DiskExtra;
@@ -264,16 +264,14 @@ fn end_on_signals(to_vm: Sender<ToVm>) -> Result<()> {
 }
 
 fn read_file(path: &Path, what: &str) -> Result<Vec<u8>> {
-    std::fs::read(path).map_err(|e| {
-        Error::new(format!("cannot read the {what} {}", path.display())).because(e).next(format!("check --{what}"))
-    })
+    std::fs::read(path)
+        .map_err(|e| Error::new(format!("cannot read the {what} {}", path.display())).because(e).next(format!("check --{what}")))
 }
 
 /// A machine at power-on, or from a snapshot. Also says how many outputs it had made.
 fn make_machine(spec: &VmSpec, options: &RunOptions) -> Result<(Machine, u64)> {
     if let Some(snapshot) = &options.from {
-        let (machine, extra) =
-            replay::load_snapshot(snapshot, &mut |wanted| open_matching_disks(&spec.disk, wanted), &|_| {})?;
+        let (machine, extra) = replay::load_snapshot(snapshot, &mut |wanted| open_matching_disks(&spec.disk, wanted), &|_| {})?;
         return Ok((machine, extra.last_output));
     }
     let kernel = spec.kernel.as_ref().ok_or_else(|| {
@@ -281,12 +279,33 @@ fn make_machine(spec: &VmSpec, options: &RunOptions) -> Result<(Machine, u64)> {
     })?;
     let image = read_file(kernel, "kernel")?;
     let initrd = spec.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
-    let mut machine = Machine::new(spec.config(), open_disks(&spec.disk)?)
-        .map_err(|e| Error::new("cannot build this machine").because(e))?;
+    let mut machine = Machine::new(spec.config(), open_disks(&spec.disk)?).map_err(cannot_build)?;
     machine
         .boot_linux(&image, initrd.as_deref(), spec.cmdline.as_deref().unwrap_or("console=ttyS0"))
-        .map_err(|e| Error::new(format!("cannot boot {}", kernel.display())).because(e))?;
+        .map_err(|e| cannot_boot(kernel, e))?;
     Ok((machine, 0))
+}
+
+fn cannot_build(e: ConfigError) -> Error {
+    let next = match &e {
+        ConfigError::Ram(_) => "give another amount of RAM: --mem 512M",
+        ConfigError::CpuModel(_) => "leave --cpu away, or say --cpu x86-64-v2",
+        ConfigError::TooMany { .. } => "give fewer of them",
+        ConfigError::Map(_) => "give less RAM with --mem, or stop something else on this host",
+        ConfigError::Disks { .. } => "give --disk once for each disk",
+    };
+    Error::new("cannot build this machine").because(e).next(next)
+}
+
+fn cannot_boot(kernel: &Path, e: BootError) -> Error {
+    let next = match &e {
+        BootError::NotBzImage(_) => "give --kernel a Linux bzImage, such as /boot/vmlinuz-VERSION of a distribution",
+        BootError::TooOld { .. } | BootError::Not64Bit => "use a 64-bit kernel of this decade",
+        BootError::KernelTooLarge { .. } | BootError::InitrdTooLarge { .. } => "give more RAM with --mem",
+        BootError::CommandLineTooLong { .. } | BootError::CommandLineNul => "change --cmdline",
+        BootError::NotFresh | BootError::Load(_) => "this is a mistake in Twinstep: report it",
+    };
+    Error::new(format!("cannot boot {}", kernel.display())).because(e).next(next)
 }
 
 /// Runs a VM to its end.
@@ -301,7 +320,15 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         .map(|d| std::fs::metadata(&d.path).map(|m| m.len()).at("look at the disk", &d.path))
         .collect::<Result<_>>()?;
     let digest_interval = options.digest_interval.unwrap_or(DIGEST_INTERVAL);
-    // The standby is asked first: a VM that was to be protected does not start unprotected by mistake.
+    // The arbiter and the standby are asked first: a VM that was to be protected does not start unprotected by mistake. A standby
+    // serves the first who connects, so nothing that can be refused comes after.
+    let arbiter = match (&options.protect, &options.arbiter) {
+        (None, _) => None,
+        (Some(_), Some(directory)) => Some(open_arbiter(directory, events)?),
+        (Some(_), None) => {
+            return Err(Error::new("a protected VM needs an arbiter").next("give --arbiter DIR, a directory both hosts share"));
+        }
+    };
     let standby = options.protect.as_ref().map(|address| connect(address)).transpose()?;
     let recording = match &options.record {
         Some(path) => Some(replay::record(&machine, path, digest_interval, &disk_bytes, last_output)?),
@@ -317,12 +344,9 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             to_vm.send(ToVm::Input(input)).expect("the inbox is ours");
         }
     }
-    let pair = match standby {
+    let pair = match standby.zip(arbiter) {
         None => None,
-        Some(stream) => {
-            let directory = options.arbiter.as_ref().ok_or_else(|| {
-                Error::new("a protected VM needs an arbiter").next("give --arbiter DIR, a directory both hosts share")
-            })?;
+        Some((stream, arbiter)) => {
             let primary = Primary::new(PrimarySetup {
                 config: options.pair.clone(),
                 vm: VmIdentity {
@@ -340,7 +364,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             Some(PairThread::start(PairWiring {
                 primary,
                 stream: Some(stream),
-                arbiter: open_arbiter(directory, events)?,
+                arbiter,
                 outlet: outside.outlet()?,
                 vm: to_vm.clone(),
                 events: events.clone(),
@@ -374,11 +398,8 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
 
 /// The log's figures, by kind of entry.
 pub fn log_figures(stats: &RunStats) -> Map<String, serde_json::Value> {
-    let kinds: Map<_, _> = stats
-        .log
-        .iter()
-        .map(|(kind, k)| (kind.name().to_owned(), json!({ "entries": k.entries, "bytes": k.bytes })))
-        .collect();
+    let kinds: Map<_, _> =
+        stats.log.iter().map(|(kind, k)| (kind.name().to_owned(), json!({ "entries": k.entries, "bytes": k.bytes }))).collect();
     let mut figures = Map::new();
     figures.insert("position".into(), json!(stats.position));
     figures.insert("guest_ns".into(), json!(stats.guest_ns));
@@ -386,12 +407,23 @@ pub fn log_figures(stats: &RunStats) -> Map<String, serde_json::Value> {
     figures
 }
 
+/// How long a standby may take to accept a connection. Where nobody answers at all, the system's own patience is minutes.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+
 fn connect(address: &str) -> Result<TcpStream> {
-    TcpStream::connect(address).map_err(|e| {
+    let refuse = |e: std::io::Error| {
         Error::new(format!("cannot reach the standby at {address}"))
             .because(e)
             .next(format!("start it there first: twinstep standby --listen {address} --arbiter DIR ..."))
-    })
+    };
+    let mut failure = std::io::Error::other("the name has no address");
+    for candidate in address.to_socket_addrs().map_err(refuse)? {
+        match TcpStream::connect_timeout(&candidate, CONNECT_PATIENCE) {
+            Ok(stream) => return Ok(stream),
+            Err(e) => failure = e,
+        }
+    }
+    Err(refuse(failure))
 }
 
 /// Runs a machine that has just gone live, to its end.
