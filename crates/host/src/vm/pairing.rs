@@ -408,10 +408,13 @@ impl Driver {
         }
         let state = self.primary.state();
         if state != self.last_state {
-            self.last_state = state;
+            let before = std::mem::replace(&mut self.last_state, state);
             if state == PrimaryState::Protected {
                 self.report.protected = true;
                 self.events.say("protected", "every output now waits for the secondary");
+            }
+            if state == PrimaryState::Unprotected && matches!(before, PrimaryState::Greeting | PrimaryState::Copying) {
+                self.events.say("unprotected", "the guest runs on without protection");
             }
         }
     }

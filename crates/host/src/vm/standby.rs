@@ -3,17 +3,17 @@
 //! *In*: a connection from a primary. *Out*: how it ended, and, if it went live, the machine with the outputs that the world may not have
 //! seen. *Invariant*: the protocol runs on a thread of its own, so that receipt is acknowledged at once, however busy the replay is.
 use std::collections::VecDeque;
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, json};
 use twinstep_log::{Entry, ImageReader, ReplayOptions, Replayer};
 use twinstep_machine::{Config, Machine, Output};
 use twinstep_pair::{
     Arbiter, Epoch, Nanos, OutputId, Record, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq, StopReason,
-    Verdict,
+    Verdict, wire,
 };
 
 use super::build::{self, DiskExtra, Extra};
@@ -83,6 +83,43 @@ enum ToReplay {
     Records { first_seq: Seq, records: Vec<Record> },
     Discard { up_to: OutputId },
     Finish { reissue: Range<OutputId>, epoch: Epoch, answer: Sender<Result<Live>> },
+}
+
+/// How long who connects may take to say its first word. A primary says it at once.
+const GREETING_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Waits for a primary. Strangers come to any open port: scanners, health checks, people with a wrong address. They are sent away, and the
+/// waiting goes on.
+pub fn accept(listener: &TcpListener, events: &Events) -> Result<TcpStream> {
+    loop {
+        let (stream, from) = listener.accept().what("cannot accept a primary")?;
+        match first_word(&stream) {
+            Ok(()) => {
+                events.say("connected", format!("a primary connected from {from}"));
+                return Ok(stream);
+            }
+            Err(why) => events.say("stranger", format!("{from} is no primary: {why}; waiting on")),
+        }
+    }
+}
+
+/// Looks at how a conversation begins, without taking anything from it.
+fn first_word(stream: &TcpStream) -> std::result::Result<(), String> {
+    let deadline = Instant::now() + GREETING_PATIENCE;
+    let mut word = [0; wire::MAGIC.len()];
+    stream.set_read_timeout(Some(GREETING_PATIENCE)).map_err(|e| e.to_string())?;
+    loop {
+        match stream.peek(&mut word) {
+            Ok(0) => return Err("it closed the connection".into()),
+            Ok(n) if word[..n] != wire::MAGIC[..n] => return Err("it speaks another protocol".into()),
+            Ok(n) if n == word.len() => return stream.set_read_timeout(None).map_err(|e| e.to_string()),
+            // A part of the word: the rest is on its way.
+            Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+            Ok(_) => return Err("it does not go on".into()),
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Err("it says nothing".into()),
+            Err(e) => return Err(e.to_string()),
+        }
+    }
 }
 
 /// Serves one primary to the end. Blocks.
@@ -174,7 +211,7 @@ impl Driver {
             ToStandby::Replayed { seq, position } => SecondaryEvent::Replayed { seq, position },
             ToStandby::Failed(reason) => {
                 self.events.say("replay-failed", reason.clone());
-                SecondaryEvent::Shutdown { reason }
+                SecondaryEvent::Failed { reason }
             }
         };
         self.secondary.handle(now(), event);
@@ -191,7 +228,13 @@ impl Driver {
                 SecondaryAction::Disconnect => self.connection = None,
                 SecondaryAction::Prepare(hello) => self.events.say(
                     "accepted",
-                    format!("following VM {} ({} MiB, {}) in epoch {}", hello.vm.vm, hello.vm.ram_bytes >> 20, hello.vm.cpu_model, hello.epoch),
+                    format!(
+                        "following VM {} ({} MiB, {}) in epoch {}",
+                        hello.vm.vm,
+                        hello.vm.ram_bytes >> 20,
+                        hello.vm.cpu_model,
+                        hello.epoch
+                    ),
                 ),
                 SecondaryAction::ImageChunk(bytes) => self.tell_replay(ToReplay::Chunk(bytes)),
                 SecondaryAction::Restore { position } => self.tell_replay(ToReplay::Restore { position }),
@@ -325,7 +368,11 @@ impl Replay {
         let Running { vm, extra, .. } = self.running.take().ok_or_else(|| Error::new("there is no machine to go live with"))?;
         let kept = std::mem::take(&mut self.held).into_iter();
         let outputs: Vec<Output> = kept.filter(|(id, _)| reissue.contains(id)).map(|(_, output)| output).collect();
-        assert_eq!(outputs.len() as u64, reissue.end.saturating_sub(reissue.start), "every output that may not have left is kept");
+        assert_eq!(
+            outputs.len() as u64,
+            reissue.end.saturating_sub(reissue.start),
+            "every output that may not have left is kept"
+        );
         Ok(Live { machine: vm.0, extra, reissue: outputs, last_output: self.last_output, epoch })
     }
 }

@@ -38,9 +38,9 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let address = listener.local_addr()?.to_string();
     let figures = serde_json::Map::from_iter([("address".to_owned(), address.clone().into())]);
     events.say_with("listening", format!("waiting for a primary on {address}"), figures);
-    let (stream, from) = listener.accept().context("cannot accept a primary")?;
+    let stream = standby::accept(&listener, &events)?;
+    // Another primary is told at once that nobody waits for it here.
     drop(listener);
-    events.say("connected", format!("a primary connected from {from}"));
     let disks = spec.disk.clone();
     let outcome = standby::serve(StandbyWiring {
         setup: SecondarySetup {
