@@ -34,6 +34,9 @@ enum Command {
 
 fn main() -> ExitCode {
     twinstep_host::terminal::restore_on_panic();
+    // TWINSTEP_LOG=debug shows more.
+    let filter = tracing_subscriber::EnvFilter::try_from_env("TWINSTEP_LOG").unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).without_time().init();
     let result = match Arguments::parse().command {
         Command::Run(arguments) => commands::run::run(arguments),
         Command::Standby(arguments) => commands::standby::run(arguments),

@@ -63,6 +63,9 @@ struct LinkState {
     to: Option<u32>,
 }
 
+/// Jump cache entries (user, index) by virtual page.
+type JumpPages = HashMap<u64, Vec<(bool, u32)>, FixedHasher>;
+
 /// The code cache of one engine.
 pub struct Cache {
     frame: *mut Frame,
@@ -74,7 +77,7 @@ pub struct Cache {
     by_key: HashMap<Key, u32, FixedHasher>,
     by_page: HashMap<usize, Vec<u32>, FixedHasher>,
     /// Filled jump cache entries (user, index) by virtual page; those of global pages and the others apart.
-    jump_pages: [HashMap<u64, Vec<(bool, u32)>, FixedHasher>; 2],
+    jump_pages: [JumpPages; 2],
     /// Counters for people.
     pub stats: CacheStats,
 }

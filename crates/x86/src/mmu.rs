@@ -314,9 +314,9 @@ impl Mmu {
             let gpa = table + ((va >> (12 + 9 * level)) & 511) * 8;
             // A table outside RAM reads as all ones, which has reserved bits set.
             let entry = match self.ram.word(gpa) {
-                // SAFETY: a word of mapped RAM.
                 Some(word) => {
                     words[depth] = word;
+                    // SAFETY: a word of mapped RAM.
                     unsafe { word.read() }
                 }
                 None => u64::MAX,

@@ -116,7 +116,7 @@ impl PhysMem {
         let mut end = 0;
         let mut pages = 0;
         for r in &regions {
-            assert!(r.gpa >= end && r.gpa % PAGE_SIZE == 0 && r.len % PAGE_SIZE == 0 && r.host as u64 % PAGE_SIZE == 0);
+            assert!(r.gpa >= end && [r.gpa, r.len, r.host as u64].iter().all(|n| n.is_multiple_of(PAGE_SIZE)));
             end = r.gpa.checked_add(r.len).expect("region wraps");
             pages += r.len / PAGE_SIZE;
         }

@@ -48,7 +48,7 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     }
     let i = SIGNALS.iter().position(|&s| s == signal).expect("installed for these only");
     // SAFETY: written once before any handler was installed, read-only since.
-    let previous = unsafe { (*(&raw const PREVIOUS))[i].assume_init_ref() };
+    let previous = unsafe { (&raw const PREVIOUS[i]).as_ref().expect("a static").assume_init_ref() };
     match previous.sa_sigaction {
         libc::SIG_DFL | libc::SIG_IGN => {
             // Not ours and nobody's: let it happen again with the default action.
@@ -80,7 +80,7 @@ fn install() {
             for (i, &signal) in SIGNALS.iter().enumerate() {
                 let mut old: libc::sigaction = std::mem::zeroed();
                 libc::sigaction(signal, std::ptr::null(), &mut old);
-                (*(&raw mut PREVIOUS))[i].write(old);
+                (&raw mut PREVIOUS[i]).write(std::mem::MaybeUninit::new(old));
                 let mut new: libc::sigaction = std::mem::zeroed();
                 new.sa_sigaction = handler as *const () as usize;
                 new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;

@@ -409,8 +409,9 @@ impl Core {
         loop {
             self.enter(entry, left);
             // SAFETY: the frame is ours.
-            let (reason, arg, pc) = unsafe { ((*self.frame).exit, (*self.frame).exit_arg, (*self.frame).fault_pc) };
-            left = unsafe { (*self.frame).budget };
+            let frame = unsafe { &*self.frame };
+            let (reason, arg, pc) = (frame.exit, frame.exit_arg, frame.fault_pc);
+            left = frame.budget;
             self.position = self.limit - left;
             match reason {
                 exit::LOOKUP if !canonical(self.st().rip) => {
