@@ -14,9 +14,7 @@ pub fn code(text: &str) -> String {
         let to = to.min(out.len());
         out[from.min(to)..to].iter_mut().filter(|b| **b != b'\n').for_each(|b| *b = b' ');
     };
-    let find = |needle: &[u8], at: usize| {
-        (at..from.len()).find(|&i| from[i..].starts_with(needle)).unwrap_or(from.len())
-    };
+    let find = |needle: &[u8], at: usize| (at..from.len()).find(|&i| from[i..].starts_with(needle)).unwrap_or(from.len());
     let mut i = 0;
     while i < from.len() {
         let rest = &from[i..];
@@ -133,7 +131,9 @@ pub fn shipped(crate_folder: &Path) -> Vec<(PathBuf, String)> {
         all.push((file, code));
     }
     let only_tests = |file: &Path| {
-        tests.iter().any(|t| file == t || (t.ends_with("mod.rs") && file.starts_with(t.parent().expect("a file lies in a folder"))))
+        tests
+            .iter()
+            .any(|t| file == t || (t.ends_with("mod.rs") && file.starts_with(t.parent().expect("a file lies in a folder"))))
     };
     all.retain(|(file, _)| !only_tests(file));
     all
@@ -147,9 +147,9 @@ pub fn line(text: &str, at: usize) -> usize {
 /// Whether `word` stands in `code` as a whole word (it may contain `::`), and where first.
 pub fn find_word(code: &str, word: &str) -> Option<usize> {
     let part = |c: char| c.is_alphanumeric() || c == '_';
-    code.match_indices(word).map(|(at, _)| at).find(|&at| {
-        !code[..at].ends_with(part) && (!code[at + word.len()..].starts_with(part) || word.ends_with(|c| !part(c)))
-    })
+    code.match_indices(word)
+        .map(|(at, _)| at)
+        .find(|&at| !code[..at].ends_with(part) && (!code[at + word.len()..].starts_with(part) || word.ends_with(|c| !part(c))))
 }
 
 #[cfg(test)]

@@ -76,8 +76,23 @@ const FORBIDDEN: &[(&str, &str)] = &[
 
 /// The functions and types of libc that a pure crate may name: memory for the guest, and faults of translated code.
 const LIBC: &[&str] = &[
-    "c_int", "c_void", "mmap", "munmap", "mprotect", "madvise", "pthread_sigmask", "sigaction", "sigaltstack", "sigdelset", "sigaddset",
-    "sigemptyset", "sigfillset", "siginfo_t", "sigset_t", "stack_t", "ucontext_t",
+    "c_int",
+    "c_void",
+    "mmap",
+    "munmap",
+    "mprotect",
+    "madvise",
+    "pthread_sigmask",
+    "sigaction",
+    "sigaltstack",
+    "sigdelset",
+    "sigaddset",
+    "sigemptyset",
+    "sigfillset",
+    "siginfo_t",
+    "sigset_t",
+    "stack_t",
+    "ucontext_t",
 ];
 
 #[test]
@@ -96,7 +111,11 @@ fn sources_of_pure_crates_reach_nothing_outside() {
                 let named = &named[..end];
                 let constant = named.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_');
                 if !constant && !LIBC.contains(&named) {
-                    found.push(format!("{}:{}: libc::{named} is not on the list of what may be called", shown(&file), source::line(&code, at)));
+                    found.push(format!(
+                        "{}:{}: libc::{named} is not on the list of what may be called",
+                        shown(&file),
+                        source::line(&code, at)
+                    ));
                 }
             }
         }
@@ -121,7 +140,8 @@ fn pure_crates_depend_on_pure_packages() {
     let text = |value: &Value| value.as_str().expect("cargo's names are text").to_owned();
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
 
-    let names: BTreeMap<String, String> = list(&metadata["packages"]).iter().map(|p| (text(&p["id"]), text(&p["name"]))).collect();
+    let names: BTreeMap<String, String> =
+        list(&metadata["packages"]).iter().map(|p| (text(&p["id"]), text(&p["name"]))).collect();
     let is_macro = |p: &Value| list(&p["targets"]).iter().any(|t| list(&t["kind"]).contains(&Value::from("proc-macro")));
     let macros: BTreeSet<String> = list(&metadata["packages"]).iter().filter(|p| is_macro(p)).map(|p| text(&p["id"])).collect();
     let mut needs: BTreeMap<String, Vec<String>> = BTreeMap::new();

@@ -52,7 +52,10 @@ fn table<'a>(manifest: &'a Table, name: &str) -> Vec<(&'a String, &'a Value)> {
 fn arrows_go_one_way() {
     for (name, manifest) in manifests() {
         let (_, allowed) = ARROWS.iter().find(|(n, _)| *n == name).unwrap_or_else(|| {
-            panic!("crate {name} is not in ARROWS of {}: say there what it may depend on, and in ARCHITECTURE.md what it is for", file!())
+            panic!(
+                "crate {name} is not in ARROWS of {}: say there what it may depend on, and in ARCHITECTURE.md what it is for",
+                file!()
+            )
         });
         for (dependency, _) in table(&manifest, "dependencies") {
             if let Some(room) = dependency.strip_prefix("twinstep-") {
@@ -71,7 +74,10 @@ fn versions_stand_in_the_workspace_alone() {
         for kind in ["dependencies", "dev-dependencies", "build-dependencies"] {
             for (dependency, value) in table(&manifest, kind) {
                 let inherited = value.as_table().and_then(|t| t.get("workspace")) == Some(&Value::Boolean(true));
-                assert!(inherited, "crates/{name}/Cargo.toml: write `{dependency}.workspace = true`; the version stands in the workspace's Cargo.toml");
+                assert!(
+                    inherited,
+                    "crates/{name}/Cargo.toml: write `{dependency}.workspace = true`; the version stands in the workspace's Cargo.toml"
+                );
             }
         }
         let lints = manifest.get("lints").and_then(|l| l.get("workspace"));
@@ -91,7 +97,9 @@ fn nothing_in_the_workspace_is_pinned_for_nobody() {
     let unused: Vec<_> = pinned
         .filter(|dependency| {
             let named = |m: &Table, kind| table(m, kind).iter().any(|(d, _)| d == dependency);
-            !manifests.values().any(|m| ["dependencies", "dev-dependencies", "build-dependencies"].iter().any(|kind| named(m, kind)))
+            !manifests
+                .values()
+                .any(|m| ["dependencies", "dev-dependencies", "build-dependencies"].iter().any(|kind| named(m, kind)))
         })
         .collect();
     assert!(unused.is_empty(), "pinned in the workspace's Cargo.toml, but no crate uses them: {unused:?}");

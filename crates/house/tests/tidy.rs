@@ -34,7 +34,11 @@ fn files_are_short_enough_to_read() {
 fn every_file_says_what_it_is() {
     let all = files(&root().join("crates"), "rs");
     let headless: Vec<_> = all.iter().filter(|file| !read(file).starts_with("//!")).map(|file| shown(file)).collect();
-    assert!(headless.is_empty(), "these files do not open with a head (`//! What it is. In, out, invariant.`):\n{}", headless.join("\n"));
+    assert!(
+        headless.is_empty(),
+        "these files do not open with a head (`//! What it is. In, out, invariant.`):\n{}",
+        headless.join("\n")
+    );
 }
 
 #[test]
@@ -114,8 +118,13 @@ fn files_named_in_the_documents_exist() {
 #[test]
 fn the_readmes_test_command_is_what_ci_runs() {
     let readme = read(&root().join("README.md"));
-    let commands: Vec<&str> =
-        readme.lines().skip_while(|l| !l.starts_with("```sh")).skip(1).take_while(|l| !l.starts_with("```")).filter(|l| l.starts_with("cargo ")).collect();
+    let commands: Vec<&str> = readme
+        .lines()
+        .skip_while(|l| !l.starts_with("```sh"))
+        .skip(1)
+        .take_while(|l| !l.starts_with("```"))
+        .filter(|l| l.starts_with("cargo "))
+        .collect();
     let [demo, test, ..] = commands[..] else { panic!("the README begins with two commands, not {commands:?}") };
     let command = |line: &str| line.split('#').next().unwrap_or_default().trim().to_owned();
     assert_eq!(command(demo), "cargo run --release -- demo");

@@ -56,11 +56,7 @@ pub trait Arbiter {
 
 /// The verdict for `asker` when the register turned out to be held by `holder` (which may be the asker itself).
 pub fn verdict_for(asker: OwnerId, holder: OwnerId) -> Verdict {
-    if asker == holder {
-        Verdict::Won
-    } else {
-        Verdict::Lost
-    }
+    if asker == holder { Verdict::Won } else { Verdict::Lost }
 }
 
 /// The arbiter as a table in memory: the reference for tests and simulations.
@@ -78,10 +74,7 @@ impl TableArbiter {
 
 impl Arbiter for TableArbiter {
     fn test_and_set(&mut self, claim: &Claim) -> Verdict {
-        let holder = *self
-            .holders
-            .entry((claim.vm, claim.epoch))
-            .or_insert(claim.owner);
+        let holder = *self.holders.entry((claim.vm, claim.epoch)).or_insert(claim.owner);
         verdict_for(claim.owner, holder)
     }
 }
@@ -116,15 +109,7 @@ impl Arbitration {
     /// Begins; the caller must send the returned claim.
     pub(crate) fn begin(now: Nanos, claim: Claim, config: &Config) -> (Arbitration, Claim) {
         let deadline = now.plus(config.arbiter_timeout);
-        (
-            Arbitration {
-                claim,
-                attempts: 1,
-                deadline,
-                awaiting: true,
-            },
-            claim,
-        )
+        (Arbitration { claim, attempts: 1, deadline, awaiting: true }, claim)
     }
 
     /// When [`Arbitration::tick`] has something to do.
@@ -138,13 +123,7 @@ impl Arbitration {
     }
 
     /// Takes the arbiter's answer. A late answer to an earlier ask is as good as any: `Won` and `Lost` are for ever.
-    pub(crate) fn answer(
-        &mut self,
-        now: Nanos,
-        epoch: Epoch,
-        verdict: Verdict,
-        config: &Config,
-    ) -> Next {
+    pub(crate) fn answer(&mut self, now: Nanos, epoch: Epoch, verdict: Verdict, config: &Config) -> Next {
         if epoch != self.claim.epoch {
             return Next::Wait;
         }
@@ -176,11 +155,7 @@ impl Arbitration {
         }
         // Doubling, so that two stopped sides and a struggling arbiter do not keep each other busy.
         let doublings = (self.attempts - 1).min(16);
-        let pause = config
-            .arbiter_retry_min
-            .0
-            .saturating_mul(1 << doublings)
-            .min(config.arbiter_retry_max.0);
+        let pause = config.arbiter_retry_min.0.saturating_mul(1 << doublings).min(config.arbiter_retry_max.0);
         self.awaiting = false;
         self.deadline = now.plus(Nanos(pause));
         Next::RetryAt(self.deadline)
@@ -194,11 +169,7 @@ mod tests {
     const VM: VmId = VmId([1; 16]);
 
     fn claim(epoch: u64, owner: u8) -> Claim {
-        Claim {
-            vm: VM,
-            epoch: Epoch(epoch),
-            owner: OwnerId([owner; 16]),
-        }
+        Claim { vm: VM, epoch: Epoch(epoch), owner: OwnerId([owner; 16]) }
     }
 
     #[test]
@@ -208,10 +179,7 @@ mod tests {
         assert_eq!(arbiter.test_and_set(&claim(2, 2)), Verdict::Lost);
         assert_eq!(arbiter.test_and_set(&claim(2, 1)), Verdict::Won);
         assert_eq!(arbiter.test_and_set(&claim(3, 2)), Verdict::Won);
-        let other = Claim {
-            vm: VmId([9; 16]),
-            ..claim(2, 2)
-        };
+        let other = Claim { vm: VmId([9; 16]), ..claim(2, 2) };
         assert_eq!(arbiter.test_and_set(&other), Verdict::Won);
         assert_eq!(arbiter.holder(VM, Epoch(2)), Some(OwnerId([1; 16])));
         assert_eq!(arbiter.holder(VM, Epoch(4)), None);
@@ -225,9 +193,7 @@ mod tests {
         let (mut now, mut pauses) = (Nanos(0), Vec::new());
         for _ in 0..8 {
             let next = arbitration.answer(now, Epoch(2), Verdict::Unreachable, &config);
-            let Next::RetryAt(at) = next else {
-                panic!("{next:?}")
-            };
+            let Next::RetryAt(at) = next else { panic!("{next:?}") };
             pauses.push(at.since(now).0 / 1_000_000);
             assert_eq!(arbitration.tick(Nanos(at.0 - 1), &config), Next::Wait);
             now = at;
@@ -241,15 +207,9 @@ mod tests {
         let config = Config::default();
         let (mut arbitration, _) = Arbitration::begin(Nanos(0), claim(2, 1), &config);
         let overdue = config.arbiter_timeout;
-        assert!(matches!(
-            arbitration.tick(overdue, &config),
-            Next::RetryAt(_)
-        ));
+        assert!(matches!(arbitration.tick(overdue, &config), Next::RetryAt(_)));
         let late = arbitration.answer(overdue, Epoch(2), Verdict::Unreachable, &config);
         assert_eq!(late, Next::Wait, "the pause is not begun anew");
-        assert_eq!(
-            arbitration.answer(overdue, Epoch(2), Verdict::Won, &config),
-            Next::Won
-        );
+        assert_eq!(arbitration.answer(overdue, Epoch(2), Verdict::Won, &config), Next::Won);
     }
 }

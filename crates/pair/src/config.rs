@@ -76,31 +76,15 @@ impl Config {
     /// Says what does not fit, if anything.
     pub fn check(&self) -> Result<(), ConfigError> {
         let rules: [(bool, &'static str, &'static str); 9] = [
-            (
-                self.heartbeat_interval.0 > 0,
-                "heartbeat_interval",
-                "must not be zero",
-            ),
+            (self.heartbeat_interval.0 > 0, "heartbeat_interval", "must not be zero"),
             (
                 self.peer_timeout.0 / 4 >= self.heartbeat_interval.0,
                 "peer_timeout",
                 "must be at least four heartbeat intervals, or a single late one looks like a death",
             ),
-            (
-                self.copy_timeout >= self.peer_timeout,
-                "copy_timeout",
-                "must not be below peer_timeout",
-            ),
-            (
-                self.stall_timeout >= self.peer_timeout,
-                "stall_timeout",
-                "must not be below peer_timeout",
-            ),
-            (
-                self.arbiter_timeout.0 > 0,
-                "arbiter_timeout",
-                "must not be zero",
-            ),
+            (self.copy_timeout >= self.peer_timeout, "copy_timeout", "must not be below peer_timeout"),
+            (self.stall_timeout >= self.peer_timeout, "stall_timeout", "must not be below peer_timeout"),
+            (self.arbiter_timeout.0 > 0, "arbiter_timeout", "must not be zero"),
             (
                 self.arbiter_retry_min.0 > 0 && self.arbiter_retry_min <= self.arbiter_retry_max,
                 "arbiter_retry_min",
@@ -114,16 +98,8 @@ impl Config {
                 "max_*",
                 "must not be zero, or the guest could never run",
             ),
-            (
-                self.hard_bound_factor >= 2,
-                "hard_bound_factor",
-                "must be at least two",
-            ),
-            (
-                self.image_window_bytes > 0,
-                "image_window_bytes",
-                "must not be zero",
-            ),
+            (self.hard_bound_factor >= 2, "hard_bound_factor", "must be at least two"),
+            (self.image_window_bytes > 0, "image_window_bytes", "must not be zero"),
         ];
         match rules.iter().find(|(holds, ..)| !holds) {
             None => Ok(()),

@@ -18,10 +18,7 @@ pub(crate) struct Detector {
 impl Detector {
     /// Starts to listen now.
     pub(crate) fn new(now: Nanos) -> Detector {
-        Detector {
-            last_heard: now,
-            last_looked: now,
-        }
+        Detector { last_heard: now, last_looked: now }
     }
 
     /// The peer gave a sign of life.

@@ -45,11 +45,7 @@ pub use arbiter::{Arbiter, Claim, TableArbiter, Verdict, verdict_for};
 pub use bugs::{Bug, Bugs};
 pub use config::{Config, ConfigError};
 pub use notice::{Notice, StopReason};
-pub use primary::{
-    Primary, PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus,
-};
-pub use secondary::{
-    Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus,
-};
+pub use primary::{Primary, PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
+pub use secondary::{Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
 pub use types::{Epoch, Nanos, OutputId, OwnerId, Record, Seq, VmId};
 pub use wire::{Expectation, HostIdentity, VmIdentity};

@@ -49,18 +49,12 @@ impl fmt::Display for Notice {
         match self {
             Notice::State { from, to, reason } => write!(f, "{from} -> {to}: {reason}"),
             Notice::Refused { reason } => write!(f, "pairing refused: {reason}"),
-            Notice::ArbiterUnreachable {
-                epoch,
-                attempts,
-                retry_at,
-            } => write!(
+            Notice::ArbiterUnreachable { epoch, attempts, retry_at } => write!(
                 f,
                 "the arbiter does not say who holds epoch {epoch} (asked {attempts} times); staying stopped, asking again at {retry_at}"
             ),
             Notice::ShutdownRefused { reason } => write!(f, "not ended: {reason}"),
-            Notice::Throttle {
-                reason: Some(reason),
-            } => write!(f, "the guest is held back: {reason}"),
+            Notice::Throttle { reason: Some(reason) } => write!(f, "the guest is held back: {reason}"),
             Notice::Throttle { reason: None } => write!(f, "the guest runs freely again"),
         }
     }
@@ -100,18 +94,12 @@ impl fmt::Display for StopReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StopReason::LostArbitration { epoch } => {
-                write!(
-                    f,
-                    "the arbiter gave epoch {epoch} to the other side, which runs the VM now"
-                )
+                write!(f, "the arbiter gave epoch {epoch} to the other side, which runs the VM now")
             }
             StopReason::Ended { reason } => write!(f, "{reason}"),
             StopReason::PeerEnded { reason } => write!(f, "the other side said goodbye: {reason}"),
             StopReason::NotProtected { reason } => {
-                write!(
-                    f,
-                    "the connection was lost before protection had started ({reason}); the primary goes on alone"
-                )
+                write!(f, "the connection was lost before protection had started ({reason}); the primary goes on alone")
             }
             StopReason::Refused { reason } => write!(f, "pairing refused: {reason}"),
         }

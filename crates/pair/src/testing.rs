@@ -2,9 +2,7 @@
 
 use crate::config::Config;
 use crate::types::{Epoch, Nanos, OwnerId, Record, VmId};
-use crate::wire::{
-    Decoder, Expectation, Hello, HelloReply, HostIdentity, Message, VmIdentity, encode,
-};
+use crate::wire::{Decoder, Expectation, Hello, HelloReply, HostIdentity, Message, VmIdentity, encode};
 use crate::{PrimarySetup, SecondarySetup};
 
 pub(crate) const VM: VmId = VmId([1; 16]);
@@ -16,79 +14,35 @@ pub(crate) fn millis(millis: u64) -> Nanos {
 }
 
 pub(crate) fn config() -> Config {
-    Config {
-        max_unacked_bytes: 1_000,
-        max_unreplayed_bytes: 2_000,
-        max_replay_lag: 1_000,
-        ..Config::default()
-    }
+    Config { max_unacked_bytes: 1_000, max_unreplayed_bytes: 2_000, max_replay_lag: 1_000, ..Config::default() }
 }
 
 pub(crate) fn host() -> HostIdentity {
-    HostIdentity {
-        build: "test".to_owned(),
-        engine: "toy".to_owned(),
-        cpu_vendor: "GenuineIntel".to_owned(),
-        cpu_family: 6,
-    }
+    HostIdentity { build: "test".to_owned(), engine: "toy".to_owned(), cpu_vendor: "GenuineIntel".to_owned(), cpu_family: 6 }
 }
 
 pub(crate) fn vm() -> VmIdentity {
-    VmIdentity {
-        vm: VM,
-        cpu_model: "x86-64-v2".to_owned(),
-        ram_bytes: 4096,
-    }
+    VmIdentity { vm: VM, cpu_model: "x86-64-v2".to_owned(), ram_bytes: 4096 }
 }
 
 pub(crate) fn primary_setup() -> PrimarySetup {
-    PrimarySetup {
-        config: config(),
-        vm: vm(),
-        host: host(),
-        owner: PRIMARY,
-        epoch: Epoch::FIRST,
-        last_output: 0,
-        last_left: 0,
-    }
+    PrimarySetup { config: config(), vm: vm(), host: host(), owner: PRIMARY, epoch: Epoch::FIRST, last_output: 0, last_left: 0 }
 }
 
 pub(crate) fn secondary_setup() -> SecondarySetup {
-    SecondarySetup {
-        config: config(),
-        host: host(),
-        owner: SECONDARY,
-        expect: Expectation::default(),
-    }
+    SecondarySetup { config: config(), host: host(), owner: SECONDARY, expect: Expectation::default() }
 }
 
 pub(crate) fn hello() -> Hello {
-    Hello {
-        min_version: 1,
-        max_version: 1,
-        vm: vm(),
-        epoch: Epoch::FIRST,
-        owner: PRIMARY,
-        host: host(),
-    }
+    Hello { min_version: 1, max_version: 1, vm: vm(), epoch: Epoch::FIRST, owner: PRIMARY, host: host() }
 }
 
 pub(crate) fn reply() -> HelloReply {
-    HelloReply {
-        version: 1,
-        vm: VM,
-        epoch: Epoch::FIRST,
-        owner: SECONDARY,
-        host: host(),
-    }
+    HelloReply { version: 1, vm: VM, epoch: Epoch::FIRST, owner: SECONDARY, host: host() }
 }
 
 pub(crate) fn record(position: u64, length: usize) -> Record {
-    Record {
-        position,
-        kind: 1,
-        bytes: vec![7; length],
-    }
+    Record { position, kind: 1, bytes: vec![7; length] }
 }
 
 pub(crate) fn frame(message: &Message) -> Vec<u8> {

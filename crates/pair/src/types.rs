@@ -75,11 +75,7 @@ impl Epoch {
     /// The epoch that a failover out of this one claims.
     #[must_use]
     pub fn next(self) -> Epoch {
-        Epoch(
-            self.0
-                .checked_add(1)
-                .expect("an epoch is one failover; 2^64 of them can't have happened"),
-        )
+        Epoch(self.0.checked_add(1).expect("an epoch is one failover; 2^64 of them can't have happened"))
     }
 }
 

@@ -29,23 +29,14 @@ pub(crate) struct ToyArbiter {
 
 impl ToyArbiter {
     /// Draws what becomes of a claim made now.
-    pub(crate) fn fate(
-        now: Nanos,
-        calm_from: Nanos,
-        profile: &Profile,
-        random: &mut Random,
-    ) -> Fate {
+    pub(crate) fn fate(now: Nanos, calm_from: Nanos, profile: &Profile, random: &mut Random) -> Fate {
         let arrives = random.between(10_000, profile.arbiter_delay_max_ns);
         let answers = random.between(10_000, profile.arbiter_delay_max_ns);
         if now >= calm_from {
             return Fate::Answered { arrives, answers };
         }
         if now >= profile.arbiter_away.0 && now < profile.arbiter_away.1 {
-            return if random.percent(50) {
-                Fate::Refused { answers }
-            } else {
-                Fate::Lost
-            };
+            return if random.percent(50) { Fate::Refused { answers } } else { Fate::Lost };
         }
         if random.percent(profile.arbiter_answer_lost_percent) {
             return Fate::AnswerLost { arrives };

@@ -30,9 +30,7 @@ impl Checker {
     pub(crate) fn check_lives(&self, sides: &[Side]) -> Result<(), String> {
         let on_their_own = sides.iter().filter(|side| side.on_its_own()).count();
         if on_their_own > 1 {
-            return Err(format!(
-                "split brain: {on_their_own} sides run on their own"
-            ));
+            return Err(format!("split brain: {on_their_own} sides run on their own"));
         }
         Ok(())
     }
@@ -41,46 +39,28 @@ impl Checker {
     pub(crate) fn check_owner(&mut self, side: usize, epoch: Epoch) -> Result<(), String> {
         let owner = *self.owners.entry(epoch).or_insert(side);
         if owner != side {
-            return Err(format!(
-                "split brain: side {side} goes on alone in epoch {epoch}, which is side {owner}'s"
-            ));
+            return Err(format!("split brain: side {side} goes on alone in epoch {epoch}, which is side {owner}'s"));
         }
         Ok(())
     }
 
     /// The output rule: under protection, what leaves is noted at the secondary's host.
-    pub(crate) fn check_release(
-        &self,
-        sides: &[Side],
-        side: usize,
-        up_to: u64,
-    ) -> Result<(), String> {
+    pub(crate) fn check_release(&self, sides: &[Side], side: usize, up_to: u64) -> Result<(), String> {
         let primary = &sides[side];
-        if primary
-            .primary_state()
-            .is_some_and(|state| state < PrimaryState::Protected)
-        {
+        if primary.primary_state().is_some_and(|state| state < PrimaryState::Protected) {
             return Ok(());
         }
         let noted = primary.peer.map_or(0, |peer| sides[peer].noted);
         // What was made before protection started may leave, even if the host does it only now.
         if up_to > noted.max(primary.made_freely) {
-            return Err(format!(
-                "side {side} releases output {up_to}, but its secondary has notes only up to {noted}"
-            ));
+            return Err(format!("side {side} releases output {up_to}, but its secondary has notes only up to {noted}"));
         }
         Ok(())
     }
 
     /// A secondary that may go live from now on knows of everything the world has seen, and nothing that
     /// it could not make again is still to be seen.
-    pub(crate) fn check_entitled(
-        &mut self,
-        index: usize,
-        side: &Side,
-        seen: u64,
-        table: &TableArbiter,
-    ) -> Result<(), String> {
+    pub(crate) fn check_entitled(&mut self, index: usize, side: &Side, seen: u64, table: &TableArbiter) -> Result<(), String> {
         let Role::Secondary(secondary) = &side.role else {
             return Ok(());
         };
@@ -89,10 +69,7 @@ impl Checker {
             return Ok(());
         }
         // It may learn late that it might have, when the primary has won the next epoch and goes on already.
-        if status
-            .epoch
-            .is_some_and(|epoch| table.holder(VM, epoch.next()).is_some())
-        {
+        if status.epoch.is_some_and(|epoch| table.holder(VM, epoch.next()).is_some()) {
             return Ok(());
         }
         if seen < side.image_outputs {
@@ -103,9 +80,7 @@ impl Checker {
         }
         let known = side.noted.max(side.machine.outputs);
         if seen > known {
-            return Err(format!(
-                "side {index} may go live, but knows of {known} outputs where the world has seen {seen}"
-            ));
+            return Err(format!("side {index} may go live, but knows of {known} outputs where the world has seen {seen}"));
         }
         Ok(())
     }
@@ -118,78 +93,42 @@ impl Checker {
         let status = primary.status();
         let protected = status.state == PrimaryState::Protected;
         let bounds = [
-            (
-                "unacknowledged bytes",
-                status.unacked_bytes,
-                config.max_unacked_bytes,
-                true,
-            ),
-            (
-                "unreplayed bytes",
-                status.unreplayed_bytes,
-                config.max_unreplayed_bytes,
-                true,
-            ),
-            (
-                "instructions behind",
-                status.lag_instructions,
-                config.max_replay_lag,
-                protected,
-            ),
-            (
-                "held outputs",
-                status.held_outputs,
-                config.max_held_outputs,
-                protected,
-            ),
+            ("unacknowledged bytes", status.unacked_bytes, config.max_unacked_bytes, true),
+            ("unreplayed bytes", status.unreplayed_bytes, config.max_unreplayed_bytes, true),
+            ("instructions behind", status.lag_instructions, config.max_replay_lag, protected),
+            ("held outputs", status.held_outputs, config.max_held_outputs, protected),
         ];
         for (what, value, bound, counts) in bounds {
             if counts && value > bound {
-                return Err(format!(
-                    "the guest runs with {value} {what}; the bound is {bound}"
-                ));
+                return Err(format!("the guest runs with {value} {what}; the bound is {bound}"));
             }
         }
         Ok(())
     }
 
     /// A side stops only for a reason that is true.
-    pub(crate) fn check_stop(
-        &self,
-        side: usize,
-        reason: &StopReason,
-        table: &TableArbiter,
-    ) -> Result<(), String> {
+    pub(crate) fn check_stop(&self, side: usize, reason: &StopReason, table: &TableArbiter) -> Result<(), String> {
         let StopReason::LostArbitration { epoch } = reason else {
             return Ok(());
         };
         match table.holder(VM, *epoch) {
             Some(holder) if holder != owner(side) => Ok(()),
-            holder => Err(format!(
-                "side {side} says that it lost epoch {epoch}, which is held by {holder:?}"
-            )),
+            holder => Err(format!("side {side} says that it lost epoch {epoch}, which is held by {holder:?}")),
         }
     }
 
     /// After the calm: whoever is left runs, and the client gets answers.
     pub(crate) fn check_end(&self, world: &World) -> Result<(), String> {
-        for (index, side) in world
-            .sides
-            .iter()
-            .enumerate()
-            .filter(|(_, side)| side.alive)
-        {
+        for (index, side) in world.sides.iter().enumerate().filter(|(_, side)| side.alive) {
             self.check_side_at_end(world, index, side)?;
         }
         if self.ended {
             return Ok(());
         }
-        let running = world.sides.iter().any(|side| {
-            side.alive
-                && side
-                    .primary_state()
-                    .is_some_and(|state| state <= PrimaryState::Protected)
-        });
+        let running = world
+            .sides
+            .iter()
+            .any(|side| side.alive && side.primary_state().is_some_and(|state| state <= PrimaryState::Protected));
         if running {
             if world.outside.acknowledged.len() <= self.acknowledged_before {
                 return Err("the VM runs, but the client gets no answers".to_owned());
@@ -200,38 +139,28 @@ impl Checker {
         let mut entitled = 0;
         for epoch in 1..=world.sides.len() as u64 + 1 {
             if let Some(holder) = world.arbiter.table.holder(VM, Epoch(epoch)) {
-                entitled = (0..world.sides.len())
-                    .find(|side| owner(*side) == holder)
-                    .expect("it is one of them");
+                entitled = (0..world.sides.len()).find(|side| owner(*side) == holder).expect("it is one of them");
             }
         }
         if world.sides[entitled].alive {
-            return Err(format!(
-                "side {entitled} had the right to run and is alive, but nobody runs"
-            ));
+            return Err(format!("side {entitled} had the right to run and is alive, but nobody runs"));
         }
         Ok(())
     }
 
     fn check_side_at_end(&self, world: &World, index: usize, side: &Side) -> Result<(), String> {
-        let peer_alive =
-            side.connection.is_some() && side.peer.is_some_and(|peer| world.sides[peer].alive);
+        let peer_alive = side.connection.is_some() && side.peer.is_some_and(|peer| world.sides[peer].alive);
         match &side.role {
             Role::Primary(primary) => match primary.state() {
                 PrimaryState::Deciding => Err(format!("side {index} still waits for the arbiter")),
-                PrimaryState::Protected if !peer_alive => {
-                    Err(format!("side {index} has not noticed its peer's death"))
-                }
+                PrimaryState::Protected if !peer_alive => Err(format!("side {index} has not noticed its peer's death")),
                 _ => Ok(()),
             },
             Role::Secondary(secondary) => match secondary.state() {
-                SecondaryState::Deciding | SecondaryState::Consuming => Err(format!(
-                    "side {index} is still {}",
-                    secondary.state().name()
-                )),
-                SecondaryState::Following if !peer_alive => {
-                    Err(format!("side {index} has not noticed its peer's death"))
+                SecondaryState::Deciding | SecondaryState::Consuming => {
+                    Err(format!("side {index} is still {}", secondary.state().name()))
                 }
+                SecondaryState::Following if !peer_alive => Err(format!("side {index} has not noticed its peer's death")),
                 _ => Ok(()),
             },
         }

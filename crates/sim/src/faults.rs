@@ -12,9 +12,8 @@ use crate::world::World;
 impl World {
     pub(crate) fn fault(&mut self) -> Result<(), String> {
         let fault = self.profile.fault(&mut self.random);
-        let victims: Vec<usize> = (0..self.sides.len())
-            .filter(|side| self.sides[*side].alive && self.sides[*side].stopped.is_none())
-            .collect();
+        let victims: Vec<usize> =
+            (0..self.sides.len()).filter(|side| self.sides[*side].alive && self.sides[*side].stopped.is_none()).collect();
         if victims.is_empty() || self.now >= CALM_FROM {
             return Ok(());
         }
@@ -44,9 +43,7 @@ impl World {
                         self.checker.ended = true;
                         self.tell_primary(victim, PrimaryEvent::Shutdown { reason })?;
                     }
-                    Role::Secondary(_) => {
-                        self.tell_secondary(victim, SecondaryEvent::Shutdown { reason })?
-                    }
+                    Role::Secondary(_) => self.tell_secondary(victim, SecondaryEvent::Shutdown { reason })?,
                 }
             }
         }

@@ -25,11 +25,7 @@ impl Output {
     /// The chain of outputs up to and including this one.
     pub(crate) fn chain_after(&self) -> u64 {
         let mut chain = mix(self.chain_before ^ self.id);
-        for part in [
-            self.position,
-            self.digest,
-            self.acknowledges.map_or(0, |write| write + 1),
-        ] {
+        for part in [self.position, self.digest, self.acknowledges.map_or(0, |write| write + 1)] {
             chain = mix(chain.rotate_left(7) ^ part);
         }
         chain
@@ -57,11 +53,7 @@ impl Input {
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Input {
         let number = u64::from_le_bytes(bytes[1..9].try_into().expect("eight bytes"));
-        if bytes[0] == 0 {
-            Input::Write(number)
-        } else {
-            Input::Noise(number)
-        }
+        if bytes[0] == 0 { Input::Write(number) } else { Input::Noise(number) }
     }
 }
 
@@ -83,14 +75,7 @@ pub(crate) struct Machine {
 impl Machine {
     /// Power-on.
     pub(crate) fn new() -> Machine {
-        Machine {
-            position: 0,
-            digest: 1,
-            outputs: 0,
-            chain: 0,
-            writes: BTreeSet::new(),
-            replies: VecDeque::new(),
-        }
+        Machine { position: 0, digest: 1, outputs: 0, chain: 0, writes: BTreeSet::new(), replies: VecDeque::new() }
     }
 
     /// One instruction.
@@ -105,13 +90,8 @@ impl Machine {
         if acknowledges.is_some() {
             self.replies.pop_front();
         }
-        let output = Output {
-            id: self.outputs + 1,
-            position: self.position,
-            chain_before: self.chain,
-            digest: self.digest,
-            acknowledges,
-        };
+        let output =
+            Output { id: self.outputs + 1, position: self.position, chain_before: self.chain, digest: self.digest, acknowledges };
         self.outputs += 1;
         self.chain = output.chain_after();
         Some(output)
@@ -143,23 +123,14 @@ impl Machine {
 
     /// The machine of an image.
     pub(crate) fn from_image(bytes: &[u8]) -> Machine {
-        let mut words = bytes
-            .chunks_exact(8)
-            .map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+        let mut words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
         let mut next = || words.next().expect("an image is complete");
         let (position, digest, outputs, chain) = (next(), next(), next(), next());
         let count = next();
         let writes = (0..count).map(|_| next()).collect();
         let count = next();
         let replies = (0..count).map(|_| (next(), next())).collect();
-        Machine {
-            position,
-            digest,
-            outputs,
-            chain,
-            writes,
-            replies,
-        }
+        Machine { position, digest, outputs, chain, writes, replies }
     }
 }
 
@@ -188,11 +159,7 @@ mod tests {
         let (mut one, mut other) = (Machine::new(), Machine::new());
         one.input(Input::Noise(7));
         other.input(Input::Noise(8));
-        let outputs = |machine: &mut Machine| {
-            (0..5_000)
-                .filter_map(|_| machine.step())
-                .collect::<Vec<_>>()
-        };
+        let outputs = |machine: &mut Machine| (0..5_000).filter_map(|_| machine.step()).collect::<Vec<_>>();
         let (ones, others) = (outputs(&mut one), outputs(&mut other));
         assert!(!ones.is_empty() && ones.iter().zip(&others).all(|(a, b)| a != b));
     }

@@ -38,10 +38,7 @@ pub(crate) struct Connection {
 
 impl Connection {
     pub(crate) fn new(primary: usize, secondary: usize) -> Connection {
-        Connection {
-            ends: [primary, secondary],
-            toward: [Direction::default(), Direction::default()],
-        }
+        Connection { ends: [primary, secondary], toward: [Direction::default(), Direction::default()] }
     }
 
     /// Which end a side is.
@@ -52,13 +49,7 @@ impl Connection {
 
 impl Direction {
     /// Sends bytes.
-    pub(crate) fn send(
-        &mut self,
-        now: Nanos,
-        bytes: Vec<u8>,
-        profile: &Profile,
-        random: &mut Random,
-    ) {
+    pub(crate) fn send(&mut self, now: Nanos, bytes: Vec<u8>, profile: &Profile, random: &mut Random) {
         if self.silent || self.closing {
             return;
         }
@@ -88,22 +79,14 @@ impl Direction {
 
     /// The connection is reset: a random prefix of what is in flight arrives, then the end.
     pub(crate) fn cut(&mut self, now: Nanos, random: &mut Random) {
-        let mut bytes: Vec<u8> = self
-            .in_flight
-            .drain(..)
-            .flat_map(|(_, bytes)| bytes)
-            .collect();
+        let mut bytes: Vec<u8> = self.in_flight.drain(..).flat_map(|(_, bytes)| bytes).collect();
         bytes.truncate(random.between(0, bytes.len() as u64) as usize);
         self.finish(now, bytes, random);
     }
 
     /// The connection is closed properly: everything in flight arrives, then the end.
     pub(crate) fn close(&mut self, now: Nanos, random: &mut Random) {
-        let bytes: Vec<u8> = self
-            .in_flight
-            .drain(..)
-            .flat_map(|(_, bytes)| bytes)
-            .collect();
+        let bytes: Vec<u8> = self.in_flight.drain(..).flat_map(|(_, bytes)| bytes).collect();
         self.finish(now, bytes, random);
     }
 

@@ -24,10 +24,7 @@ pub(crate) struct Outside {
 
 impl Outside {
     pub(crate) fn new(writers: u64) -> Outside {
-        Outside {
-            waiting: vec![None; writers as usize],
-            ..Outside::default()
-        }
+        Outside { waiting: vec![None; writers as usize], ..Outside::default() }
     }
 
     /// How many different outputs were seen.
@@ -49,40 +46,24 @@ impl Outside {
         if output.id <= newest {
             let before = &self.seen[output.id as usize - 1];
             if before != output {
-                return Err(format!(
-                    "output {} was seen with another content: {before:?}, now {output:?}",
-                    output.id
-                ));
+                return Err(format!("output {} was seen with another content: {before:?}, now {output:?}", output.id));
             }
             self.duplicates += 1;
             if !self.duplicates_allowed {
-                return Err(format!(
-                    "output {} was seen twice although no side went live",
-                    output.id
-                ));
+                return Err(format!("output {} was seen twice although no side went live", output.id));
             }
             return Ok(());
         }
         if output.id != newest + 1 {
-            return Err(format!(
-                "a gap: output {} was seen after output {newest}",
-                output.id
-            ));
+            return Err(format!("a gap: output {} was seen after output {newest}", output.id));
         }
         if output.chain_before != self.seen.last().map_or(0, Output::chain_after) {
-            return Err(format!(
-                "output {} comes from a machine with other outputs before it",
-                output.id
-            ));
+            return Err(format!("output {} comes from a machine with other outputs before it", output.id));
         }
         self.seen.push(output.clone());
         if let Some(write) = output.acknowledges {
             self.acknowledged.insert(write);
-            for waiting in self
-                .waiting
-                .iter_mut()
-                .filter(|waiting| **waiting == Some(write))
-            {
+            for waiting in self.waiting.iter_mut().filter(|waiting| **waiting == Some(write)) {
                 *waiting = None;
             }
         }
@@ -91,21 +72,11 @@ impl Outside {
 
     /// Whether a machine that is about to run on its own could have made everything that was seen.
     pub(crate) fn check_survivor(&self, machine: &Machine) -> Result<(), String> {
-        if let Some(write) = self
-            .acknowledged
-            .iter()
-            .find(|write| !machine.writes.contains(write))
-        {
-            return Err(format!(
-                "write {write} was acknowledged and is missing in the machine that goes on"
-            ));
+        if let Some(write) = self.acknowledged.iter().find(|write| !machine.writes.contains(write)) {
+            return Err(format!("write {write} was acknowledged and is missing in the machine that goes on"));
         }
         if machine.outputs < self.seen() {
-            return Err(format!(
-                "{} outputs were seen, but the machine that goes on has made {}",
-                self.seen(),
-                machine.outputs
-            ));
+            return Err(format!("{} outputs were seen, but the machine that goes on has made {}", self.seen(), machine.outputs));
         }
         Ok(())
     }

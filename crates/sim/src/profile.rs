@@ -67,26 +67,15 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    pub(crate) const ALL: [Fault; 7] = [
-        Fault::Crash,
-        Fault::PowerLoss,
-        Fault::Cut,
-        Fault::Partition,
-        Fault::Stall,
-        Fault::ReplayStall,
-        Fault::Goodbye,
-    ];
+    pub(crate) const ALL: [Fault; 7] =
+        [Fault::Crash, Fault::PowerLoss, Fault::Cut, Fault::Partition, Fault::Stall, Fault::ReplayStall, Fault::Goodbye];
 }
 
 impl Profile {
     pub(crate) fn draw(random: &mut Random) -> Profile {
         let slow_network = random.percent(20);
         let away_from = random.between(0, CALM_FROM.0);
-        let away_for = if random.percent(30) {
-            random.between(0, CALM_FROM.0)
-        } else {
-            0
-        };
+        let away_for = if random.percent(30) { random.between(0, CALM_FROM.0) } else { 0 };
         let mut fault_weights = [0; 7];
         for weight in &mut fault_weights {
             *weight = random.pick(&[0, 1, 1, 4]);
@@ -100,11 +89,7 @@ impl Profile {
         Profile {
             config: draw_config(random),
             delay_min_ns: 20_000,
-            delay_max_ns: if slow_network {
-                6_000_000
-            } else {
-                random.pick(&[50_000, 300_000, 2_000_000])
-            },
+            delay_max_ns: if slow_network { 6_000_000 } else { random.pick(&[50_000, 300_000, 2_000_000]) },
             ns_per_byte: random.pick(&[0, 1, 10, if slow_network { 2_000 } else { 100 }]),
             arbiter_delay_max_ns: random.pick(&[100_000, 1_000_000, 30_000_000]),
             arbiter_answer_lost_percent: random.pick(&[0, 0, 30, 80]),
@@ -127,10 +112,7 @@ impl Profile {
 
     /// Whether such faults happen in this world.
     pub(crate) fn allows(&self, fault: Fault) -> bool {
-        Fault::ALL
-            .iter()
-            .zip(self.fault_weights)
-            .any(|(other, weight)| *other == fault && weight > 0)
+        Fault::ALL.iter().zip(self.fault_weights).any(|(other, weight)| *other == fault && weight > 0)
     }
 
     /// Draws a fault.

@@ -15,9 +15,7 @@ pub(crate) fn mix(value: u64) -> u64 {
 
 impl Random {
     pub(crate) fn new(seed: u64) -> Random {
-        Random {
-            state: mix(seed ^ 0x5457_494e_5354_4550),
-        }
+        Random { state: mix(seed ^ 0x5457_494e_5354_4550) }
     }
 
     pub(crate) fn number(&mut self) -> u64 {

@@ -93,17 +93,8 @@ pub fn run_seed(seed: u64, bug: Option<Bug>) -> Result<Figures, Box<Violation>> 
             let trace = world.trace.take().unwrap_or_default();
             let from = trace.len().saturating_sub(TRACE_LINES);
             // The first line is the profile.
-            let trace = trace
-                .iter()
-                .take(1.min(from))
-                .chain(&trace[from..])
-                .cloned()
-                .collect();
-            Err(Box::new(Violation {
-                seed,
-                problem,
-                trace,
-            }))
+            let trace = trace.iter().take(1.min(from)).chain(&trace[from..]).cloned().collect();
+            Err(Box::new(Violation { seed, problem, trace }))
         }
     }
 }
@@ -119,18 +110,12 @@ fn live(seed: u64, bug: Option<Bug>, traced: bool) -> (World, Result<u64, String
                 return Ok(steps);
             }
         }
-        Err(format!(
-            "the history does not end; it is stuck at {}",
-            world.now
-        ))
+        Err(format!("the history does not end; it is stuck at {}", world.now))
     }));
     let result = result.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-        Err(format!(
-            "panic: {}",
-            text.unwrap_or_else(|| "without words".to_owned())
-        ))
+        Err(format!("panic: {}", text.unwrap_or_else(|| "without words".to_owned())))
     });
     (world, result)
 }

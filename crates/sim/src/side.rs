@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use twinstep_pair::{
-    Bug, Bugs, Epoch, Expectation, HostIdentity, Nanos, OwnerId, Primary, PrimarySetup,
-    PrimaryState, Record, Secondary, SecondarySetup, StopReason, VmId, VmIdentity,
+    Bug, Bugs, Epoch, Expectation, HostIdentity, Nanos, OwnerId, Primary, PrimarySetup, PrimaryState, Record, Secondary,
+    SecondarySetup, StopReason, VmId, VmIdentity,
 };
 
 use crate::machine::{Machine, Output};
@@ -65,12 +65,7 @@ pub(crate) struct Side {
 }
 
 fn host_identity() -> HostIdentity {
-    HostIdentity {
-        build: "sim".to_owned(),
-        engine: "toy".to_owned(),
-        cpu_vendor: "none".to_owned(),
-        cpu_family: 0,
-    }
+    HostIdentity { build: "sim".to_owned(), engine: "toy".to_owned(), cpu_vendor: "none".to_owned(), cpu_family: 0 }
 }
 
 pub(crate) fn owner(index: usize) -> OwnerId {
@@ -109,11 +104,7 @@ impl Side {
     pub(crate) fn primary(index: usize, profile: &Profile, bug: Option<Bug>) -> Side {
         let primary = Primary::new(PrimarySetup {
             config: profile.config.clone(),
-            vm: VmIdentity {
-                vm: VM,
-                cpu_model: "toy".to_owned(),
-                ram_bytes: 4096,
-            },
+            vm: VmIdentity { vm: VM, cpu_model: "toy".to_owned(), ram_bytes: 4096 },
             host: host_identity(),
             owner: owner(index),
             epoch: Epoch::FIRST,
@@ -130,10 +121,7 @@ impl Side {
             config: profile.config.clone(),
             host: host_identity(),
             owner: owner(index),
-            expect: Expectation {
-                vm: Some(VM),
-                ..Expectation::default()
-            },
+            expect: Expectation { vm: Some(VM), ..Expectation::default() },
         })
         .expect("profiles are sound");
         Side::new(Role::Secondary(Box::new(secondary.with_bugs(bugs(bug)))))
@@ -142,11 +130,7 @@ impl Side {
     /// The side has gone live: what was a secondary drives the machine as a primary.
     pub(crate) fn become_primary(&mut self, bug: Option<Bug>) {
         if let Role::Secondary(secondary) = &self.role {
-            let primary = secondary
-                .as_ref()
-                .clone()
-                .into_primary()
-                .with_bugs(bugs(bug));
+            let primary = secondary.as_ref().clone().into_primary().with_bugs(bugs(bug));
             self.role = Role::Primary(Box::new(primary));
         }
     }
@@ -167,19 +151,13 @@ impl Side {
 
     /// Whether its outputs leave without anybody's acknowledgement.
     pub(crate) fn on_its_own(&self) -> bool {
-        self.alive
-            && self
-                .primary_state()
-                .is_some_and(|state| state < PrimaryState::Protected)
+        self.alive && self.primary_state().is_some_and(|state| state < PrimaryState::Protected)
     }
 
     /// Whether the guest may run now.
     pub(crate) fn may_run(&self) -> bool {
         let state = self.primary_state();
-        self.alive
-            && !self.throttled
-            && !self.paused
-            && state.is_some_and(|state| state != PrimaryState::Stopped)
+        self.alive && !self.throttled && !self.paused && state.is_some_and(|state| state != PrimaryState::Stopped)
     }
 }
 

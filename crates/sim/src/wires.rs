@@ -112,9 +112,7 @@ impl World {
             let reason = "reset".to_owned();
             match self.sides[side].role {
                 Role::Primary(_) => self.tell_primary(side, PrimaryEvent::PeerClosed { reason })?,
-                Role::Secondary(_) => {
-                    self.tell_secondary(side, SecondaryEvent::PeerClosed { reason })?
-                }
+                Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::PeerClosed { reason })?,
             }
         }
         Ok(())

@@ -6,8 +6,7 @@
 use std::collections::BTreeMap;
 
 use twinstep_pair::{
-    Bug, Claim, Epoch, Nanos, Notice, PrimaryAction, PrimaryEvent, PrimaryState, Record,
-    SecondaryAction, SecondaryEvent, Verdict,
+    Bug, Claim, Epoch, Nanos, Notice, PrimaryAction, PrimaryEvent, PrimaryState, Record, SecondaryAction, SecondaryEvent, Verdict,
 };
 
 use crate::arbiter::{Fate, ToyArbiter};
@@ -94,10 +93,7 @@ impl World {
     pub(crate) fn new(seed: u64, bug: Option<Bug>, traced: bool) -> World {
         let mut random = Random::new(seed);
         let profile = Profile::draw(&mut random);
-        let sides = vec![
-            Side::primary(0, &profile, bug),
-            Side::secondary(1, &profile, bug),
-        ];
+        let sides = vec![Side::primary(0, &profile, bug), Side::secondary(1, &profile, bug)];
         let mut world = World {
             now: Nanos(0),
             outside: Outside::new(profile.clients),
@@ -185,9 +181,7 @@ impl World {
             Happening::Leave(side, up_to) => self.leave(side, up_to),
             Happening::Claim(side, claim, answers) => {
                 let verdict = self.arbiter.decide(&claim);
-                self.note(|_| {
-                    format!("arbiter: epoch {} to side {side}: {verdict:?}", claim.epoch)
-                });
+                self.note(|_| format!("arbiter: epoch {} to side {side}: {verdict:?}", claim.epoch));
                 if let Some(answers) = answers {
                     self.plan(answers, Happening::Answer(side, claim.epoch, verdict));
                 }
@@ -226,21 +220,12 @@ impl World {
         }
     }
 
-    pub(crate) fn tell_secondary(
-        &mut self,
-        side: usize,
-        event: SecondaryEvent,
-    ) -> Result<(), String> {
+    pub(crate) fn tell_secondary(&mut self, side: usize, event: SecondaryEvent) -> Result<(), String> {
         if let Role::Secondary(secondary) = &mut self.sides[side].role {
             secondary.handle(self.now, event);
         }
         self.carry_out(side)?;
-        self.checker.check_entitled(
-            side,
-            &self.sides[side],
-            self.outside.seen(),
-            &self.arbiter.table,
-        )
+        self.checker.check_entitled(side, &self.sides[side], self.outside.seen(), &self.arbiter.table)
     }
 
     fn tick(&mut self, side: usize) -> Result<(), String> {
@@ -252,12 +237,8 @@ impl World {
 
     fn answer(&mut self, side: usize, epoch: Epoch, verdict: Verdict) -> Result<(), String> {
         match self.sides[side].role {
-            Role::Primary(_) => {
-                self.tell_primary(side, PrimaryEvent::ArbiterAnswer { epoch, verdict })
-            }
-            Role::Secondary(_) => {
-                self.tell_secondary(side, SecondaryEvent::ArbiterAnswer { epoch, verdict })
-            }
+            Role::Primary(_) => self.tell_primary(side, PrimaryEvent::ArbiterAnswer { epoch, verdict }),
+            Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::ArbiterAnswer { epoch, verdict }),
         }
     }
 
@@ -305,9 +286,7 @@ impl World {
             PrimaryAction::Disconnect => self.disconnect(side),
             PrimaryAction::StartImage => {
                 let position = self.sides[side].machine.position;
-                self.sides[side].image = self.sides[side]
-                    .machine
-                    .to_image(self.profile.image_padding as usize);
+                self.sides[side].image = self.sides[side].machine.to_image(self.profile.image_padding as usize);
                 self.sides[side].image_wanted = 0;
                 self.sides[side].paused = self.profile.pause_during_copy;
                 self.give_primary(side, PrimaryEvent::ImageCut { position });
@@ -336,8 +315,7 @@ impl World {
             }
             PrimaryAction::Stop(reason) => {
                 self.note(|_| format!("side {side}: stopped: {reason}"));
-                self.checker
-                    .check_stop(side, &reason, &self.arbiter.table)?;
+                self.checker.check_stop(side, &reason, &self.arbiter.table)?;
                 self.sides[side].stopped = Some(reason);
             }
             PrimaryAction::Throttle(on) => self.sides[side].throttled = on,
@@ -372,24 +350,18 @@ impl World {
             SecondaryAction::Discard { up_to } => {
                 let seen = self.outside.seen();
                 if up_to > seen {
-                    return Err(format!(
-                        "side {side} forgets output {up_to}, but the world has seen only {seen}"
-                    ));
+                    return Err(format!("side {side} forgets output {up_to}, but the world has seen only {seen}"));
                 }
                 self.sides[side].outputs.retain(|id, _| *id > up_to);
             }
             SecondaryAction::AskArbiter(claim) => self.ask(side, claim),
             SecondaryAction::GoLive { epoch, reissue } => {
-                self.note(|_| {
-                    format!("side {side}: live in epoch {epoch}, sends outputs {reissue:?} again")
-                });
+                self.note(|_| format!("side {side}: live in epoch {epoch}, sends outputs {reissue:?} again"));
                 self.checker.check_owner(side, epoch)?;
                 self.outside.check_survivor(&self.sides[side].machine)?;
                 self.checker.live += 1;
                 self.outside.duplicates_allowed = true;
-                self.sides[side]
-                    .outputs
-                    .retain(|id, _| reissue.contains(id));
+                self.sides[side].outputs.retain(|id, _| reissue.contains(id));
                 self.sides[side].become_primary(self.bug);
                 self.location = side;
                 if !reissue.is_empty() {
@@ -400,8 +372,7 @@ impl World {
             }
             SecondaryAction::Stop(reason) => {
                 self.note(|_| format!("side {side}: stopped: {reason}"));
-                self.checker
-                    .check_stop(side, &reason, &self.arbiter.table)?;
+                self.checker.check_stop(side, &reason, &self.arbiter.table)?;
                 self.sides[side].stopped = Some(reason);
             }
             SecondaryAction::Notice(notice) => self.announce(side, &notice),
@@ -412,10 +383,7 @@ impl World {
     fn announce(&mut self, side: usize, notice: &Notice) {
         self.note(|_| format!("side {side}: {notice}"));
         let change = matches!(notice, Notice::State { .. });
-        if change
-            && self.now < CALM_FROM
-            && self.random.percent(self.profile.fault_at_change_percent)
-        {
+        if change && self.now < CALM_FROM && self.random.percent(self.profile.fault_at_change_percent) {
             if self.profile.allows(Fault::Crash) && self.random.percent(50) {
                 self.checker.faults += 1;
                 self.sides[side].doomed = Some(self.random.pick(&[0, 0, 0, 1, 2, 4]));
@@ -439,8 +407,7 @@ impl World {
         if !self.sides[side].may_run() {
             return Ok(());
         }
-        self.checker
-            .check_bounds(&self.sides[side], &self.profile.config)?;
+        self.checker.check_bounds(&self.sides[side], &self.profile.config)?;
         let batched = self.random.percent(50);
         while let Some(write) = self.sides[side].inputs.pop_front() {
             self.give_input(side, Input::Write(write));
@@ -456,11 +423,7 @@ impl World {
             };
             let (id, position) = (output.id, output.position);
             self.sides[side].outputs.insert(id, output);
-            let note = Record {
-                position,
-                kind: NOTE,
-                bytes: id.to_le_bytes().to_vec(),
-            };
+            let note = Record { position, kind: NOTE, bytes: id.to_le_bytes().to_vec() };
             self.give_primary(side, PrimaryEvent::Output { id, note });
             if self.sides[side].on_its_own() {
                 self.sides[side].made_freely = id;
@@ -483,11 +446,7 @@ impl World {
     fn give_input(&mut self, side: usize, input: Input) {
         let padding = self.random.between(0, self.profile.input_padding_max) as usize;
         let machine = &mut self.sides[side].machine;
-        let record = Record {
-            position: machine.position,
-            kind: INPUT,
-            bytes: input.to_bytes(padding),
-        };
+        let record = Record { position: machine.position, kind: INPUT, bytes: input.to_bytes(padding) };
         machine.input(input);
         self.give_primary(side, PrimaryEvent::Record(record));
     }
@@ -525,19 +484,12 @@ impl World {
     fn consume(&mut self, side: usize, record: &Record) -> Result<(), String> {
         let machine = &mut self.sides[side].machine;
         if machine.position != record.position {
-            return Err(format!(
-                "side {side}: replay is at {}, past {}",
-                machine.position, record.position
-            ));
+            return Err(format!("side {side}: replay is at {}, past {}", machine.position, record.position));
         }
         if record.kind == INPUT {
             machine.input(Input::from_bytes(&record.bytes));
         } else if noted_output(record) != machine.outputs {
-            return Err(format!(
-                "side {side}: replay made {} outputs, not {}",
-                machine.outputs,
-                noted_output(record)
-            ));
+            return Err(format!("side {side}: replay made {} outputs, not {}", machine.outputs, noted_output(record)));
         }
         Ok(())
     }
@@ -566,19 +518,10 @@ impl World {
             return Ok(());
         }
         self.sides[side].machine = Machine::from_image(&self.sides[side].image);
-        let (position, last_output) = (
-            self.sides[side].machine.position,
-            self.sides[side].machine.outputs,
-        );
+        let (position, last_output) = (self.sides[side].machine.position, self.sides[side].machine.outputs);
         self.sides[side].image_outputs = last_output;
         self.plan(0, Happening::Replay(side));
-        self.tell_secondary(
-            side,
-            SecondaryEvent::ImageRestored {
-                position,
-                last_output,
-            },
-        )
+        self.tell_secondary(side, SecondaryEvent::ImageRestored { position, last_output })
     }
 
     // ---- the outside ----
@@ -602,9 +545,7 @@ impl World {
                 break;
             }
             let output = entry.remove();
-            self.outside
-                .see(&output)
-                .map_err(|problem| format!("side {side}: {problem}"))?;
+            self.outside.see(&output).map_err(|problem| format!("side {side}: {problem}"))?;
         }
         Ok(())
     }
@@ -612,17 +553,9 @@ impl World {
     fn client(&mut self, writer: usize) {
         let write = self.outside.write(writer);
         // The network may still send to the old place, or to both.
-        let old = self
-            .random
-            .percent(10)
-            .then(|| self.random.between(0, self.sides.len() as u64 - 1) as usize);
+        let old = self.random.percent(10).then(|| self.random.between(0, self.sides.len() as u64 - 1) as usize);
         let places: &[usize] = &[self.location, old.unwrap_or(self.location)];
-        let places = if places[0] == places[1] {
-            &places[..1]
-        } else {
-            places
-        }
-        .to_vec();
+        let places = if places[0] == places[1] { &places[..1] } else { places }.to_vec();
         for place in places {
             let delay = self.random.between(20_000, 2_000_000);
             self.plan(delay, Happening::Input(place, write));
@@ -635,15 +568,10 @@ impl World {
         let fate = ToyArbiter::fate(self.now, CALM_FROM, &self.profile, &mut self.random);
         self.note(|_| format!("side {side}: claims epoch {}: {fate:?}", claim.epoch));
         match fate {
-            Fate::Answered { arrives, answers } => {
-                self.plan(arrives, Happening::Claim(side, claim, Some(answers)))
-            }
+            Fate::Answered { arrives, answers } => self.plan(arrives, Happening::Claim(side, claim, Some(answers))),
             Fate::AnswerLost { arrives } => self.plan(arrives, Happening::Claim(side, claim, None)),
             Fate::Refused { answers } => {
-                self.plan(
-                    answers,
-                    Happening::Answer(side, claim.epoch, Verdict::Unreachable),
-                );
+                self.plan(answers, Happening::Answer(side, claim.epoch, Verdict::Unreachable));
             }
             Fate::Lost => {}
         }
@@ -651,9 +579,5 @@ impl World {
 }
 
 fn noted_output(record: &Record) -> u64 {
-    u64::from_le_bytes(
-        record.bytes[..8]
-            .try_into()
-            .expect("a note holds the output's number"),
-    )
+    u64::from_le_bytes(record.bytes[..8].try_into().expect("a note holds the output's number"))
 }

@@ -22,8 +22,5 @@ fn every_seeded_bug_is_found() {
         }
     }
     let _ = std::panic::take_hook();
-    assert!(
-        missed.is_empty(),
-        "not found within {WITHIN_SEEDS} seeds: {missed:?}"
-    );
+    assert!(missed.is_empty(), "not found within {WITHIN_SEEDS} seeds: {missed:?}");
 }

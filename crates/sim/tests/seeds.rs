@@ -6,10 +6,7 @@ use twinstep_sim::{Figures, run_seed};
 
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name} is {text:?}, which is no number")),
-    )
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} is {text:?}, which is no number")))
 }
 
 /// Lives through these histories, each in one thread, several at a time.
@@ -19,21 +16,16 @@ fn run_all(seeds: Range<u64>) -> Figures {
         let parts: Vec<_> = (0..threads)
             .map(|part| {
                 let seeds = seeds.clone().skip(part).step_by(threads);
-                scope.spawn(move || {
-                    seeds.fold(Figures::default(), |total, seed| total.plus(run(seed)))
-                })
+                scope.spawn(move || seeds.fold(Figures::default(), |total, seed| total.plus(run(seed))))
             })
             .collect();
-        let figures = parts
-            .into_iter()
-            .map(|part| part.join().expect("a history failed; see above"));
+        let figures = parts.into_iter().map(|part| part.join().expect("a history failed; see above"));
         figures.fold(Figures::default(), Figures::plus)
     })
 }
 
 fn run(seed: u64) -> Figures {
-    run_seed(seed, None)
-        .unwrap_or_else(|violation| panic!("{violation}\nrun it alone with TWINSTEP_SEED={seed}"))
+    run_seed(seed, None).unwrap_or_else(|violation| panic!("{violation}\nrun it alone with TWINSTEP_SEED={seed}"))
 }
 
 #[test]
@@ -44,19 +36,13 @@ fn no_history_violates_an_invariant() {
     let total = run_all(first..first + count);
     println!("{count} seeds from {first}: {total:?}");
     if count >= 1_000 {
-        assert!(
-            total.alone > count / 20 && total.live > count / 10,
-            "the world has become too mild: {total:?}"
-        );
+        assert!(total.alone > count / 20 && total.live > count / 10, "the world has become too mild: {total:?}");
     }
 }
 
 #[test]
 fn a_seed_is_one_history() {
     for seed in 1..20 {
-        assert_eq!(
-            run_seed(seed, None).expect("it passes"),
-            run_seed(seed, None).expect("it passes")
-        );
+        assert_eq!(run_seed(seed, None).expect("it passes"), run_seed(seed, None).expect("it passes"));
     }
 }

@@ -41,9 +41,9 @@ pub fn needs_fpu(insn: &Instruction) -> bool {
     ) {
         return false;
     }
-    insn.cpuid_features().iter().any(|f| {
-        matches!(f, FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | FXSR)
-    })
+    insn.cpuid_features()
+        .iter()
+        .any(|f| matches!(f, FPU | FPU287 | FPU387 | MMX | SSE | SSE2 | SSE3 | SSSE3 | SSE4_1 | SSE4_2 | FXSR))
 }
 
 /// Decides. `fpu_off` is CR0.TS or CR0.EM.
@@ -90,8 +90,5 @@ fn is_near_branch(insn: &Instruction) -> bool {
         || insn.is_loop()
         || insn.is_loopcc()
         || insn.is_jcx_short()
-        || matches!(
-            insn.code(),
-            Code::Retnq | Code::Retnq_imm16 | Code::Retnw | Code::Retnw_imm16
-        )
+        || matches!(insn.code(), Code::Retnq | Code::Retnq_imm16 | Code::Retnw | Code::Retnw_imm16)
 }

@@ -5,8 +5,8 @@
 //! what it had derived from the old bytes (translated code, TLB entries) before the next instruction.
 //!
 //! Invariant: a page whose `CODE` or `TABLE` flag is set has no write entry in any soft TLB.
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 /// Bytes in a page.
 pub const PAGE_SIZE: u64 = 4096;

@@ -61,8 +61,7 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
         }
         address if previous.sa_flags & libc::SA_SIGINFO != 0 => {
             // SAFETY: the previous handler was registered with this signature.
-            let f: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
-                unsafe { std::mem::transmute(address) };
+            let f: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = unsafe { std::mem::transmute(address) };
             f(signal, info, context);
         }
         address => {

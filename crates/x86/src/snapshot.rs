@@ -240,15 +240,8 @@ fn narrow(st: &mut CpuState, wide: &Wide) -> Result<(), SnapshotError> {
 
 /// Checks all that the engine takes for granted.
 fn check(st: &CpuState) -> Result<(), SnapshotError> {
-    let flags = rflags::STATUS
-        | rflags::ONE
-        | rflags::TF
-        | rflags::IF
-        | rflags::DF
-        | rflags::IOPL
-        | rflags::NT
-        | rflags::AC
-        | rflags::ID;
+    let flags =
+        rflags::STATUS | rflags::ONE | rflags::TF | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::AC | rflags::ID;
     let paging = st.cr0 & cr0::PG != 0;
     let lma = st.efer & efer::LMA != 0;
     let mut fx = st.fx;

@@ -34,8 +34,8 @@ mod hostile;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use delivery::{Delivery, deliver_exception, deliver_interrupt};
 pub(crate) use control::{CR0_ALLOWED, CR3_KEPT, CR4_ALLOWED, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_WRITABLE};
+pub use delivery::{Delivery, deliver_exception, deliver_interrupt};
 pub(crate) use fpu::{MXCSR_MASK, settle as settle_fx};
 pub(crate) use msr::{EFER_ALLOWED, MISC_ENABLE_ALLOWED, mtrr_def_type_ok, mtrr_fixed_ok, mtrr_var_ok, pat_ok};
 

@@ -28,20 +28,12 @@ pub(super) struct Backlog {
 impl Backlog {
     /// Begins at the image's cut.
     pub(super) fn new(position: u64) -> Backlog {
-        Backlog {
-            replayed_position: position,
-            last_position: position,
-            ..Backlog::default()
-        }
+        Backlog { replayed_position: position, last_position: position, ..Backlog::default() }
     }
 
     /// Appends a record and numbers it.
     pub(super) fn append(&mut self, record: Record) -> Seq {
-        assert!(
-            record.bytes.len() <= MAX_RECORD_BYTES,
-            "a record of {} bytes can't be sent",
-            record.bytes.len()
-        );
+        assert!(record.bytes.len() <= MAX_RECORD_BYTES, "a record of {} bytes can't be sent", record.bytes.len());
         assert!(
             record.position >= self.last_position,
             "the log goes forward: record at position {} after one at {}",
@@ -93,10 +85,7 @@ impl Backlog {
         }
         self.received = ack.received_seq;
         while self.replayed < ack.replayed_seq {
-            let cost_bytes = self
-                .entries
-                .pop_front()
-                .expect("there is one for each record that is not replayed");
+            let cost_bytes = self.entries.pop_front().expect("there is one for each record that is not replayed");
             self.unreplayed_bytes -= cost_bytes;
             self.replayed += 1;
         }
@@ -130,10 +119,6 @@ impl Backlog {
     ///
     /// Measured to the newest record and not to where the primary is now, since the secondary can't go further than that.
     pub(super) fn lag_instructions(&self) -> u64 {
-        if self.entries.is_empty() {
-            0
-        } else {
-            self.last_position.saturating_sub(self.replayed_position)
-        }
+        if self.entries.is_empty() { 0 } else { self.last_position.saturating_sub(self.replayed_position) }
     }
 }

@@ -42,9 +42,7 @@ use crate::config::ConfigError;
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{
-    Ack, Hello, HelloReply, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message,
-};
+use crate::wire::{Ack, Hello, HelloReply, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message};
 
 use backlog::Backlog;
 pub use door::{PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
@@ -145,14 +143,9 @@ impl Primary {
 
     /// When a [`PrimaryEvent::Tick`] is due, if nothing else happens before.
     pub fn deadline(&self) -> Option<Nanos> {
-        let link = self
-            .link
-            .as_ref()
-            .map(|link| link.deadline(self.peer_timeout()));
+        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout()));
         let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
-        let stall = self
-            .may_stall()
-            .then(|| self.last_progress.plus(self.setup.config.stall_timeout));
+        let stall = self.may_stall().then(|| self.last_progress.plus(self.setup.config.stall_timeout));
         [link, arbitration, stall].into_iter().flatten().min()
     }
 
@@ -185,9 +178,7 @@ impl Primary {
             PrimaryEvent::ImageCut { position } => self.on_image_cut(position),
             PrimaryEvent::ImageEnd => self.on_image_end(),
             PrimaryEvent::Progress { position } => self.position = self.position.max(position),
-            PrimaryEvent::ArbiterAnswer { epoch, verdict } => {
-                self.on_arbiter_answer(now, epoch, verdict)
-            }
+            PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),
             PrimaryEvent::Tick => self.on_tick(now),
         }
@@ -197,11 +188,7 @@ impl Primary {
     // ---- the connection ----
 
     fn on_connected(&mut self, now: Nanos) {
-        assert_eq!(
-            self.state,
-            PrimaryState::Unprotected,
-            "a primary has one secondary at a time"
-        );
+        assert_eq!(self.state, PrimaryState::Unprotected, "a primary has one secondary at a time");
         self.link = Some(Link::new(now, &self.setup.config));
         self.send(&Message::Hello(Hello {
             min_version: MIN_VERSION,
@@ -246,10 +233,7 @@ impl Primary {
             (_, Message::Goodbye { reason }) => self.on_goodbye(now, &reason),
             (state, message) => {
                 let (kind, state) = (message.kind(), state.name());
-                self.lose_peer(
-                    now,
-                    &format!("the standby sent {kind:?} while the primary was {state}"),
-                );
+                self.lose_peer(now, &format!("the standby sent {kind:?} while the primary was {state}"));
             }
         }
     }
@@ -257,25 +241,17 @@ impl Primary {
     fn on_hello_reply(&mut self, now: Nanos, reply: HelloReply) {
         let mut wrong = self.setup.host.differences(&reply.host);
         if reply.vm != self.setup.vm.vm || reply.epoch != self.epoch {
-            wrong.push(format!(
-                "the standby answers for VM {} in epoch {}",
-                reply.vm, reply.epoch
-            ));
+            wrong.push(format!("the standby answers for VM {} in epoch {}", reply.vm, reply.epoch));
         }
         if reply.owner == self.setup.owner {
             wrong.push("the standby has the primary's own process identity".to_owned());
         }
         if !(MIN_VERSION..=MAX_VERSION).contains(&reply.version) {
-            wrong.push(format!(
-                "the standby picked protocol version {}, which was not offered",
-                reply.version
-            ));
+            wrong.push(format!("the standby picked protocol version {}, which was not offered", reply.version));
         }
         if !wrong.is_empty() {
             let reason = wrong.join("; ");
-            self.send(&Message::Refuse {
-                reason: reason.clone(),
-            });
+            self.send(&Message::Refuse { reason: reason.clone() });
             return self.refuse(now, reason);
         }
         let link = self.link.as_mut().expect("the reply came over it");
@@ -287,10 +263,7 @@ impl Primary {
     }
 
     fn refuse(&mut self, now: Nanos, reason: String) {
-        self.actions
-            .push_back(PrimaryAction::Notice(Notice::Refused {
-                reason: reason.clone(),
-            }));
+        self.actions.push_back(PrimaryAction::Notice(Notice::Refused { reason: reason.clone() }));
         self.lose_peer(now, &format!("refused: {reason}"));
     }
 
@@ -321,10 +294,7 @@ impl Primary {
         }
         assert!(!self.image.ended, "the image goes on after its end");
         self.image.fed_bytes += bytes.len() as u64;
-        assert!(
-            self.image.fed_bytes <= self.image.wanted_bytes,
-            "more image was fed than was asked for"
-        );
+        assert!(self.image.fed_bytes <= self.image.wanted_bytes, "more image was fed than was asked for");
         for chunk in bytes.chunks(MAX_IMAGE_CHUNK_BYTES) {
             self.send(&Message::ImageChunk(chunk.to_vec()));
         }
@@ -345,23 +315,14 @@ impl Primary {
             return;
         }
         assert!(!self.image.ended, "the image ends once");
-        let (position, _) = self
-            .image
-            .cut
-            .expect("the cut is made before the image ends");
+        let (position, _) = self.image.cut.expect("the cut is made before the image ends");
         self.image.ended = true;
-        self.send(&Message::ImageEnd {
-            position,
-            total_bytes: self.image.fed_bytes,
-        });
+        self.send(&Message::ImageEnd { position, total_bytes: self.image.fed_bytes });
     }
 
     fn on_image_ready(&mut self, now: Nanos, position: u64) {
         if !self.image.ended || self.image.cut.is_none_or(|(cut, _)| cut != position) {
-            return self.lose_peer(
-                now,
-                &format!("the standby has restored another image, at position {position}"),
-            );
+            return self.lose_peer(now, &format!("the standby has restored another image, at position {position}"));
         }
         self.image.restored = true;
     }
@@ -385,11 +346,7 @@ impl Primary {
         if !self.bugs.has(Bug::ProtectBeforeFlush) {
             self.flush();
         }
-        let last_seq = self
-            .backlog
-            .as_ref()
-            .expect("there is one since the cut")
-            .sent();
+        let last_seq = self.backlog.as_ref().expect("there is one since the cut").sent();
         self.send(&Message::ProtectionStart { last_seq });
         self.last_progress = now;
         self.enter(PrimaryState::Protected, "the standby has the whole machine");
@@ -447,20 +404,13 @@ impl Primary {
         };
         match log_news {
             Err(problem) => {
-                return self.lose_peer(
-                    now,
-                    &format!("the standby's acknowledgement is wrong: {problem}"),
-                );
+                return self.lose_peer(now, &format!("the standby's acknowledgement is wrong: {problem}"));
             }
             Ok(log_news) if log_news || image_news => self.last_progress = now,
             Ok(_) => {}
         }
         if self.state == PrimaryState::Protected {
-            let received = self
-                .backlog
-                .as_ref()
-                .expect("there is one under protection")
-                .received();
+            let received = self.backlog.as_ref().expect("there is one under protection").received();
             let up_to = self.outputs.release_acked(received);
             self.release(up_to);
         }
@@ -485,8 +435,7 @@ impl Primary {
 
     fn send(&mut self, message: &Message) {
         if let Some(link) = &self.link {
-            self.actions
-                .push_back(PrimaryAction::Send(link.frame(message)));
+            self.actions.push_back(PrimaryAction::Send(link.frame(message)));
         }
     }
 
@@ -514,11 +463,7 @@ impl Primary {
                 self.lost_reason = reason.to_owned();
                 self.enter(PrimaryState::Deciding, reason);
                 self.set_throttle(Some("the standby is lost and the arbiter is asked"));
-                let claim = Claim {
-                    vm: self.setup.vm.vm,
-                    epoch: self.epoch.next(),
-                    owner: self.setup.owner,
-                };
+                let claim = Claim { vm: self.setup.vm.vm, epoch: self.epoch.next(), owner: self.setup.owner };
                 let (arbitration, claim) = Arbitration::begin(now, claim, &self.setup.config);
                 self.arbitration = Some(arbitration);
                 self.actions.push_back(PrimaryAction::AskArbiter(claim));
@@ -548,11 +493,7 @@ impl Primary {
                 self.go_alone(epoch, self.lost_reason.clone());
             }
             Next::RetryAt(retry_at) => {
-                let notice = Notice::ArbiterUnreachable {
-                    epoch,
-                    attempts,
-                    retry_at,
-                };
+                let notice = Notice::ArbiterUnreachable { epoch, attempts, retry_at };
                 self.actions.push_back(PrimaryAction::Notice(notice));
             }
             Next::Won => self.go_alone(epoch, self.lost_reason.clone()),
@@ -566,16 +507,12 @@ impl Primary {
     }
 
     fn go_alone(&mut self, epoch: Epoch, reason: String) {
-        assert!(matches!(
-            self.state,
-            PrimaryState::Protected | PrimaryState::Deciding
-        ));
+        assert!(matches!(self.state, PrimaryState::Protected | PrimaryState::Deciding));
         self.epoch = epoch;
         self.backlog = None;
         self.arbitration = None;
         self.enter(PrimaryState::Unprotected, &reason);
-        self.actions
-            .push_back(PrimaryAction::GoAlone { epoch, reason });
+        self.actions.push_back(PrimaryAction::GoAlone { epoch, reason });
         self.release_all();
         self.set_throttle(None);
     }
@@ -592,11 +529,7 @@ impl Primary {
 
     fn peer_timeout(&self) -> Nanos {
         let config = &self.setup.config;
-        if self.state == PrimaryState::Protected {
-            config.peer_timeout
-        } else {
-            config.copy_timeout
-        }
+        if self.state == PrimaryState::Protected { config.peer_timeout } else { config.copy_timeout }
     }
 
     /// Whether a secondary without progress holds the guest back.
@@ -610,27 +543,14 @@ impl Primary {
             let greeted = self.state != PrimaryState::Greeting;
             if link.beat_due(now, &self.setup.config) && greeted {
                 let position = self.position;
-                self.send(&Message::Heartbeat {
-                    time: now,
-                    position,
-                });
+                self.send(&Message::Heartbeat { time: now, position });
             }
         }
-        if let Some(silence) = self
-            .link
-            .as_mut()
-            .and_then(|link| link.silence(now, timeout))
-        {
-            self.lose_peer(
-                now,
-                &format!("nothing was heard from the standby for {silence}"),
-            );
+        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout)) {
+            self.lose_peer(now, &format!("nothing was heard from the standby for {silence}"));
         }
         if self.may_stall() && now.since(self.last_progress) >= self.setup.config.stall_timeout {
-            self.lose_peer(
-                now,
-                "the standby answers but makes no progress, and holds the guest back",
-            );
+            self.lose_peer(now, "the standby answers but makes no progress, and holds the guest back");
         }
         if let Some(arbitration) = &mut self.arbitration {
             let next = arbitration.tick(now, &self.setup.config);
@@ -646,10 +566,7 @@ impl Primary {
         }
         if self.link.is_some() {
             if let Some(what) = self.beyond(self.setup.config.hard_bound_factor, 1) {
-                self.lose_peer(
-                    now,
-                    &format!("the standby is too slow: {what}, although the guest is throttled"),
-                );
+                self.lose_peer(now, &format!("the standby is too slow: {what}, although the guest is throttled"));
             } else if !self.throttled
                 && let Some(what) = self.beyond(1, 1)
             {
@@ -662,13 +579,10 @@ impl Primary {
                 self.set_throttle(None);
             }
         }
-        if self.ending.is_some() && self.outputs.held() == 0 && self.state != PrimaryState::Deciding
-        {
+        if self.ending.is_some() && self.outputs.held() == 0 && self.state != PrimaryState::Deciding {
             let reason = self.ending.take().expect("just seen");
             self.flush();
-            self.send(&Message::Goodbye {
-                reason: reason.clone(),
-            });
+            self.send(&Message::Goodbye { reason: reason.clone() });
             self.stop(StopReason::Ended { reason });
         }
         assert!(self.actions.len() <= MAX_ACTIONS, "the host does not poll");
@@ -699,20 +613,14 @@ impl Primary {
     fn set_throttle(&mut self, reason: Option<&'static str>) {
         if self.throttled != reason.is_some() {
             self.throttled = reason.is_some();
-            self.actions
-                .push_back(PrimaryAction::Throttle(self.throttled));
-            self.actions
-                .push_back(PrimaryAction::Notice(Notice::Throttle { reason }));
+            self.actions.push_back(PrimaryAction::Throttle(self.throttled));
+            self.actions.push_back(PrimaryAction::Notice(Notice::Throttle { reason }));
         }
     }
 
     fn enter(&mut self, state: PrimaryState, reason: &str) {
         let (from, to) = (self.state.name(), state.name());
         self.state = state;
-        self.actions.push_back(PrimaryAction::Notice(Notice::State {
-            from,
-            to,
-            reason: reason.to_owned(),
-        }));
+        self.actions.push_back(PrimaryAction::Notice(Notice::State { from, to, reason: reason.to_owned() }));
     }
 }

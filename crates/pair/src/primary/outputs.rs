@@ -26,26 +26,14 @@ pub(super) struct HeldOutputs {
 impl HeldOutputs {
     /// Of a machine that has made outputs up to `last`; none of them is held, those up to `left` have left.
     pub(super) fn new(last: OutputId, left: OutputId) -> HeldOutputs {
-        assert!(
-            left <= last,
-            "output {left} can't have left when only {last} were made"
-        );
-        HeldOutputs {
-            produced: last,
-            released: last,
-            left,
-            told: left,
-            notes: VecDeque::new(),
-        }
+        assert!(left <= last, "output {left} can't have left when only {last} were made");
+        HeldOutputs { produced: last, released: last, left, told: left, notes: VecDeque::new() }
     }
 
     /// The machine made its next output; record `note` says so.
     pub(super) fn produce(&mut self, id: OutputId, note: Seq) {
         assert_eq!(id, self.produced + 1, "outputs are numbered without gaps");
-        assert!(
-            self.notes.back().is_none_or(|last| *last <= note),
-            "notes are in order"
-        );
+        assert!(self.notes.back().is_none_or(|last| *last <= note), "notes are in order");
         self.produced = id;
         self.notes.push_back(note);
     }
@@ -69,21 +57,13 @@ impl HeldOutputs {
     }
 
     fn changed_since(&self, before: OutputId) -> Option<OutputId> {
-        assert_eq!(
-            self.notes.len() as u64,
-            self.produced - self.released,
-            "each held output has its note"
-        );
+        assert_eq!(self.notes.len() as u64, self.produced - self.released, "each held output has its note");
         (self.released > before).then_some(self.released)
     }
 
     /// The host says that all up to `id` have certainly left.
     pub(super) fn has_left(&mut self, id: OutputId) {
-        assert!(
-            id <= self.released,
-            "output {id} left, but only those up to {} were released",
-            self.released
-        );
+        assert!(id <= self.released, "output {id} left, but only those up to {} were released", self.released);
         self.left = self.left.max(id);
     }
 

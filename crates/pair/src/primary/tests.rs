@@ -19,11 +19,7 @@ struct Done {
 
 impl Bench {
     fn new() -> Bench {
-        Bench {
-            primary: Primary::new(primary_setup()).unwrap(),
-            now: Nanos(0),
-            outputs: 0,
-        }
+        Bench { primary: Primary::new(primary_setup()).unwrap(), now: Nanos(0), outputs: 0 }
     }
 
     fn tell(&mut self, event: PrimaryEvent) -> Done {
@@ -45,33 +41,18 @@ impl Bench {
 
     fn output(&mut self, position: u64) -> Done {
         self.outputs += 1;
-        self.tell(PrimaryEvent::Output {
-            id: self.outputs,
-            note: record(position, 8),
-        })
+        self.tell(PrimaryEvent::Output { id: self.outputs, note: record(position, 8) })
     }
 
     fn ack(&mut self, received_seq: u64, replayed_seq: u64, replayed_position: u64) -> Done {
-        self.hear(Message::Ack(Ack {
-            received_seq,
-            replayed_seq,
-            replayed_position,
-            image_bytes: 4,
-        }))
+        self.hear(Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes: 4 }))
     }
 
     /// Lets time pass in steps a host would make.
     fn wait(&mut self, until: Nanos) -> Done {
         let mut all = Done::default();
-        while let Some(deadline) = self
-            .primary
-            .deadline()
-            .filter(|deadline| *deadline <= until)
-        {
-            assert!(
-                deadline > self.now,
-                "a deadline that has passed was not met: the host would spin"
-            );
+        while let Some(deadline) = self.primary.deadline().filter(|deadline| *deadline <= until) {
+            assert!(deadline > self.now, "a deadline that has passed was not met: the host would spin");
             self.now = deadline;
             let done = self.tell(PrimaryEvent::Tick);
             all.sent.extend(done.sent);
@@ -87,31 +68,16 @@ impl Bench {
         assert_eq!(done.sent, [Message::Hello(hello())]);
         let done = bench.hear(Message::HelloReply(reply()));
         let bytes = config().image_window_bytes;
-        assert_eq!(
-            done.actions,
-            [
-                PrimaryAction::StartImage,
-                PrimaryAction::WantImage { bytes }
-            ]
-        );
+        assert_eq!(done.actions, [PrimaryAction::StartImage, PrimaryAction::WantImage { bytes }]);
         bench
     }
 
     fn copied() -> Bench {
         let mut bench = Bench::copying();
         bench.tell(PrimaryEvent::ImageCut { position: 10 });
-        assert_eq!(
-            bench.tell(PrimaryEvent::ImageChunk(vec![1; 4])).sent,
-            [Message::ImageChunk(vec![1; 4])]
-        );
+        assert_eq!(bench.tell(PrimaryEvent::ImageChunk(vec![1; 4])).sent, [Message::ImageChunk(vec![1; 4])]);
         let done = bench.tell(PrimaryEvent::ImageEnd);
-        assert_eq!(
-            done.sent,
-            [Message::ImageEnd {
-                position: 10,
-                total_bytes: 4
-            }]
-        );
+        assert_eq!(done.sent, [Message::ImageEnd { position: 10, total_bytes: 4 }]);
         bench
     }
 
@@ -126,26 +92,14 @@ impl Bench {
     fn deciding() -> Bench {
         let mut bench = Bench::protected();
         bench.output(11);
-        let done = bench.tell(PrimaryEvent::PeerClosed {
-            reason: "reset".to_owned(),
-        });
-        assert_eq!(
-            done.actions,
-            [
-                PrimaryAction::Throttle(true),
-                PrimaryAction::AskArbiter(claim(2))
-            ]
-        );
+        let done = bench.tell(PrimaryEvent::PeerClosed { reason: "reset".to_owned() });
+        assert_eq!(done.actions, [PrimaryAction::Throttle(true), PrimaryAction::AskArbiter(claim(2))]);
         bench
     }
 }
 
 fn claim(epoch: u64) -> Claim {
-    Claim {
-        vm: VM,
-        epoch: Epoch(epoch),
-        owner: PRIMARY,
-    }
+    Claim { vm: VM, epoch: Epoch(epoch), owner: PRIMARY }
 }
 
 fn release(up_to: u64) -> PrimaryAction {
@@ -153,10 +107,7 @@ fn release(up_to: u64) -> PrimaryAction {
 }
 
 fn answer(verdict: Verdict) -> PrimaryEvent {
-    PrimaryEvent::ArbiterAnswer {
-        epoch: Epoch(2),
-        verdict,
-    }
+    PrimaryEvent::ArbiterAnswer { epoch: Epoch(2), verdict }
 }
 
 #[test]
@@ -166,26 +117,14 @@ fn outputs_leave_at_once_until_protection_starts() {
     let mut bench = Bench::copied();
     let done = bench.output(11);
     assert_eq!(done.actions, [release(1)]);
-    assert_eq!(
-        done.sent,
-        [Message::Log {
-            first_seq: 1,
-            records: vec![record(11, 8)]
-        }]
-    );
+    assert_eq!(done.sent, [Message::Log { first_seq: 1, records: vec![record(11, 8)] }]);
 }
 
 #[test]
 fn an_output_is_held_until_its_note_is_received() {
     let mut bench = Bench::protected();
     let done = bench.tell(PrimaryEvent::Record(record(11, 3)));
-    assert_eq!(
-        done.sent,
-        [Message::Log {
-            first_seq: 1,
-            records: vec![record(11, 3)]
-        }]
-    );
+    assert_eq!(done.sent, [Message::Log { first_seq: 1, records: vec![record(11, 3)] }]);
     assert_eq!(bench.output(12).actions, []);
     assert_eq!(bench.output(13).actions, []);
     assert_eq!(bench.ack(1, 0, 10).actions, []);
@@ -198,33 +137,17 @@ fn an_output_is_held_until_its_note_is_received() {
 #[test]
 fn records_between_two_polls_travel_together() {
     let mut bench = Bench::protected();
-    bench
-        .primary
-        .handle(bench.now, PrimaryEvent::Record(record(11, 1)));
-    bench
-        .primary
-        .handle(bench.now, PrimaryEvent::Record(record(12, 2)));
+    bench.primary.handle(bench.now, PrimaryEvent::Record(record(11, 1)));
+    bench.primary.handle(bench.now, PrimaryEvent::Record(record(12, 2)));
     let done = bench.tell(PrimaryEvent::Record(record(13, 3)));
     let records = vec![record(11, 1), record(12, 2), record(13, 3)];
-    assert_eq!(
-        done.sent,
-        [Message::Log {
-            first_seq: 1,
-            records
-        }]
-    );
+    assert_eq!(done.sent, [Message::Log { first_seq: 1, records }]);
 }
 
 #[test]
 fn what_left_before_protection_is_noted_before_protection_starts() {
     let mut bench = Bench::copied();
-    bench.primary.handle(
-        bench.now,
-        PrimaryEvent::Output {
-            id: 1,
-            note: record(11, 8),
-        },
-    );
+    bench.primary.handle(bench.now, PrimaryEvent::Output { id: 1, note: record(11, 8) });
     let done = bench.hear(Message::ImageReady { position: 10 });
     assert_eq!(done.actions, [release(1)]);
     assert_eq!(done.sent[0].kind(), Kind::Log);
@@ -241,10 +164,7 @@ fn protection_waits_until_outputs_before_the_cut_have_left() {
     assert_eq!(bench.hear(Message::ImageReady { position: 10 }).sent, []);
     assert_eq!(bench.primary.state(), PrimaryState::Copying);
     let done = bench.tell(PrimaryEvent::OutputsLeft { up_to: 1 });
-    assert!(
-        done.sent
-            .contains(&Message::ProtectionStart { last_seq: 0 })
-    );
+    assert!(done.sent.contains(&Message::ProtectionStart { last_seq: 0 }));
 }
 
 #[test]
@@ -262,83 +182,42 @@ fn protection_waits_until_the_standby_has_caught_up() {
 #[test]
 fn the_image_keeps_to_its_window() {
     let mut bench = Bench::copying();
-    let ack = |image_bytes| {
-        Message::Ack(Ack {
-            image_bytes,
-            ..Ack::default()
-        })
-    };
+    let ack = |image_bytes| Message::Ack(Ack { image_bytes, ..Ack::default() });
     bench.tell(PrimaryEvent::ImageChunk(vec![1; 1_000_000]));
-    assert_eq!(
-        bench.hear(ack(600_000)).actions,
-        [PrimaryAction::WantImage { bytes: 600_000 }]
-    );
+    assert_eq!(bench.hear(ack(600_000)).actions, [PrimaryAction::WantImage { bytes: 600_000 }]);
     let done = bench.hear(ack(1_000_001));
-    assert_eq!(
-        done.actions,
-        [PrimaryAction::Disconnect],
-        "it acknowledges what was not sent"
-    );
+    assert_eq!(done.actions, [PrimaryAction::Disconnect], "it acknowledges what was not sent");
     assert_eq!(bench.primary.state(), PrimaryState::Unprotected);
 }
 
 #[test]
 fn before_protection_a_loss_needs_no_arbiter() {
     let mut bench = Bench::copied();
-    let done = bench.tell(PrimaryEvent::PeerClosed {
-        reason: "reset".to_owned(),
-    });
+    let done = bench.tell(PrimaryEvent::PeerClosed { reason: "reset".to_owned() });
     assert_eq!(done, Done::default());
-    assert_eq!(
-        (bench.primary.state(), bench.primary.epoch()),
-        (PrimaryState::Unprotected, Epoch::FIRST)
-    );
+    assert_eq!((bench.primary.state(), bench.primary.epoch()), (PrimaryState::Unprotected, Epoch::FIRST));
     assert_eq!(bench.output(11).actions, [release(1)]);
-    assert_eq!(
-        bench.tell(PrimaryEvent::PeerConnected).sent,
-        [Message::Hello(hello())],
-        "and it can try again"
-    );
+    assert_eq!(bench.tell(PrimaryEvent::PeerConnected).sent, [Message::Hello(hello())], "and it can try again");
 }
 
 #[test]
 fn the_winner_goes_alone_and_releases() {
     let mut bench = Bench::deciding();
-    assert_eq!(
-        bench.output(12).actions,
-        [],
-        "a guest that is still stopping may make another one"
-    );
+    assert_eq!(bench.output(12).actions, [], "a guest that is still stopping may make another one");
     let done = bench.tell(answer(Verdict::Won));
-    let [PrimaryAction::GoAlone { epoch, reason }, second, third] = &done.actions[..] else {
-        panic!("{done:?}")
-    };
+    let [PrimaryAction::GoAlone { epoch, reason }, second, third] = &done.actions[..] else { panic!("{done:?}") };
     assert_eq!(*epoch, Epoch(2));
     assert!(reason.contains("reset"));
-    assert_eq!(
-        [second, third],
-        [&release(2), &PrimaryAction::Throttle(false)]
-    );
+    assert_eq!([second, third], [&release(2), &PrimaryAction::Throttle(false)]);
     let done = bench.tell(PrimaryEvent::PeerConnected);
-    assert_eq!(
-        done.sent,
-        [Message::Hello(Hello {
-            epoch: Epoch(2),
-            ..hello()
-        })]
-    );
+    assert_eq!(done.sent, [Message::Hello(Hello { epoch: Epoch(2), ..hello() })]);
 }
 
 #[test]
 fn the_loser_stops_and_releases_nothing() {
     let mut bench = Bench::deciding();
     let done = bench.tell(answer(Verdict::Lost));
-    assert_eq!(
-        done.actions,
-        [PrimaryAction::Stop(StopReason::LostArbitration {
-            epoch: Epoch(2)
-        })]
-    );
+    assert_eq!(done.actions, [PrimaryAction::Stop(StopReason::LostArbitration { epoch: Epoch(2) })]);
     assert_eq!(bench.tell(answer(Verdict::Won)), Done::default());
     assert_eq!(bench.output(13), Done::default());
     assert_eq!(bench.primary.deadline(), None);
@@ -350,26 +229,12 @@ fn an_arbiter_that_does_not_answer_is_asked_again_for_ever() {
     assert_eq!(bench.tell(answer(Verdict::Unreachable)).actions, []);
     let done = bench.wait(millis(20_000));
     assert!(done.actions.len() >= 5, "{done:?}");
-    assert!(
-        done.actions
-            .iter()
-            .all(|action| *action == PrimaryAction::AskArbiter(claim(2)))
-    );
+    assert!(done.actions.iter().all(|action| *action == PrimaryAction::AskArbiter(claim(2))));
     assert_eq!(bench.primary.state(), PrimaryState::Deciding);
     assert!(bench.primary.deadline().is_some());
-    let stale = PrimaryEvent::ArbiterAnswer {
-        epoch: Epoch(1),
-        verdict: Verdict::Won,
-    };
-    assert_eq!(
-        bench.tell(stale),
-        Done::default(),
-        "an answer about another epoch says nothing"
-    );
-    assert!(matches!(
-        bench.tell(answer(Verdict::Won)).actions[0],
-        PrimaryAction::GoAlone { .. }
-    ));
+    let stale = PrimaryEvent::ArbiterAnswer { epoch: Epoch(1), verdict: Verdict::Won };
+    assert_eq!(bench.tell(stale), Done::default(), "an answer about another epoch says nothing");
+    assert!(matches!(bench.tell(answer(Verdict::Won)).actions[0], PrimaryAction::GoAlone { .. }));
 }
 
 #[test]
@@ -377,13 +242,7 @@ fn a_silent_standby_is_lost_after_the_timeout_and_not_before() {
     let mut bench = Bench::protected();
     let timeout = config().peer_timeout;
     let done = bench.wait(Nanos(timeout.0 - 1));
-    assert!(
-        done.sent.len() >= 10
-            && done
-                .sent
-                .iter()
-                .all(|message| message.kind() == Kind::Heartbeat)
-    );
+    assert!(done.sent.len() >= 10 && done.sent.iter().all(|message| message.kind() == Kind::Heartbeat));
     assert_eq!(bench.primary.state(), PrimaryState::Protected);
     let done = bench.wait(timeout);
     assert!(done.actions.contains(&PrimaryAction::Disconnect));
@@ -395,10 +254,7 @@ fn heartbeats_keep_the_standby() {
     let mut bench = Bench::protected();
     for step in 1..50 {
         bench.wait(millis(step * 100));
-        bench.hear(Message::Heartbeat {
-            time: Nanos(step),
-            position: 10,
-        });
+        bench.hear(Message::Heartbeat { time: Nanos(step), position: 10 });
     }
     assert_eq!(bench.primary.state(), PrimaryState::Protected);
 }
@@ -406,49 +262,21 @@ fn heartbeats_keep_the_standby() {
 #[test]
 fn the_guest_is_throttled_at_each_bound_and_freed_at_half() {
     let mut bench = Bench::protected();
-    assert_eq!(
-        bench.tell(PrimaryEvent::Record(record(11, 1_200))).actions,
-        [PrimaryAction::Throttle(true)]
-    );
+    assert_eq!(bench.tell(PrimaryEvent::Record(record(11, 1_200))).actions, [PrimaryAction::Throttle(true)]);
     assert!(bench.primary.status().throttled);
-    assert_eq!(
-        bench.ack(1, 0, 10).actions,
-        [],
-        "received, but more than half the bound is not replayed"
-    );
-    assert_eq!(
-        bench.ack(1, 1, 11).actions,
-        [PrimaryAction::Throttle(false)]
-    );
-    assert_eq!(
-        bench.tell(PrimaryEvent::Record(record(1_500, 1))).actions,
-        [PrimaryAction::Throttle(true)]
-    );
-    assert_eq!(
-        bench.ack(2, 1, 900).actions,
-        [],
-        "600 behind is more than half of 1000"
-    );
-    assert_eq!(
-        bench.ack(2, 1, 1_100).actions,
-        [PrimaryAction::Throttle(false)]
-    );
+    assert_eq!(bench.ack(1, 0, 10).actions, [], "received, but more than half the bound is not replayed");
+    assert_eq!(bench.ack(1, 1, 11).actions, [PrimaryAction::Throttle(false)]);
+    assert_eq!(bench.tell(PrimaryEvent::Record(record(1_500, 1))).actions, [PrimaryAction::Throttle(true)]);
+    assert_eq!(bench.ack(2, 1, 900).actions, [], "600 behind is more than half of 1000");
+    assert_eq!(bench.ack(2, 1, 1_100).actions, [PrimaryAction::Throttle(false)]);
 }
 
 #[test]
 fn a_standby_far_beyond_a_bound_is_given_up() {
     let mut bench = Bench::protected();
-    let done: Vec<PrimaryAction> = (0..5)
-        .flat_map(|step| {
-            bench
-                .tell(PrimaryEvent::Record(record(11 + step, 1_000)))
-                .actions
-        })
-        .collect();
-    assert!(
-        done.contains(&PrimaryAction::AskArbiter(claim(2))),
-        "{done:?}"
-    );
+    let done: Vec<PrimaryAction> =
+        (0..5).flat_map(|step| bench.tell(PrimaryEvent::Record(record(11 + step, 1_000))).actions).collect();
+    assert!(done.contains(&PrimaryAction::AskArbiter(claim(2))), "{done:?}");
 }
 
 #[test]
@@ -460,10 +288,7 @@ fn a_standby_without_progress_is_given_up() {
         let done = bench.wait(millis(step * 100));
         asked |= done.actions.contains(&PrimaryAction::AskArbiter(claim(2)));
         if !asked {
-            bench.hear(Message::Heartbeat {
-                time: Nanos(step),
-                position: 10,
-            });
+            bench.hear(Message::Heartbeat { time: Nanos(step), position: 10 });
         }
         assert_eq!(asked, step >= 100, "at step {step}");
     }
@@ -475,10 +300,7 @@ fn impossible_acknowledgements_end_the_connection() {
         let mut bench = Bench::protected();
         bench.output(11);
         let done = bench.ack(ack.0, ack.1, 10);
-        assert!(
-            done.actions.contains(&PrimaryAction::AskArbiter(claim(2))),
-            "{ack:?}"
-        );
+        assert!(done.actions.contains(&PrimaryAction::AskArbiter(claim(2))), "{ack:?}");
         assert!(!done.actions.contains(&release(1)), "{ack:?}");
     }
 }
@@ -488,20 +310,9 @@ fn garbage_ends_the_connection() {
     let mut bench = Bench::protected();
     let done = bench.tell(PrimaryEvent::Bytes(vec![0x55; 40]));
     let ask = PrimaryAction::AskArbiter(claim(2));
-    assert_eq!(
-        done.actions,
-        [
-            PrimaryAction::Disconnect,
-            PrimaryAction::Throttle(true),
-            ask
-        ]
-    );
+    assert_eq!(done.actions, [PrimaryAction::Disconnect, PrimaryAction::Throttle(true), ask]);
     let late = bench.tell(PrimaryEvent::Bytes(frame(&Message::Ack(Ack::default()))));
-    assert_eq!(
-        late,
-        Done::default(),
-        "nobody listens to a connection that was given up"
-    );
+    assert_eq!(late, Done::default(), "nobody listens to a connection that was given up");
 }
 
 #[test]
@@ -511,9 +322,7 @@ fn a_standby_that_would_replay_otherwise_is_refused() {
     let mut other = reply();
     other.host.cpu_vendor = "AuthenticAMD".to_owned();
     let done = bench.hear(Message::HelloReply(other));
-    let Message::Refuse { reason } = &done.sent[0] else {
-        panic!("{done:?}")
-    };
+    let Message::Refuse { reason } = &done.sent[0] else { panic!("{done:?}") };
     assert!(reason.contains("AuthenticAMD"));
     assert_eq!(done.actions, [PrimaryAction::Disconnect]);
     assert_eq!(bench.primary.state(), PrimaryState::Unprotected);
@@ -523,19 +332,8 @@ fn a_standby_that_would_replay_otherwise_is_refused() {
 fn a_standbys_goodbye_lets_the_primary_go_on_without_an_arbiter() {
     let mut bench = Bench::protected();
     bench.output(11);
-    let done = bench.hear(Message::Goodbye {
-        reason: "maintenance".to_owned(),
-    });
-    assert!(
-        matches!(
-            &done.actions[1],
-            PrimaryAction::GoAlone {
-                epoch: Epoch(1),
-                ..
-            }
-        ),
-        "{done:?}"
-    );
+    let done = bench.hear(Message::Goodbye { reason: "maintenance".to_owned() });
+    assert!(matches!(&done.actions[1], PrimaryAction::GoAlone { epoch: Epoch(1), .. }), "{done:?}");
     assert_eq!(done.actions[2], release(1));
 }
 
@@ -543,32 +341,17 @@ fn a_standbys_goodbye_lets_the_primary_go_on_without_an_arbiter() {
 fn the_end_of_the_guest_waits_for_its_last_output() {
     let mut bench = Bench::protected();
     bench.output(11);
-    assert_eq!(
-        bench.tell(PrimaryEvent::Shutdown {
-            reason: "powered off".to_owned()
-        }),
-        Done::default()
-    );
+    assert_eq!(bench.tell(PrimaryEvent::Shutdown { reason: "powered off".to_owned() }), Done::default());
     let done = bench.ack(1, 1, 11);
-    assert_eq!(
-        done.sent,
-        [Message::Goodbye {
-            reason: "powered off".to_owned()
-        }]
-    );
-    let stop = PrimaryAction::Stop(StopReason::Ended {
-        reason: "powered off".to_owned(),
-    });
+    assert_eq!(done.sent, [Message::Goodbye { reason: "powered off".to_owned() }]);
+    let stop = PrimaryAction::Stop(StopReason::Ended { reason: "powered off".to_owned() });
     assert_eq!(done.actions, [release(1), PrimaryAction::Disconnect, stop]);
 }
 
 #[test]
 #[should_panic(expected = "numbered without gaps")]
 fn a_host_that_skips_an_output_is_stopped() {
-    Bench::new().tell(PrimaryEvent::Output {
-        id: 2,
-        note: record(1, 8),
-    });
+    Bench::new().tell(PrimaryEvent::Output { id: 2, note: record(1, 8) });
 }
 
 #[test]
@@ -584,10 +367,5 @@ fn a_configuration_that_can_not_work_is_refused() {
     let mut setup = primary_setup();
     setup.config.peer_timeout = setup.config.heartbeat_interval;
     let error = Primary::new(setup).unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .contains("peer_timeout: must be at least four heartbeat intervals"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("peer_timeout: must be at least four heartbeat intervals"), "{error}");
 }

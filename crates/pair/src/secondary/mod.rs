@@ -132,15 +132,9 @@ impl Secondary {
 
     /// When a [`SecondaryEvent::Tick`] is due, if nothing else happens before.
     pub fn deadline(&self) -> Option<Nanos> {
-        let link = self
-            .link
-            .as_ref()
-            .map(|link| link.deadline(self.peer_timeout()));
+        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout()));
         let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
-        [link, arbitration, self.report_at]
-            .into_iter()
-            .flatten()
-            .min()
+        [link, arbitration, self.report_at].into_iter().flatten().min()
     }
 
     /// Takes the next thing to do. Call until `None` after each batch of events; one acknowledgement answers the whole batch.
@@ -160,15 +154,10 @@ impl Secondary {
             SecondaryEvent::PeerConnected => self.on_connected(now),
             SecondaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
             SecondaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
-            SecondaryEvent::ImageRestored {
-                position,
-                last_output,
-            } => self.on_restored(now, position, last_output),
+            SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
             SecondaryEvent::Output { id } => self.on_output(id),
             SecondaryEvent::Replayed { seq, position } => self.on_replayed(now, seq, position),
-            SecondaryEvent::ArbiterAnswer { epoch, verdict } => {
-                self.on_arbiter_answer(now, epoch, verdict)
-            }
+            SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             SecondaryEvent::Shutdown { reason } => self.on_shutdown(reason),
             SecondaryEvent::Failed { reason } => self.say_goodbye(reason),
             SecondaryEvent::Tick => self.on_tick(now),
@@ -181,11 +170,7 @@ impl Secondary {
     /// # Panics
     /// If this secondary is not live.
     pub fn into_primary(self) -> Primary {
-        assert_eq!(
-            self.state,
-            SecondaryState::Live,
-            "only who is live becomes a primary"
-        );
+        assert_eq!(self.state, SecondaryState::Live, "only who is live becomes a primary");
         let hello = self.hello.expect("it had a primary once");
         let setup = PrimarySetup {
             config: self.setup.config,
@@ -203,10 +188,7 @@ impl Secondary {
     // ---- the connection ----
 
     fn on_connected(&mut self, now: Nanos) {
-        assert!(
-            self.state == SecondaryState::Listening && self.link.is_none(),
-            "a secondary serves one connection"
-        );
+        assert!(self.state == SecondaryState::Listening && self.link.is_none(), "a secondary serves one connection");
         self.link = Some(Link::new(now, &self.setup.config));
     }
 
@@ -236,19 +218,9 @@ impl Secondary {
             (Listening, Message::Hello(hello)) => self.on_hello(hello),
             (Copying, Message::Refuse { reason }) => self.on_refused(reason),
             (Copying, Message::ImageChunk(bytes)) => self.on_image_chunk(now, bytes),
-            (
-                Copying,
-                Message::ImageEnd {
-                    position,
-                    total_bytes,
-                },
-            ) => self.on_image_end(now, position, total_bytes),
-            (Following, Message::ProtectionStart { last_seq }) => {
-                self.on_protection_start(now, last_seq)
-            }
-            (Copying | Following, Message::Log { first_seq, records }) => {
-                self.on_log(now, first_seq, records)
-            }
+            (Copying, Message::ImageEnd { position, total_bytes }) => self.on_image_end(now, position, total_bytes),
+            (Following, Message::ProtectionStart { last_seq }) => self.on_protection_start(now, last_seq),
+            (Copying | Following, Message::Log { first_seq, records }) => self.on_log(now, first_seq, records),
             (Copying | Following, Message::Released { up_to }) => {
                 self.confirmed = self.confirmed.max(up_to);
                 self.discard();
@@ -259,10 +231,7 @@ impl Secondary {
             (_, Message::Goodbye { reason }) => self.stop(StopReason::PeerEnded { reason }),
             (state, message) => {
                 let (kind, state) = (message.kind(), state.name());
-                self.lose_peer(
-                    now,
-                    &format!("the primary sent {kind:?} while the secondary was {state}"),
-                );
+                self.lose_peer(now, &format!("the primary sent {kind:?} while the secondary was {state}"));
             }
         }
     }
@@ -279,9 +248,7 @@ impl Secondary {
         });
         if !wrong.is_empty() {
             let reason = wrong.join("; ");
-            self.send(&Message::Refuse {
-                reason: reason.clone(),
-            });
+            self.send(&Message::Refuse { reason: reason.clone() });
             return self.on_refused(reason);
         }
         self.send(&Message::HelloReply(HelloReply {
@@ -291,24 +258,14 @@ impl Secondary {
             owner: self.setup.owner,
             host: self.setup.host.clone(),
         }));
-        self.link
-            .as_mut()
-            .expect("the hello came over it")
-            .agree(version);
-        self.actions
-            .push_back(SecondaryAction::Prepare(hello.clone()));
-        self.enter(
-            SecondaryState::Copying,
-            &format!("VM {} in epoch {} is accepted", hello.vm.vm, hello.epoch),
-        );
+        self.link.as_mut().expect("the hello came over it").agree(version);
+        self.actions.push_back(SecondaryAction::Prepare(hello.clone()));
+        self.enter(SecondaryState::Copying, &format!("VM {} in epoch {} is accepted", hello.vm.vm, hello.epoch));
         self.hello = Some(hello);
     }
 
     fn on_refused(&mut self, reason: String) {
-        self.actions
-            .push_back(SecondaryAction::Notice(Notice::Refused {
-                reason: reason.clone(),
-            }));
+        self.actions.push_back(SecondaryAction::Notice(Notice::Refused { reason: reason.clone() }));
         self.stop(StopReason::Refused { reason });
     }
 
@@ -326,29 +283,16 @@ impl Secondary {
     fn on_image_end(&mut self, now: Nanos, position: u64, total_bytes: u64) {
         if self.image_position.is_some() || self.image_bytes != total_bytes {
             let received = self.image_bytes;
-            return self.lose_peer(
-                now,
-                &format!("the image has {received} bytes instead of {total_bytes}"),
-            );
+            return self.lose_peer(now, &format!("the image has {received} bytes instead of {total_bytes}"));
         }
         self.image_position = Some(position);
-        self.actions
-            .push_back(SecondaryAction::Restore { position });
+        self.actions.push_back(SecondaryAction::Restore { position });
     }
 
     fn on_restored(&mut self, now: Nanos, position: u64, last_output: OutputId) {
-        assert_eq!(
-            self.state,
-            SecondaryState::Copying,
-            "a machine is restored once"
-        );
+        assert_eq!(self.state, SecondaryState::Copying, "a machine is restored once");
         if self.image_position != Some(position) {
-            return self.lose_peer(
-                now,
-                &format!(
-                    "the restored machine is at position {position}, not where its image was cut"
-                ),
-            );
+            return self.lose_peer(now, &format!("the restored machine is at position {position}, not where its image was cut"));
         }
         self.replayed_position = position;
         self.produced = last_output;
@@ -365,10 +309,7 @@ impl Secondary {
     fn on_protection_start(&mut self, now: Nanos, last_seq: Seq) {
         if self.entitled && !self.bugs.has(Bug::EntitledByImage) || last_seq != self.received_seq {
             let received = self.received_seq;
-            return self.lose_peer(
-                now,
-                &format!("protection starts at record {last_seq}, but {received} were received"),
-            );
+            return self.lose_peer(now, &format!("protection starts at record {last_seq}, but {received} were received"));
         }
         self.entitled = true;
         self.ack_due = true;
@@ -380,10 +321,7 @@ impl Secondary {
     fn on_log(&mut self, now: Nanos, first_seq: Seq, records: Vec<Record>) {
         if first_seq != self.received_seq + 1 {
             let expected = self.received_seq + 1;
-            return self.lose_peer(
-                now,
-                &format!("the log goes on at record {first_seq} instead of {expected}"),
-            );
+            return self.lose_peer(now, &format!("the log goes on at record {first_seq} instead of {expected}"));
         }
         self.received_seq += records.len() as u64;
         self.ack_due = true;
@@ -396,8 +334,7 @@ impl Secondary {
             Some((first_seq, records))
         };
         if let Some((first_seq, records)) = ready {
-            self.actions
-                .push_back(SecondaryAction::Replay { first_seq, records });
+            self.actions.push_back(SecondaryAction::Replay { first_seq, records });
         }
     }
 
@@ -416,22 +353,14 @@ impl Secondary {
     }
 
     fn on_replayed(&mut self, now: Nanos, seq: Seq, position: u64) {
-        assert!(
-            seq >= self.replayed_seq && position >= self.replayed_position,
-            "replay goes forward"
-        );
-        assert!(
-            seq <= self.received_seq,
-            "replay has only what was received"
-        );
+        assert!(seq >= self.replayed_seq && position >= self.replayed_position, "replay goes forward");
+        assert!(seq <= self.received_seq, "replay has only what was received");
         if seq == self.replayed_seq && position == self.replayed_position {
             return;
         }
         self.replayed_seq = seq;
         self.replayed_position = position;
-        let due_at = self
-            .last_ack_at
-            .plus(self.setup.config.replay_report_interval);
+        let due_at = self.last_ack_at.plus(self.setup.config.replay_report_interval);
         if now >= due_at {
             self.last_ack_at = now;
             self.ack_due = true;
@@ -455,8 +384,7 @@ impl Secondary {
 
     fn send(&mut self, message: &Message) {
         if let Some(link) = &self.link {
-            self.actions
-                .push_back(SecondaryAction::Send(link.frame(message)));
+            self.actions.push_back(SecondaryAction::Send(link.frame(message)));
         }
     }
 
@@ -471,25 +399,13 @@ impl Secondary {
     }
 
     fn lose_peer(&mut self, now: Nanos, reason: &str) {
-        assert!(
-            self.state < SecondaryState::Deciding,
-            "there is no peer to lose any more"
-        );
+        assert!(self.state < SecondaryState::Deciding, "there is no peer to lose any more");
         self.drop_link();
         if !self.entitled {
-            return self.stop(StopReason::NotProtected {
-                reason: reason.to_owned(),
-            });
+            return self.stop(StopReason::NotProtected { reason: reason.to_owned() });
         }
-        let hello = self
-            .hello
-            .as_ref()
-            .expect("it is entitled, so it was greeted");
-        let claim = Claim {
-            vm: hello.vm.vm,
-            epoch: hello.epoch.next(),
-            owner: self.setup.owner,
-        };
+        let hello = self.hello.as_ref().expect("it is entitled, so it was greeted");
+        let claim = Claim { vm: hello.vm.vm, epoch: hello.epoch.next(), owner: self.setup.owner };
         self.lost_reason = reason.to_owned();
         if let Some((_, records)) = self.staged.take() {
             self.received_seq -= records.len() as u64;
@@ -522,11 +438,7 @@ impl Secondary {
             Next::Ask(claim) => self.actions.push_back(SecondaryAction::AskArbiter(claim)),
             Next::RetryAt(_) if self.bugs.has(Bug::SilenceIsConsent) => self.consume(epoch),
             Next::RetryAt(retry_at) => {
-                let notice = Notice::ArbiterUnreachable {
-                    epoch,
-                    attempts,
-                    retry_at,
-                };
+                let notice = Notice::ArbiterUnreachable { epoch, attempts, retry_at };
                 self.actions.push_back(SecondaryAction::Notice(notice));
             }
             Next::Won => self.consume(epoch),
@@ -538,47 +450,34 @@ impl Secondary {
         self.arbitration = None;
         self.won = Some(epoch);
         let left = self.received_seq - self.replayed_seq;
-        let reason = format!(
-            "epoch {epoch} is ours ({}); {left} records are left",
-            self.lost_reason
-        );
+        let reason = format!("epoch {epoch} is ours ({}); {left} records are left", self.lost_reason);
         self.enter(SecondaryState::Consuming, &reason);
         self.go_live_if_consumed();
     }
 
     fn go_live_if_consumed(&mut self) {
-        let consumed =
-            self.replayed_seq == self.received_seq || self.bugs.has(Bug::LiveBeforeConsuming);
+        let consumed = self.replayed_seq == self.received_seq || self.bugs.has(Bug::LiveBeforeConsuming);
         if self.state != SecondaryState::Consuming || !consumed {
             return;
         }
         let epoch = self.won.expect("it is consuming because it won");
         // The primary says what has left only after it has, so it may have sent more than we know; never less.
         let first = self.confirmed.min(self.produced) + 1;
-        let reissue = if self.bugs.has(Bug::ForgetReissue) {
-            0..0
-        } else {
-            first..self.produced + 1
-        };
+        let reissue = if self.bugs.has(Bug::ForgetReissue) { 0..0 } else { first..self.produced + 1 };
         self.enter(SecondaryState::Live, "the log is consumed");
-        self.actions
-            .push_back(SecondaryAction::GoLive { epoch, reissue });
+        self.actions.push_back(SecondaryAction::GoLive { epoch, reissue });
     }
 
     fn on_shutdown(&mut self, reason: String) {
         if self.state >= SecondaryState::Deciding {
             let reason = "the primary is lost, and the VM may live on only here".to_owned();
-            return self
-                .actions
-                .push_back(SecondaryAction::Notice(Notice::ShutdownRefused { reason }));
+            return self.actions.push_back(SecondaryAction::Notice(Notice::ShutdownRefused { reason }));
         }
         self.say_goodbye(reason);
     }
 
     fn say_goodbye(&mut self, reason: String) {
-        self.send(&Message::Goodbye {
-            reason: reason.clone(),
-        });
+        self.send(&Message::Goodbye { reason: reason.clone() });
         self.stop(StopReason::Ended { reason });
     }
 
@@ -592,11 +491,7 @@ impl Secondary {
     // ---- time ----
 
     fn peer_timeout(&self) -> Nanos {
-        if self.entitled {
-            self.setup.config.peer_timeout
-        } else {
-            self.setup.config.copy_timeout
-        }
+        if self.entitled { self.setup.config.peer_timeout } else { self.setup.config.copy_timeout }
     }
 
     fn on_tick(&mut self, now: Nanos) {
@@ -605,10 +500,7 @@ impl Secondary {
             let greeted = self.state != SecondaryState::Listening;
             if link.beat_due(now, &self.setup.config) && greeted {
                 let position = self.replayed_position;
-                self.send(&Message::Heartbeat {
-                    time: now,
-                    position,
-                });
+                self.send(&Message::Heartbeat { time: now, position });
             }
         }
         if self.report_at.is_some_and(|at| now >= at) {
@@ -616,15 +508,8 @@ impl Secondary {
             self.report_at = None;
             self.ack_due = true;
         }
-        if let Some(silence) = self
-            .link
-            .as_mut()
-            .and_then(|link| link.silence(now, timeout))
-        {
-            self.lose_peer(
-                now,
-                &format!("nothing was heard from the primary for {silence}"),
-            );
+        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout)) {
+            self.lose_peer(now, &format!("nothing was heard from the primary for {silence}"));
         }
         if let Some(arbitration) = &mut self.arbitration {
             let next = arbitration.tick(now, &self.setup.config);
@@ -635,11 +520,6 @@ impl Secondary {
     fn enter(&mut self, state: SecondaryState, reason: &str) {
         let (from, to) = (self.state.name(), state.name());
         self.state = state;
-        self.actions
-            .push_back(SecondaryAction::Notice(Notice::State {
-                from,
-                to,
-                reason: reason.to_owned(),
-            }));
+        self.actions.push_back(SecondaryAction::Notice(Notice::State { from, to, reason: reason.to_owned() }));
     }
 }

@@ -18,10 +18,7 @@ struct Done {
 
 impl Bench {
     fn new() -> Bench {
-        let mut bench = Bench {
-            secondary: Secondary::new(secondary_setup()).unwrap(),
-            now: millis(1),
-        };
+        let mut bench = Bench { secondary: Secondary::new(secondary_setup()).unwrap(), now: millis(1) };
         assert_eq!(bench.tell(SecondaryEvent::PeerConnected), Done::default());
         bench
     }
@@ -44,17 +41,12 @@ impl Bench {
     }
 
     fn log(&mut self, first_seq: u64, positions: &[u64]) -> Done {
-        let records = positions
-            .iter()
-            .map(|position| record(*position, 1))
-            .collect();
+        let records = positions.iter().map(|position| record(*position, 1)).collect();
         self.hear(Message::Log { first_seq, records })
     }
 
     fn close(&mut self) -> Done {
-        self.tell(SecondaryEvent::PeerClosed {
-            reason: "reset".to_owned(),
-        })
+        self.tell(SecondaryEvent::PeerClosed { reason: "reset".to_owned() })
     }
 
     fn copying() -> Bench {
@@ -69,22 +61,10 @@ impl Bench {
         let mut bench = Bench::copying();
         let done = bench.hear(Message::ImageChunk(vec![1, 2, 3]));
         assert_eq!(done.actions, [SecondaryAction::ImageChunk(vec![1, 2, 3])]);
-        assert_eq!(
-            done.sent,
-            [Message::Ack(Ack {
-                image_bytes: 3,
-                ..Ack::default()
-            })]
-        );
-        let done = bench.hear(Message::ImageEnd {
-            position: 10,
-            total_bytes: 3,
-        });
+        assert_eq!(done.sent, [Message::Ack(Ack { image_bytes: 3, ..Ack::default() })]);
+        let done = bench.hear(Message::ImageEnd { position: 10, total_bytes: 3 });
         assert_eq!(done.actions, [SecondaryAction::Restore { position: 10 }]);
-        let done = bench.tell(SecondaryEvent::ImageRestored {
-            position: 10,
-            last_output: 5,
-        });
+        let done = bench.tell(SecondaryEvent::ImageRestored { position: 10, last_output: 5 });
         assert_eq!(done.sent, [Message::ImageReady { position: 10 }]);
         bench
     }
@@ -102,10 +82,7 @@ impl Bench {
         bench.log(1, &[11, 12, 13]);
         bench.tell(SecondaryEvent::Output { id: 6 });
         bench.tell(SecondaryEvent::Output { id: 7 });
-        bench.tell(SecondaryEvent::Replayed {
-            seq: 1,
-            position: 11,
-        });
+        bench.tell(SecondaryEvent::Replayed { seq: 1, position: 11 });
         let done = bench.hear(Message::Released { up_to: 6 });
         assert_eq!(done.actions, [SecondaryAction::Discard { up_to: 6 }]);
         bench
@@ -113,18 +90,11 @@ impl Bench {
 }
 
 fn answer(verdict: Verdict) -> SecondaryEvent {
-    SecondaryEvent::ArbiterAnswer {
-        epoch: Epoch(2),
-        verdict,
-    }
+    SecondaryEvent::ArbiterAnswer { epoch: Epoch(2), verdict }
 }
 
 fn ask() -> SecondaryAction {
-    SecondaryAction::AskArbiter(Claim {
-        vm: VM,
-        epoch: Epoch(2),
-        owner: SECONDARY,
-    })
+    SecondaryAction::AskArbiter(Claim { vm: VM, epoch: Epoch(2), owner: SECONDARY })
 }
 
 #[test]
@@ -132,16 +102,8 @@ fn records_are_handed_to_replay_and_then_acknowledged() {
     let mut bench = Bench::entitled();
     let done = bench.log(1, &[11, 12]);
     let records = vec![record(11, 1), record(12, 1)];
-    assert_eq!(
-        done.actions,
-        [SecondaryAction::Replay {
-            first_seq: 1,
-            records
-        }]
-    );
-    let Message::Ack(ack) = done.sent[0] else {
-        panic!("{done:?}")
-    };
+    assert_eq!(done.actions, [SecondaryAction::Replay { first_seq: 1, records }]);
+    let Message::Ack(ack) = done.sent[0] else { panic!("{done:?}") };
     assert_eq!((ack.received_seq, ack.replayed_seq), (2, 0));
 }
 
@@ -150,9 +112,7 @@ fn records_come_before_the_image_is_restored_too() {
     let mut bench = Bench::copying();
     let done = bench.log(1, &[11]);
     assert_eq!(done.actions.len(), 1);
-    let Message::Ack(ack) = done.sent[0] else {
-        panic!("{done:?}")
-    };
+    let Message::Ack(ack) = done.sent[0] else { panic!("{done:?}") };
     assert_eq!(ack.received_seq, 1);
 }
 
@@ -170,25 +130,10 @@ fn going_live_takes_the_epoch_and_the_whole_log() {
     assert_eq!(bench.close().actions, [ask()]);
     assert_eq!(bench.tell(answer(Verdict::Won)), Done::default());
     assert_eq!(bench.secondary.state(), SecondaryState::Consuming);
-    assert_eq!(
-        bench.tell(SecondaryEvent::Replayed {
-            seq: 2,
-            position: 12
-        }),
-        Done::default()
-    );
+    assert_eq!(bench.tell(SecondaryEvent::Replayed { seq: 2, position: 12 }), Done::default());
     bench.tell(SecondaryEvent::Output { id: 8 });
-    let done = bench.tell(SecondaryEvent::Replayed {
-        seq: 3,
-        position: 13,
-    });
-    assert_eq!(
-        done.actions,
-        [SecondaryAction::GoLive {
-            epoch: Epoch(2),
-            reissue: 7..9
-        }]
-    );
+    let done = bench.tell(SecondaryEvent::Replayed { seq: 3, position: 13 });
+    assert_eq!(done.actions, [SecondaryAction::GoLive { epoch: Epoch(2), reissue: 7..9 }]);
     let primary = bench.secondary.into_primary();
     assert_eq!(primary.epoch(), Epoch(2));
 }
@@ -198,44 +143,20 @@ fn the_new_primary_numbers_outputs_on_and_knows_what_has_left() {
     let mut bench = Bench::behind();
     bench.close();
     bench.tell(answer(Verdict::Won));
-    bench.tell(SecondaryEvent::Replayed {
-        seq: 3,
-        position: 13,
-    });
+    bench.tell(SecondaryEvent::Replayed { seq: 3, position: 13 });
     let mut primary = bench.secondary.into_primary();
     primary.handle(millis(2), crate::PrimaryEvent::OutputsLeft { up_to: 7 });
-    primary.handle(
-        millis(2),
-        crate::PrimaryEvent::Output {
-            id: 8,
-            note: record(14, 8),
-        },
-    );
-    assert_eq!(
-        primary.poll(),
-        Some(crate::PrimaryAction::Release { up_to: 8 })
-    );
+    primary.handle(millis(2), crate::PrimaryEvent::Output { id: 8, note: record(14, 8) });
+    assert_eq!(primary.poll(), Some(crate::PrimaryAction::Release { up_to: 8 }));
 }
 
 #[test]
 fn replay_may_be_over_before_the_answer_comes() {
     let mut bench = Bench::behind();
     bench.close();
-    assert_eq!(
-        bench.tell(SecondaryEvent::Replayed {
-            seq: 3,
-            position: 13
-        }),
-        Done::default()
-    );
+    assert_eq!(bench.tell(SecondaryEvent::Replayed { seq: 3, position: 13 }), Done::default());
     let done = bench.tell(answer(Verdict::Won));
-    assert_eq!(
-        done.actions,
-        [SecondaryAction::GoLive {
-            epoch: Epoch(2),
-            reissue: 7..8
-        }]
-    );
+    assert_eq!(done.actions, [SecondaryAction::GoLive { epoch: Epoch(2), reissue: 7..8 }]);
 }
 
 #[test]
@@ -244,9 +165,7 @@ fn nothing_is_sent_again_when_all_has_left() {
     bench.hear(Message::Released { up_to: 9 });
     bench.close();
     let done = bench.tell(answer(Verdict::Won));
-    let [SecondaryAction::GoLive { reissue, .. }] = &done.actions[..] else {
-        panic!("{done:?}")
-    };
+    let [SecondaryAction::GoLive { reissue, .. }] = &done.actions[..] else { panic!("{done:?}") };
     assert!(reissue.is_empty());
 }
 
@@ -255,12 +174,7 @@ fn the_loser_stops() {
     let mut bench = Bench::behind();
     bench.close();
     let done = bench.tell(answer(Verdict::Lost));
-    assert_eq!(
-        done.actions,
-        [SecondaryAction::Stop(StopReason::LostArbitration {
-            epoch: Epoch(2)
-        })]
-    );
+    assert_eq!(done.actions, [SecondaryAction::Stop(StopReason::LostArbitration { epoch: Epoch(2) })]);
     assert_eq!(bench.tell(answer(Verdict::Won)), Done::default());
 }
 
@@ -270,28 +184,19 @@ fn silence_of_the_arbiter_is_no_consent() {
     bench.close();
     let mut asked = 0;
     for _ in 0..100 {
-        bench.now = bench
-            .secondary
-            .deadline()
-            .expect("it goes on trying")
-            .max(bench.now);
+        bench.now = bench.secondary.deadline().expect("it goes on trying").max(bench.now);
         let done = bench.tell(SecondaryEvent::Tick);
         assert!(done.actions.iter().all(|action| *action == ask()));
         asked += done.actions.len();
     }
-    assert_eq!(
-        (asked, bench.secondary.state()),
-        (50, SecondaryState::Deciding)
-    );
+    assert_eq!((asked, bench.secondary.state()), (50, SecondaryState::Deciding));
 }
 
 #[test]
 fn before_protection_it_never_goes_live() {
     for mut bench in [Bench::new(), Bench::copying(), Bench::following()] {
         let done = bench.close();
-        let [SecondaryAction::Stop(StopReason::NotProtected { reason })] = &done.actions[..] else {
-            panic!("{done:?}")
-        };
+        let [SecondaryAction::Stop(StopReason::NotProtected { reason })] = &done.actions[..] else { panic!("{done:?}") };
         assert!(reason.contains("reset"));
     }
 }
@@ -305,11 +210,7 @@ fn a_silent_primary_is_lost_after_the_timeout() {
         assert!(deadline > bench.now && deadline <= lost_at);
         bench.now = deadline;
         let done = bench.tell(SecondaryEvent::Tick);
-        assert!(
-            done.sent
-                .iter()
-                .all(|message| message.kind() == Kind::Heartbeat)
-        );
+        assert!(done.sent.iter().all(|message| message.kind() == Kind::Heartbeat));
     }
     assert_eq!(bench.now, lost_at);
 }
@@ -319,31 +220,12 @@ fn progress_of_replay_is_reported_but_not_too_often() {
     let mut bench = Bench::entitled();
     bench.log(1, &[11, 12, 13]);
     bench.now = millis(10);
-    assert_eq!(
-        bench
-            .tell(SecondaryEvent::Replayed {
-                seq: 1,
-                position: 11
-            })
-            .sent
-            .len(),
-        1
-    );
-    assert_eq!(
-        bench
-            .tell(SecondaryEvent::Replayed {
-                seq: 2,
-                position: 12
-            })
-            .sent,
-        []
-    );
+    assert_eq!(bench.tell(SecondaryEvent::Replayed { seq: 1, position: 11 }).sent.len(), 1);
+    assert_eq!(bench.tell(SecondaryEvent::Replayed { seq: 2, position: 12 }).sent, []);
     bench.now = bench.secondary.deadline().unwrap();
     assert_eq!(bench.now, millis(12));
     let done = bench.tell(SecondaryEvent::Tick);
-    let Some(Message::Ack(ack)) = done.sent.last() else {
-        panic!("{done:?}")
-    };
+    let Some(Message::Ack(ack)) = done.sent.last() else { panic!("{done:?}") };
     assert_eq!((ack.replayed_seq, ack.replayed_position), (2, 12));
 }
 
@@ -352,24 +234,12 @@ fn a_machine_it_was_not_told_to_expect_is_refused() {
     let mut setup = secondary_setup();
     setup.expect.ram_bytes = Some(8192);
     setup.host.build = "other".to_owned();
-    let mut bench = Bench {
-        secondary: Secondary::new(setup).unwrap(),
-        now: millis(1),
-    };
+    let mut bench = Bench { secondary: Secondary::new(setup).unwrap(), now: millis(1) };
     bench.tell(SecondaryEvent::PeerConnected);
     let done = bench.hear(Message::Hello(hello()));
-    let Message::Refuse { reason } = &done.sent[0] else {
-        panic!("{done:?}")
-    };
-    assert!(
-        reason.contains("8192") && reason.contains("4096") && reason.contains("\"other\""),
-        "{reason}"
-    );
-    let [
-        SecondaryAction::Disconnect,
-        SecondaryAction::Stop(StopReason::Refused { .. }),
-    ] = &done.actions[..]
-    else {
+    let Message::Refuse { reason } = &done.sent[0] else { panic!("{done:?}") };
+    assert!(reason.contains("8192") && reason.contains("4096") && reason.contains("\"other\""), "{reason}");
+    let [SecondaryAction::Disconnect, SecondaryAction::Stop(StopReason::Refused { .. })] = &done.actions[..] else {
         panic!("{done:?}")
     };
 }
@@ -378,112 +248,56 @@ fn a_machine_it_was_not_told_to_expect_is_refused() {
 fn an_image_that_is_not_whole_is_not_restored() {
     let mut bench = Bench::copying();
     bench.hear(Message::ImageChunk(vec![1, 2, 3]));
-    let done = bench.hear(Message::ImageEnd {
-        position: 10,
-        total_bytes: 4,
-    });
-    assert!(
-        matches!(
-            done.actions[..],
-            [SecondaryAction::Disconnect, SecondaryAction::Stop(_)]
-        ),
-        "{done:?}"
-    );
+    let done = bench.hear(Message::ImageEnd { position: 10, total_bytes: 4 });
+    assert!(matches!(done.actions[..], [SecondaryAction::Disconnect, SecondaryAction::Stop(_)]), "{done:?}");
 }
 
 #[test]
 fn a_machine_restored_elsewhere_is_given_up() {
     let mut bench = Bench::copying();
     bench.hear(Message::ImageChunk(vec![1, 2, 3]));
-    bench.hear(Message::ImageEnd {
-        position: 10,
-        total_bytes: 3,
-    });
-    let done = bench.tell(SecondaryEvent::ImageRestored {
-        position: 11,
-        last_output: 5,
-    });
-    assert!(
-        matches!(
-            done.actions[..],
-            [SecondaryAction::Disconnect, SecondaryAction::Stop(_)]
-        ),
-        "{done:?}"
-    );
+    bench.hear(Message::ImageEnd { position: 10, total_bytes: 3 });
+    let done = bench.tell(SecondaryEvent::ImageRestored { position: 11, last_output: 5 });
+    assert!(matches!(done.actions[..], [SecondaryAction::Disconnect, SecondaryAction::Stop(_)]), "{done:?}");
 }
 
 #[test]
 fn a_goodbye_ends_it() {
     let mut bench = Bench::entitled();
-    let done = bench.hear(Message::Goodbye {
-        reason: "powered off".to_owned(),
-    });
-    let stop = SecondaryAction::Stop(StopReason::PeerEnded {
-        reason: "powered off".to_owned(),
-    });
+    let done = bench.hear(Message::Goodbye { reason: "powered off".to_owned() });
+    let stop = SecondaryAction::Stop(StopReason::PeerEnded { reason: "powered off".to_owned() });
     assert_eq!(done.actions, [SecondaryAction::Disconnect, stop]);
 }
 
 #[test]
 fn it_can_be_drained_only_while_there_is_a_primary() {
-    let drain = || SecondaryEvent::Shutdown {
-        reason: "maintenance".to_owned(),
-    };
+    let drain = || SecondaryEvent::Shutdown { reason: "maintenance".to_owned() };
     let mut bench = Bench::behind();
     bench.close();
     assert_eq!(bench.tell(drain()), Done::default());
     assert_eq!(bench.secondary.state(), SecondaryState::Deciding);
-    let failed = bench.tell(SecondaryEvent::Failed {
-        reason: "replay went wrong".to_owned(),
-    });
-    assert!(matches!(
-        failed.actions[..],
-        [SecondaryAction::Stop(StopReason::Ended { .. })]
-    ));
+    let failed = bench.tell(SecondaryEvent::Failed { reason: "replay went wrong".to_owned() });
+    assert!(matches!(failed.actions[..], [SecondaryAction::Stop(StopReason::Ended { .. })]));
     let mut bench = Bench::behind();
-    assert_eq!(
-        bench.tell(drain()).sent,
-        [Message::Goodbye {
-            reason: "maintenance".to_owned()
-        }]
-    );
+    assert_eq!(bench.tell(drain()).sent, [Message::Goodbye { reason: "maintenance".to_owned() }]);
 }
 
 #[test]
 fn every_message_in_every_state_is_survived() {
-    let benches: [fn() -> Bench; 5] = [
-        Bench::new,
-        Bench::copying,
-        Bench::following,
-        Bench::entitled,
-        Bench::behind,
-    ];
+    let benches: [fn() -> Bench; 5] = [Bench::new, Bench::copying, Bench::following, Bench::entitled, Bench::behind];
     let all = [
         Message::Hello(hello()),
         Message::HelloReply(reply()),
-        Message::Refuse {
-            reason: String::new(),
-        },
+        Message::Refuse { reason: String::new() },
         Message::ImageChunk(vec![1]),
-        Message::ImageEnd {
-            position: 1,
-            total_bytes: 1,
-        },
+        Message::ImageEnd { position: 1, total_bytes: 1 },
         Message::ImageReady { position: 1 },
         Message::ProtectionStart { last_seq: 9 },
-        Message::Log {
-            first_seq: 1,
-            records: vec![record(11, 1)],
-        },
+        Message::Log { first_seq: 1, records: vec![record(11, 1)] },
         Message::Ack(Ack::default()),
         Message::Released { up_to: u64::MAX },
-        Message::Heartbeat {
-            time: Nanos(u64::MAX),
-            position: u64::MAX,
-        },
-        Message::Goodbye {
-            reason: String::new(),
-        },
+        Message::Heartbeat { time: Nanos(u64::MAX), position: u64::MAX },
+        Message::Goodbye { reason: String::new() },
     ];
     for bench in benches {
         for first in &all {

@@ -7,8 +7,8 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{
-    Ack, GREETING_VERSION, HEADER_BYTES, Hello, HelloReply, Kind, MAGIC, MAX_IMAGE_CHUNK_BYTES,
-    MAX_PAYLOAD_BYTES, MAX_RECORD_BYTES, MAX_TEXT_BYTES, Message, RECORD_HEAD_BYTES, WireError,
+    Ack, GREETING_VERSION, HEADER_BYTES, Hello, HelloReply, Kind, MAGIC, MAX_IMAGE_CHUNK_BYTES, MAX_PAYLOAD_BYTES,
+    MAX_RECORD_BYTES, MAX_TEXT_BYTES, Message, RECORD_HEAD_BYTES, WireError,
 };
 use crate::types::{Nanos, Record};
 
@@ -102,17 +102,10 @@ pub fn encode(message: &Message, version: u16) -> Vec<u8> {
     let mut frame = vec![0; HEADER_BYTES];
     put_payload(message, &mut frame);
     let payload_bytes = frame.len() - HEADER_BYTES;
-    assert!(
-        payload_bytes <= MAX_PAYLOAD_BYTES,
-        "a {kind:?} payload of {payload_bytes} bytes breaks the protocol's bound"
-    );
+    assert!(payload_bytes <= MAX_PAYLOAD_BYTES, "a {kind:?} payload of {payload_bytes} bytes breaks the protocol's bound");
     let mut header = FrameHeader {
         magic: MAGIC,
-        version: U16::new(if kind.is_greeting() {
-            GREETING_VERSION
-        } else {
-            version
-        }),
+        version: U16::new(if kind.is_greeting() { GREETING_VERSION } else { version }),
         kind: U16::new(kind as u16),
         payload_bytes: U32::new(payload_bytes as u32),
         payload_crc: U32::new(crc32fast::hash(&frame[HEADER_BYTES..])),
@@ -125,32 +118,17 @@ pub fn encode(message: &Message, version: u16) -> Vec<u8> {
 }
 
 fn put_payload(message: &Message, frame: &mut Vec<u8>) {
-    let one_number = |number: u64| OneNumberPayload {
-        number: U64::new(number),
-        reserved: [0; 8],
-    };
+    let one_number = |number: u64| OneNumberPayload { number: U64::new(number), reserved: [0; 8] };
     match message {
         Message::Hello(hello) => frame.extend(hello.to_payload()),
         Message::HelloReply(reply) => frame.extend(reply.to_payload()),
-        Message::Refuse { reason } | Message::Goodbye { reason } => {
-            frame.extend(shortened(reason).as_bytes())
-        }
+        Message::Refuse { reason } | Message::Goodbye { reason } => frame.extend(shortened(reason).as_bytes()),
         Message::ImageChunk(bytes) => {
-            assert!(
-                !bytes.is_empty() && bytes.len() <= MAX_IMAGE_CHUNK_BYTES,
-                "a chunk of {} bytes",
-                bytes.len()
-            );
+            assert!(!bytes.is_empty() && bytes.len() <= MAX_IMAGE_CHUNK_BYTES, "a chunk of {} bytes", bytes.len());
             frame.extend(bytes);
         }
-        Message::ImageEnd {
-            position,
-            total_bytes,
-        } => {
-            let payload = ImageEndPayload {
-                position: U64::new(*position),
-                total_bytes: U64::new(*total_bytes),
-            };
+        Message::ImageEnd { position, total_bytes } => {
+            let payload = ImageEndPayload { position: U64::new(*position), total_bytes: U64::new(*total_bytes) };
             frame.extend(payload.as_bytes());
         }
         Message::ImageReady { position } => frame.extend(one_number(*position).as_bytes()),
@@ -168,11 +146,7 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
             frame.extend(payload.as_bytes());
         }
         Message::Heartbeat { time, position } => {
-            let payload = HeartbeatPayload {
-                time: U64::new(time.0),
-                position: U64::new(*position),
-                reserved: [0; 16],
-            };
+            let payload = HeartbeatPayload { time: U64::new(time.0), position: U64::new(*position), reserved: [0; 16] };
             frame.extend(payload.as_bytes());
         }
     }
@@ -180,23 +154,12 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
 
 fn put_log(first_seq: u64, records: &[Record], frame: &mut Vec<u8>) {
     assert!(!records.is_empty(), "a log message without records");
-    let total: usize = records
-        .iter()
-        .map(|record| RECORD_HEAD_BYTES + record.bytes.len())
-        .sum();
+    let total: usize = records.iter().map(|record| RECORD_HEAD_BYTES + record.bytes.len()).sum();
     frame.reserve_exact(size_of::<LogHead>() + total);
-    let head = LogHead {
-        first_seq: U64::new(first_seq),
-        count: U32::new(records.len() as u32),
-        reserved: [0; 4],
-    };
+    let head = LogHead { first_seq: U64::new(first_seq), count: U32::new(records.len() as u32), reserved: [0; 4] };
     frame.extend(head.as_bytes());
     for record in records {
-        assert!(
-            record.bytes.len() <= MAX_RECORD_BYTES,
-            "a record of {} bytes",
-            record.bytes.len()
-        );
+        assert!(record.bytes.len() <= MAX_RECORD_BYTES, "a record of {} bytes", record.bytes.len());
         let head = RecordHead {
             position: U64::new(record.position),
             length_bytes: U32::new(record.bytes.len() as u32),
@@ -214,47 +177,26 @@ fn shortened(text: &str) -> &str {
 }
 
 /// Checks a header. `agreed` is the payload version of this connection, if the greeting is over.
-pub(super) fn check_header(
-    bytes: &[u8; HEADER_BYTES],
-    agreed: Option<u16>,
-) -> Result<CheckedHeader, WireError> {
-    let header =
-        FrameHeader::read_from_bytes(bytes).expect("the size is right and any bytes will do");
+pub(super) fn check_header(bytes: &[u8; HEADER_BYTES], agreed: Option<u16>) -> Result<CheckedHeader, WireError> {
+    let header = FrameHeader::read_from_bytes(bytes).expect("the size is right and any bytes will do");
     if header.magic != MAGIC {
-        return Err(WireError::Magic {
-            found: header.magic,
-        });
+        return Err(WireError::Magic { found: header.magic });
     }
-    let (stated, computed) = (
-        header.header_crc.get(),
-        crc32fast::hash(&bytes[..HEADER_CHECKED_BYTES]),
-    );
+    let (stated, computed) = (header.header_crc.get(), crc32fast::hash(&bytes[..HEADER_CHECKED_BYTES]));
     if stated != computed {
         return Err(WireError::HeaderChecksum { stated, computed });
     }
-    let kind =
-        Kind::from_number(header.kind.get()).ok_or(WireError::UnknownKind(header.kind.get()))?;
+    let kind = Kind::from_number(header.kind.get()).ok_or(WireError::UnknownKind(header.kind.get()))?;
     let found = header.version.get();
     match (kind.is_greeting(), agreed) {
         (true, _) if found != GREETING_VERSION => {
-            return Err(WireError::Version {
-                kind,
-                found,
-                expected: GREETING_VERSION,
-            });
+            return Err(WireError::Version { kind, found, expected: GREETING_VERSION });
         }
         (false, Some(expected)) if found != expected => {
-            return Err(WireError::Version {
-                kind,
-                found,
-                expected,
-            });
+            return Err(WireError::Version { kind, found, expected });
         }
         (false, None) => {
-            return Err(WireError::Payload {
-                kind,
-                problem: "it came before the greeting was over",
-            });
+            return Err(WireError::Payload { kind, problem: "it came before the greeting was over" });
         }
         _ => {}
     }
@@ -265,39 +207,23 @@ pub(super) fn check_header(
     if length_bytes as usize > MAX_PAYLOAD_BYTES {
         return Err(WireError::TooLong { kind, length_bytes });
     }
-    Ok(CheckedHeader {
-        kind,
-        payload_bytes: length_bytes as usize,
-        payload_crc: header.payload_crc.get(),
-    })
+    Ok(CheckedHeader { kind, payload_bytes: length_bytes as usize, payload_crc: header.payload_crc.get() })
 }
 
 /// The message of a frame whose header has been checked.
 pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<Message, WireError> {
     let kind = header.kind;
-    assert_eq!(
-        payload.len(),
-        header.payload_bytes,
-        "the decoder hands over whole payloads"
-    );
+    assert_eq!(payload.len(), header.payload_bytes, "the decoder hands over whole payloads");
     let (stated, computed) = (header.payload_crc, crc32fast::hash(payload));
     if stated != computed {
-        return Err(WireError::PayloadChecksum {
-            kind,
-            stated,
-            computed,
-        });
+        return Err(WireError::PayloadChecksum { kind, stated, computed });
     }
     let bad = |problem| WireError::Payload { kind, problem };
     Ok(match kind {
         Kind::Hello => Message::Hello(Hello::from_payload(payload).map_err(bad)?),
         Kind::HelloReply => Message::HelloReply(HelloReply::from_payload(payload).map_err(bad)?),
-        Kind::Refuse => Message::Refuse {
-            reason: text(payload).map_err(bad)?,
-        },
-        Kind::Goodbye => Message::Goodbye {
-            reason: text(payload).map_err(bad)?,
-        },
+        Kind::Refuse => Message::Refuse { reason: text(payload).map_err(bad)? },
+        Kind::Goodbye => Message::Goodbye { reason: text(payload).map_err(bad)? },
         Kind::ImageChunk if payload.is_empty() => return Err(bad("it is empty")),
         Kind::ImageChunk if payload.len() > MAX_IMAGE_CHUNK_BYTES => {
             return Err(bad("it is too long"));
@@ -305,20 +231,11 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::ImageChunk => Message::ImageChunk(payload.to_vec()),
         Kind::ImageEnd => {
             let end = ImageEndPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;
-            Message::ImageEnd {
-                position: end.position.get(),
-                total_bytes: end.total_bytes.get(),
-            }
+            Message::ImageEnd { position: end.position.get(), total_bytes: end.total_bytes.get() }
         }
-        Kind::ImageReady => Message::ImageReady {
-            position: one_number(kind, payload)?,
-        },
-        Kind::ProtectionStart => Message::ProtectionStart {
-            last_seq: one_number(kind, payload)?,
-        },
-        Kind::Released => Message::Released {
-            up_to: one_number(kind, payload)?,
-        },
+        Kind::ImageReady => Message::ImageReady { position: one_number(kind, payload)? },
+        Kind::ProtectionStart => Message::ProtectionStart { last_seq: one_number(kind, payload)? },
+        Kind::Released => Message::Released { up_to: one_number(kind, payload)? },
         Kind::Log => decode_log(payload)?,
         Kind::Ack => {
             let ack = AckPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;
@@ -333,10 +250,7 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::Heartbeat => {
             let beat = HeartbeatPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;
             reserved(kind, &beat.reserved)?;
-            Message::Heartbeat {
-                time: Nanos(beat.time.get()),
-                position: beat.position.get(),
-            }
+            Message::Heartbeat { time: Nanos(beat.time.get()), position: beat.position.get() }
         }
     })
 }
@@ -344,18 +258,11 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
 const WRONG_SIZE: &str = "its size is wrong";
 
 fn reserved(kind: Kind, bytes: &[u8]) -> Result<(), WireError> {
-    if bytes.iter().all(|byte| *byte == 0) {
-        Ok(())
-    } else {
-        Err(WireError::Reserved { kind })
-    }
+    if bytes.iter().all(|byte| *byte == 0) { Ok(()) } else { Err(WireError::Reserved { kind }) }
 }
 
 fn one_number(kind: Kind, payload: &[u8]) -> Result<u64, WireError> {
-    let payload = OneNumberPayload::read_from_bytes(payload).map_err(|_| WireError::Payload {
-        kind,
-        problem: WRONG_SIZE,
-    })?;
+    let payload = OneNumberPayload::read_from_bytes(payload).map_err(|_| WireError::Payload { kind, problem: WRONG_SIZE })?;
     reserved(kind, &payload.reserved)?;
     Ok(payload.number.get())
 }
@@ -364,16 +271,13 @@ fn text(payload: &[u8]) -> Result<String, &'static str> {
     if payload.len() > MAX_TEXT_BYTES {
         return Err("its text is too long");
     }
-    std::str::from_utf8(payload)
-        .map(str::to_owned)
-        .map_err(|_| "its text is not UTF-8")
+    std::str::from_utf8(payload).map(str::to_owned).map_err(|_| "its text is not UTF-8")
 }
 
 fn decode_log(payload: &[u8]) -> Result<Message, WireError> {
     let kind = Kind::Log;
     let bad = |problem| WireError::Payload { kind, problem };
-    let (head, mut rest) =
-        LogHead::read_from_prefix(payload).map_err(|_| bad("its head is cut off"))?;
+    let (head, mut rest) = LogHead::read_from_prefix(payload).map_err(|_| bad("its head is cut off"))?;
     reserved(kind, &head.reserved)?;
     let count = head.count.get() as usize;
     if count == 0 {
@@ -388,28 +292,18 @@ fn decode_log(payload: &[u8]) -> Result<Message, WireError> {
     }
     let mut records = Vec::with_capacity(count);
     for _ in 0..count {
-        let (record, after) =
-            RecordHead::read_from_prefix(rest).map_err(|_| bad("a record's head is cut off"))?;
+        let (record, after) = RecordHead::read_from_prefix(rest).map_err(|_| bad("a record's head is cut off"))?;
         reserved(kind, &record.reserved)?;
         let length_bytes = record.length_bytes.get() as usize;
         if length_bytes > MAX_RECORD_BYTES {
             return Err(bad("a record is too long"));
         }
-        let bytes = after
-            .get(..length_bytes)
-            .ok_or(bad("a record is cut off"))?;
-        records.push(Record {
-            position: record.position.get(),
-            kind: record.kind,
-            bytes: bytes.to_vec(),
-        });
+        let bytes = after.get(..length_bytes).ok_or(bad("a record is cut off"))?;
+        records.push(Record { position: record.position.get(), kind: record.kind, bytes: bytes.to_vec() });
         rest = &after[length_bytes..];
     }
     if !rest.is_empty() {
         return Err(bad("bytes are left over after its records"));
     }
-    Ok(Message::Log {
-        first_seq: head.first_seq.get(),
-        records,
-    })
+    Ok(Message::Log { first_seq: head.first_seq.get(), records })
 }

@@ -36,10 +36,7 @@ impl Decoder {
             return;
         }
         let held = self.buffer.len() - self.start;
-        assert!(
-            held <= HEADER_BYTES + MAX_PAYLOAD_BYTES,
-            "messages were not taken out before more bytes were put in"
-        );
+        assert!(held <= HEADER_BYTES + MAX_PAYLOAD_BYTES, "messages were not taken out before more bytes were put in");
         // Moving what is left of a frame to the front costs at most one copy per piece.
         self.buffer.drain(..self.start);
         self.start = 0;

@@ -84,23 +84,13 @@ impl HostIdentity {
         let mut found = Vec::new();
         let mut compare = |what: &str, ours: &str, theirs: &str| {
             if ours != theirs {
-                found.push(format!(
-                    "{what} is {ours:?} here and {theirs:?} at the other side"
-                ));
+                found.push(format!("{what} is {ours:?} here and {theirs:?} at the other side"));
             }
         };
         compare("the build", &self.build, &other.build);
         compare("the engine", &self.engine, &other.engine);
-        compare(
-            "the maker of the host's CPU",
-            &self.cpu_vendor,
-            &other.cpu_vendor,
-        );
-        compare(
-            "the family of the host's CPU",
-            &self.cpu_family.to_string(),
-            &other.cpu_family.to_string(),
-        );
+        compare("the maker of the host's CPU", &self.cpu_vendor, &other.cpu_vendor);
+        compare("the family of the host's CPU", &self.cpu_family.to_string(), &other.cpu_family.to_string());
         found
     }
 }
@@ -110,26 +100,13 @@ impl Expectation {
     pub fn differences(&self, offered: &VmIdentity) -> Vec<String> {
         let mut found = Vec::new();
         if let Some(vm) = self.vm.filter(|vm| *vm != offered.vm) {
-            found.push(format!(
-                "this standby waits for VM {vm}, not for {}",
-                offered.vm
-            ));
+            found.push(format!("this standby waits for VM {vm}, not for {}", offered.vm));
         }
-        if let Some(model) = self
-            .cpu_model
-            .as_ref()
-            .filter(|model| **model != offered.cpu_model)
-        {
-            found.push(format!(
-                "this standby expects CPU model {model:?}, the VM has {:?}",
-                offered.cpu_model
-            ));
+        if let Some(model) = self.cpu_model.as_ref().filter(|model| **model != offered.cpu_model) {
+            found.push(format!("this standby expects CPU model {model:?}, the VM has {:?}", offered.cpu_model));
         }
         if let Some(ram_bytes) = self.ram_bytes.filter(|bytes| *bytes != offered.ram_bytes) {
-            found.push(format!(
-                "this standby expects {ram_bytes} bytes of RAM, the VM has {}",
-                offered.ram_bytes
-            ));
+            found.push(format!("this standby expects {ram_bytes} bytes of RAM, the VM has {}", offered.ram_bytes));
         }
         found
     }
@@ -191,11 +168,7 @@ impl WireGreeting {
             return Err("bytes are left over after its fields");
         }
         let texts = [&greeting.build, &greeting.engine, &greeting.cpu_vendor];
-        if texts
-            .into_iter()
-            .chain(&greeting.cpu_model)
-            .any(|text| text.len() > MAX_TEXT_BYTES)
-        {
+        if texts.into_iter().chain(&greeting.cpu_model).any(|text| text.len() > MAX_TEXT_BYTES) {
             return Err("a text in it is too long");
         }
         Ok(greeting)

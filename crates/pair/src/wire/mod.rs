@@ -48,8 +48,7 @@ pub const MAX_PAYLOAD_BYTES: usize = 2 << 20;
 /// The longest text in a message.
 pub const MAX_TEXT_BYTES: usize = 1024;
 
-const _: () =
-    assert!(LOG_BATCH_BYTES + MAX_RECORD_BYTES + 2 * RECORD_HEAD_BYTES <= MAX_PAYLOAD_BYTES);
+const _: () = assert!(LOG_BATCH_BYTES + MAX_RECORD_BYTES + 2 * RECORD_HEAD_BYTES <= MAX_PAYLOAD_BYTES);
 const _: () = assert!(MAX_IMAGE_CHUNK_BYTES <= MAX_PAYLOAD_BYTES);
 
 /// What one side says to the other.
@@ -206,17 +205,13 @@ impl Message {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     /// Not our protocol at all.
-    #[error(
-        "this is not a Twinstep logging channel: the frame begins with {found:02x?} instead of {MAGIC:02x?}"
-    )]
+    #[error("this is not a Twinstep logging channel: the frame begins with {found:02x?} instead of {MAGIC:02x?}")]
     Magic {
         /// The first four bytes.
         found: [u8; 4],
     },
     /// Flipped bits, or the peer lost its place.
-    #[error(
-        "a frame's header is damaged: its checksum says {stated:08x}, its bytes make {computed:08x}"
-    )]
+    #[error("a frame's header is damaged: its checksum says {stated:08x}, its bytes make {computed:08x}")]
     HeaderChecksum {
         /// In the header.
         stated: u32,
@@ -224,9 +219,7 @@ pub enum WireError {
         computed: u32,
     },
     /// A newer peer that did not keep to the agreed version.
-    #[error(
-        "bytes that are reserved in {kind:?} are not zero; the peer speaks a newer protocol than was agreed"
-    )]
+    #[error("bytes that are reserved in {kind:?} are not zero; the peer speaks a newer protocol than was agreed")]
     Reserved {
         /// Where.
         kind: Kind,
@@ -253,9 +246,7 @@ pub enum WireError {
         length_bytes: u32,
     },
     /// Flipped bits in the payload.
-    #[error(
-        "the payload of a {kind:?} frame is damaged: its checksum says {stated:08x}, its bytes make {computed:08x}"
-    )]
+    #[error("the payload of a {kind:?} frame is damaged: its checksum says {stated:08x}, its bytes make {computed:08x}")]
     PayloadChecksum {
         /// Of which frame.
         kind: Kind,

@@ -18,11 +18,7 @@ fn hello() -> Hello {
     Hello {
         min_version: 1,
         max_version: 1,
-        vm: VmIdentity {
-            vm: VmId([0x11; 16]),
-            cpu_model: "x86-64-v2".to_owned(),
-            ram_bytes: 1 << 28,
-        },
+        vm: VmIdentity { vm: VmId([0x11; 16]), cpu_model: "x86-64-v2".to_owned(), ram_bytes: 1 << 28 },
         epoch: Epoch(3),
         owner: OwnerId([0x22; 16]),
         host: host(),
@@ -30,21 +26,11 @@ fn hello() -> Hello {
 }
 
 fn reply() -> HelloReply {
-    HelloReply {
-        version: 1,
-        vm: VmId([0x11; 16]),
-        epoch: Epoch(3),
-        owner: OwnerId([0x33; 16]),
-        host: host(),
-    }
+    HelloReply { version: 1, vm: VmId([0x11; 16]), epoch: Epoch(3), owner: OwnerId([0x33; 16]), host: host() }
 }
 
 fn record(position: u64, kind: u8, bytes: &[u8]) -> Record {
-    Record {
-        position,
-        kind,
-        bytes: bytes.to_vec(),
-    }
+    Record { position, kind, bytes: bytes.to_vec() }
 }
 
 /// One message of each kind, in the order of the kinds.
@@ -52,34 +38,16 @@ fn one_of_each() -> Vec<Message> {
     vec![
         Message::Hello(hello()),
         Message::HelloReply(reply()),
-        Message::Refuse {
-            reason: "another build".to_owned(),
-        },
+        Message::Refuse { reason: "another build".to_owned() },
         Message::ImageChunk(vec![1, 2, 3]),
-        Message::ImageEnd {
-            position: 5,
-            total_bytes: 3,
-        },
+        Message::ImageEnd { position: 5, total_bytes: 3 },
         Message::ImageReady { position: 5 },
         Message::ProtectionStart { last_seq: 2 },
-        Message::Log {
-            first_seq: 3,
-            records: vec![record(6, 1, b"ab"), record(7, 2, b"")],
-        },
-        Message::Ack(Ack {
-            received_seq: 4,
-            replayed_seq: 3,
-            replayed_position: 6,
-            image_bytes: 3,
-        }),
+        Message::Log { first_seq: 3, records: vec![record(6, 1, b"ab"), record(7, 2, b"")] },
+        Message::Ack(Ack { received_seq: 4, replayed_seq: 3, replayed_position: 6, image_bytes: 3 }),
         Message::Released { up_to: 9 },
-        Message::Heartbeat {
-            time: Nanos(10),
-            position: 7,
-        },
-        Message::Goodbye {
-            reason: "over".to_owned(),
-        },
+        Message::Heartbeat { time: Nanos(10), position: 7 },
+        Message::Goodbye { reason: "over".to_owned() },
     ]
 }
 
@@ -130,10 +98,7 @@ fn every_kind_is_here_once() {
 /// The bytes of version 1, for ever. If this fails, the change needs a new version and not a new golden.
 #[test]
 fn version_1_has_these_bytes() {
-    let text: String = one_of_each()
-        .iter()
-        .map(|message| hex(&encode(message, 1)) + "\n")
-        .collect();
+    let text: String = one_of_each().iter().map(|message| hex(&encode(message, 1)) + "\n").collect();
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/wire/golden-1.txt");
     if std::env::var_os("TWINSTEP_WRITE_GOLDENS").is_some() {
         std::fs::write(path, &text).expect("the golden file can be written");
@@ -145,11 +110,7 @@ fn version_1_has_these_bytes() {
 fn the_golden_bytes_still_decode() {
     let bytes: Vec<u8> = include_str!("golden-1.txt")
         .lines()
-        .flat_map(|line| {
-            (0..line.len())
-                .step_by(2)
-                .map(move |at| u8::from_str_radix(&line[at..at + 2], 16).unwrap())
-        })
+        .flat_map(|line| (0..line.len()).step_by(2).map(move |at| u8::from_str_radix(&line[at..at + 2], 16).unwrap()))
         .collect();
     let mut decoder = decoder();
     decoder.push(&bytes);
@@ -162,16 +123,9 @@ fn other_protocols_are_told_apart_at_once() {
     decoder.push(b"GET / HTTP/1.1\r\nHost: standby:7700\r\n\r\n");
     let error = decoder.next_message().unwrap_err();
     assert_eq!(error, WireError::Magic { found: *b"GET " });
-    assert!(
-        error.to_string().contains("not a Twinstep logging channel"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("not a Twinstep logging channel"), "{error}");
     decoder.push(&encode(&Message::Hello(hello()), 1));
-    assert_eq!(
-        decoder.next_message(),
-        Err(error),
-        "after an error there is nothing more to be had"
-    );
+    assert_eq!(decoder.next_message(), Err(error), "after an error there is nothing more to be had");
 }
 
 #[test]
@@ -180,10 +134,7 @@ fn the_greeting_comes_first() {
     decoder.push(&encode(&Message::Hello(hello()), 1));
     assert_eq!(decoder.next_message(), Ok(Some(Message::Hello(hello()))));
     decoder.push(&encode(&Message::Released { up_to: 1 }, 1));
-    let expected = WireError::Payload {
-        kind: Kind::Released,
-        problem: "it came before the greeting was over",
-    };
+    let expected = WireError::Payload { kind: Kind::Released, problem: "it came before the greeting was over" };
     assert_eq!(decoder.next_message(), Err(expected));
 }
 
@@ -197,31 +148,11 @@ fn each_broken_rule_of_the_header_has_its_error() {
         decode_one(&frame).unwrap_err()
     };
     let kind = Kind::Released;
-    assert_eq!(
-        broken(4, 2),
-        WireError::Version {
-            kind,
-            found: 2,
-            expected: 1
-        }
-    );
+    assert_eq!(broken(4, 2), WireError::Version { kind, found: 2, expected: 1 });
     assert_eq!(broken(6, 99), WireError::UnknownKind(99));
-    assert_eq!(
-        broken(11, 1),
-        WireError::TooLong {
-            kind,
-            length_bytes: 16 + (1 << 24)
-        }
-    );
+    assert_eq!(broken(11, 1), WireError::TooLong { kind, length_bytes: 16 + (1 << 24) });
     assert_eq!(broken(20, 1), WireError::Reserved { kind });
-    assert_eq!(
-        broken(6, Kind::Refuse as u8),
-        WireError::Version {
-            kind: Kind::Refuse,
-            found: 1,
-            expected: 0
-        }
-    );
+    assert_eq!(broken(6, Kind::Refuse as u8), WireError::Version { kind: Kind::Refuse, found: 1, expected: 0 });
 }
 
 #[test]
@@ -231,11 +162,7 @@ fn each_flipped_bit_is_noticed() {
         for bit in 0..frame.len() * 8 {
             let mut flipped = frame.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(
-                decode_one(&flipped).is_err(),
-                "bit {bit} of {:?}",
-                message.kind()
-            );
+            assert!(decode_one(&flipped).is_err(), "bit {bit} of {:?}", message.kind());
         }
     }
 }
@@ -252,20 +179,12 @@ fn a_cut_frame_is_no_message_and_no_error() {
 
 #[test]
 fn payloads_with_right_checksums_and_no_sense_are_refused() {
-    let log = encode(
-        &Message::Log {
-            first_seq: 3,
-            records: vec![record(6, 1, b"ab")],
-        },
-        1,
-    );
+    let log = encode(&Message::Log { first_seq: 3, records: vec![record(6, 1, b"ab")] }, 1);
     let payload = &log[HEADER_BYTES..];
     let changed = |at: usize, value: u8| {
         let mut payload = payload.to_vec();
         payload[at] = value;
-        decode_one(&with_payload(&log, &payload))
-            .unwrap_err()
-            .to_string()
+        decode_one(&with_payload(&log, &payload)).unwrap_err().to_string()
     };
     assert!(changed(0, 0).contains("can't have such numbers"));
     assert!(changed(8, 0).contains("no records"));
@@ -276,59 +195,24 @@ fn payloads_with_right_checksums_and_no_sense_are_refused() {
     assert!(changed(16 + 8, 1).contains("left over"));
     assert!(changed(16 + 11, 1).contains("too long"));
     assert!(changed(16 + 13, 1).contains("reserved"));
-    let refuse = encode(
-        &Message::Refuse {
-            reason: String::new(),
-        },
-        1,
-    );
-    assert!(
-        decode_one(&with_payload(&refuse, &[0xff]))
-            .unwrap_err()
-            .to_string()
-            .contains("UTF-8")
-    );
+    let refuse = encode(&Message::Refuse { reason: String::new() }, 1);
+    assert!(decode_one(&with_payload(&refuse, &[0xff])).unwrap_err().to_string().contains("UTF-8"));
     let chunk = encode(&Message::ImageChunk(vec![1]), 1);
-    assert!(
-        decode_one(&with_payload(&chunk, &[]))
-            .unwrap_err()
-            .to_string()
-            .contains("empty")
-    );
+    assert!(decode_one(&with_payload(&chunk, &[])).unwrap_err().to_string().contains("empty"));
     let greeting = encode(&Message::Hello(hello()), 1);
     let longer = [&greeting[HEADER_BYTES..], &[0]].concat();
-    assert!(
-        decode_one(&with_payload(&greeting, &longer))
-            .unwrap_err()
-            .to_string()
-            .contains("left over")
-    );
-    for message in one_of_each()
-        .into_iter()
-        .filter(|message| !matches!(message.kind(), Kind::ImageChunk))
-    {
+    assert!(decode_one(&with_payload(&greeting, &longer)).unwrap_err().to_string().contains("left over"));
+    for message in one_of_each().into_iter().filter(|message| !matches!(message.kind(), Kind::ImageChunk)) {
         let frame = encode(&message, 1);
         let text = matches!(message.kind(), Kind::Refuse | Kind::Goodbye);
-        assert_eq!(
-            decode_one(&with_payload(&frame, &[])).is_ok(),
-            text,
-            "an empty {:?}",
-            message.kind()
-        );
+        assert_eq!(decode_one(&with_payload(&frame, &[])).is_ok(), text, "an empty {:?}", message.kind());
     }
 }
 
 #[test]
 fn a_long_reason_is_cut_at_a_character() {
-    let frame = encode(
-        &Message::Goodbye {
-            reason: "ä".repeat(2_000),
-        },
-        1,
-    );
-    let Ok(Some(Message::Goodbye { reason })) = decode_one(&frame) else {
-        panic!("it decodes")
-    };
+    let frame = encode(&Message::Goodbye { reason: "ä".repeat(2_000) }, 1);
+    let Ok(Some(Message::Goodbye { reason })) = decode_one(&frame) else { panic!("it decodes") };
     assert_eq!(reason, "ä".repeat(512));
 }
 
@@ -339,48 +223,25 @@ fn unknown_fields_of_a_newer_greeting_are_ignored() {
     assert_eq!(payload[0], 0xab, "a map of eleven fields");
     payload[0] = 0xac;
     payload.extend([0x18, 0x63, 0x01]); // Field 99 is 1.
-    assert_eq!(
-        decode_one(&with_payload(&frame, &payload)),
-        Ok(Some(Message::Hello(hello())))
-    );
+    assert_eq!(decode_one(&with_payload(&frame, &payload)), Ok(Some(Message::Hello(hello()))));
 }
 
 #[test]
 fn what_does_not_fit_is_named() {
-    let other = HostIdentity {
-        build: "twinstep 0.2.0".to_owned(),
-        cpu_vendor: "AuthenticAMD".to_owned(),
-        ..host()
-    };
+    let other = HostIdentity { build: "twinstep 0.2.0".to_owned(), cpu_vendor: "AuthenticAMD".to_owned(), ..host() };
     let found = host().differences(&other);
     assert_eq!(found.len(), 2);
-    assert!(
-        found[0].contains("twinstep 0.1.0") && found[0].contains("twinstep 0.2.0"),
-        "{found:?}"
-    );
-    assert!(
-        found[1].contains("GenuineIntel") && found[1].contains("AuthenticAMD"),
-        "{found:?}"
-    );
+    assert!(found[0].contains("twinstep 0.1.0") && found[0].contains("twinstep 0.2.0"), "{found:?}");
+    assert!(found[1].contains("GenuineIntel") && found[1].contains("AuthenticAMD"), "{found:?}");
     assert!(host().differences(&host()).is_empty());
-    let expect = Expectation {
-        ram_bytes: Some(1),
-        cpu_model: Some("v3".to_owned()),
-        vm: Some(VmId([9; 16])),
-    };
+    let expect = Expectation { ram_bytes: Some(1), cpu_model: Some("v3".to_owned()), vm: Some(VmId([9; 16])) };
     assert_eq!(expect.differences(&hello().vm).len(), 3);
     assert!(Expectation::default().differences(&hello().vm).is_empty());
 }
 
 #[test]
 fn versions_are_negotiated() {
-    let offer = |min_version, max_version| {
-        greeting_version(&Hello {
-            min_version,
-            max_version,
-            ..hello()
-        })
-    };
+    let offer = |min_version, max_version| greeting_version(&Hello { min_version, max_version, ..hello() });
     assert_eq!(offer(1, 1), Ok(1));
     assert_eq!(offer(0, 7), Ok(1));
     assert!(offer(2, 7).unwrap_err().contains("2 to 7"));
@@ -388,16 +249,11 @@ fn versions_are_negotiated() {
 }
 
 fn any_record() -> impl Strategy<Value = Record> {
-    (
-        any::<u64>(),
-        any::<u8>(),
-        proptest::collection::vec(any::<u8>(), 0..200),
-    )
-        .prop_map(|(position, kind, bytes)| Record {
-            position,
-            kind,
-            bytes,
-        })
+    (any::<u64>(), any::<u8>(), proptest::collection::vec(any::<u8>(), 0..200)).prop_map(|(position, kind, bytes)| Record {
+        position,
+        kind,
+        bytes,
+    })
 }
 
 fn any_message() -> impl Strategy<Value = Message> {
@@ -406,25 +262,12 @@ fn any_message() -> impl Strategy<Value = Message> {
         proptest::sample::select(one_of_each()),
         ".{0,100}".prop_map(|reason| Message::Refuse { reason }),
         proptest::collection::vec(any::<u8>(), 1..300).prop_map(Message::ImageChunk),
-        (
-            1..u64::MAX / 2,
-            proptest::collection::vec(any_record(), 1..10)
-        )
+        (1..u64::MAX / 2, proptest::collection::vec(any_record(), 1..10))
             .prop_map(|(first_seq, records)| Message::Log { first_seq, records }),
-        numbers.prop_map(
-            |[received_seq, replayed_seq, replayed_position, image_bytes]| {
-                Message::Ack(Ack {
-                    received_seq,
-                    replayed_seq,
-                    replayed_position,
-                    image_bytes,
-                })
-            }
-        ),
-        numbers.prop_map(|[time, position, ..]| Message::Heartbeat {
-            time: Nanos(time),
-            position
+        numbers.prop_map(|[received_seq, replayed_seq, replayed_position, image_bytes]| {
+            Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes })
         }),
+        numbers.prop_map(|[time, position, ..]| Message::Heartbeat { time: Nanos(time), position }),
     ]
 }
 

@@ -9,7 +9,6 @@
 //! Invariant: whether an instruction ran in a block, alone, or was retried makes no difference to the state or to the position.
 mod helpers;
 
-use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
 use crate::cache::{Cache, CacheStats, Key};
 use crate::classify::{Kind, classify, needs_fpu};
 use crate::emit::{Emit, Helpers, Shared};
@@ -22,6 +21,7 @@ use crate::state::{cr0, cr4, efer, gpr, rflags};
 use crate::sys::{self, Cx, Delivery, Flow};
 use crate::translate::{Mode, Source, decode, translate};
 use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position};
+use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
 
 /// How an engine is built. None of it but the model is visible to the guest.
 #[derive(Debug, Clone)]

@@ -14,28 +14,12 @@ use crate::state::{Segment, cr0, cr4, efer, gpr, rflags, seg};
 use iced_x86::{Instruction, Mnemonic as M, Register};
 
 /// CR0 bits that can be set.
-pub(crate) const CR0_ALLOWED: u64 = cr0::PE
-    | cr0::MP
-    | cr0::EM
-    | cr0::TS
-    | cr0::ET
-    | cr0::NE
-    | cr0::WP
-    | cr0::AM
-    | cr0::NW
-    | cr0::CD
-    | cr0::PG;
+pub(crate) const CR0_ALLOWED: u64 =
+    cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
 
 /// CR4 bits that can be set; those of features the models lack are reserved. MCE and PCE are stored without effect.
-pub(crate) const CR4_ALLOWED: u64 = cr4::TSD
-    | cr4::DE
-    | cr4::PSE
-    | cr4::PAE
-    | cr4::MCE
-    | cr4::PGE
-    | cr4::PCE
-    | cr4::OSFXSR
-    | cr4::OSXMMEXCPT;
+pub(crate) const CR4_ALLOWED: u64 =
+    cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
 
 /// CR4 bits that translations depend on.
 const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP;

@@ -9,10 +9,10 @@
 //! Gates outside long mode are not offered: the engine runs long mode only, so a delivery there is a shutdown.
 use super::segments::{error_code, is_null, null, system};
 use super::{Cx, as_stack_fault};
+use crate::Exception;
 use crate::exception::Vector;
 use crate::mmu::canonical;
 use crate::state::{Segment, efer, gpr, rflags, seg};
-use crate::Exception;
 
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,10 +83,7 @@ const DR6_BS: u64 = 1 << 14;
 
 /// Faults push RF set, so that the instruction can be restarted without meeting its breakpoint again.
 fn is_fault(vector: Vector) -> bool {
-    !matches!(
-        vector,
-        Vector::Debug | Vector::Breakpoint | Vector::Overflow | Vector::DoubleFault | Vector::MachineCheck
-    )
+    !matches!(vector, Vector::Debug | Vector::Breakpoint | Vector::Overflow | Vector::DoubleFault | Vector::MachineCheck)
 }
 
 /// What a fault `second` during the delivery of `first` becomes; `None` is shutdown.
@@ -94,11 +91,7 @@ fn combine(first: Vector, second: Exception) -> Option<Exception> {
     let contributory = |v| {
         matches!(
             v,
-            Vector::DivideError
-                | Vector::InvalidTss
-                | Vector::SegmentNotPresent
-                | Vector::StackFault
-                | Vector::GeneralProtection
+            Vector::DivideError | Vector::InvalidTss | Vector::SegmentNotPresent | Vector::StackFault | Vector::GeneralProtection
         )
     };
     let page_fault = second.vector == Vector::PageFault;
@@ -219,7 +212,9 @@ impl Cx<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::Flow;
-    use super::super::testing::{CODE, GDT, HANDLERS, IDT, IST1, KERNEL_CS, KERNEL_SS, RSP0, STACK, TSS, USER, USER_CS, USER_CS32, USER_SS, World};
+    use super::super::testing::{
+        CODE, GDT, HANDLERS, IDT, IST1, KERNEL_CS, KERNEL_SS, RSP0, STACK, TSS, USER, USER_CS, USER_CS32, USER_SS, World,
+    };
     use super::*;
 
     fn frame(w: &World, words: usize) -> Vec<u64> {

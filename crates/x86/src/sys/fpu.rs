@@ -375,7 +375,9 @@ mod tests {
         ];
         let mut all = Vec::new();
         for top in 0..8u16 {
-            for (ftw, fcw, flags) in [(0xffu8, 0x37f, 0u16), (0, 0x37f, 0x4100), (0x5a, 0xffff, 0x3f), (0x81, 0x340, 0x01), (0xe7, 0x27e, 0x22)] {
+            for (ftw, fcw, flags) in
+                [(0xffu8, 0x37f, 0u16), (0, 0x37f, 0x4100), (0x5a, 0xffff, 0x3f), (0x81, 0x340, 0x01), (0xe7, 0x27e, 0x22)]
+            {
                 let mut fx = FxImage::RESET;
                 for (i, (mantissa, exponent)) in registers.into_iter().enumerate() {
                     fx.0[32 + 16 * i..][..8].copy_from_slice(&mantissa.to_le_bytes());
@@ -409,7 +411,9 @@ mod tests {
     fn environments_are_the_silicons() {
         for mut fx in images() {
             settle(&mut fx);
-            for (code, len) in [(&[0xd9u8, 0x33] as &[u8], 28), (&[0x66, 0xd9, 0x33], 14), (&[0xdd, 0x33], 108), (&[0x66, 0xdd, 0x33], 94)] {
+            for (code, len) in
+                [(&[0xd9u8, 0x33] as &[u8], 28), (&[0x66, 0xd9, 0x33], 14), (&[0xdd, 0x33], 108), (&[0x66, 0xdd, 0x33], 94)]
+            {
                 let mut w = world();
                 w.st.fx = fx;
                 assert_eq!(w.exec(code), Ok(Flow::Next));

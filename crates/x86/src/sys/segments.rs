@@ -7,9 +7,9 @@
 //!
 //! References: APM vol. 2 sections 4.7, 4.8 (descriptors), 4.10, 4.12 (checks); SDM vol. 2 "MOV", "LAR", "LSL", "LTR".
 use super::{Cx, Ea, Flow, segment_number};
+use crate::Exception;
 use crate::mmu::canonical;
 use crate::state::{Segment, TableRegister, gpr, seg};
-use crate::Exception;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
 /// System descriptor types of long mode.
@@ -296,9 +296,7 @@ fn look(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
         }
         let tss = matches!(d.kind(), system::LDT | system::TSS | system::BUSY_TSS);
         match insn.mnemonic() {
-            M::Lar => {
-                (!d.is_system() || tss || d.kind() == system::CALL_GATE).then_some(d.raw >> 32 & 0x00ff_ff00)
-            }
+            M::Lar => (!d.is_system() || tss || d.kind() == system::CALL_GATE).then_some(d.raw >> 32 & 0x00ff_ff00),
             M::Lsl => (!d.is_system() || tss).then_some(d.limit() as u64),
             M::Verr => d.is_readable().then_some(0),
             _ => d.is_writable_data().then_some(0),

@@ -500,8 +500,7 @@ mod tests {
     /// Every size, direction, overlap and alignment against the manual's own definition.
     #[test]
     fn movs_equals_one_by_one() {
-        let sizes: [(usize, &[u8]); 4] =
-            [(1, REP_MOVSB), (2, &[0xf3, 0x66, 0xa5]), (4, &[0xf3, 0xa5]), (8, REP_MOVSQ)];
+        let sizes: [(usize, &[u8]); 4] = [(1, REP_MOVSB), (2, &[0xf3, 0x66, 0xa5]), (4, &[0xf3, 0xa5]), (8, REP_MOVSQ)];
         for (size, code) in sizes {
             for down in [false, true] {
                 for (s, d) in [(0, 1), (1, 0), (0, 3), (5, 0), (0, 8), (0, 16), (7, 4000), (4090, 8190), (0, 0), (3000, 2999)] {

@@ -117,8 +117,14 @@ impl World {
         let mut tlb = Box::new([(); 2].map(|_| Tlb { read: [0; _], write: [0; _], addend: [0; _] }));
         // SAFETY: as above.
         let mmu = unsafe { Mmu::new(ram, &raw mut *tlb) };
-        let mut w =
-            Self { st: CpuState::reset(), mmu, bus: FakeBus::default(), model: CpuModel::x86_64_v2(), host, _owned: (pages, tlb) };
+        let mut w = Self {
+            st: CpuState::reset(),
+            mmu,
+            bus: FakeBus::default(),
+            model: CpuModel::x86_64_v2(),
+            host,
+            _owned: (pages, tlb),
+        };
         w.put(ROOT, 0x2007);
         w.put(0x2000, 0x3007);
         w.put(0x3000, LEAVES | 7);

@@ -192,14 +192,7 @@ fn sysret(cx: &mut Cx, long: bool) -> Result<Flow, Exception> {
     st.seg[seg::SS] = flat_data(base.wrapping_add(8) | 3, 3);
     st.cpl = 3;
     st.rip = rip;
-    let loadable = rflags::STATUS
-        | rflags::TF
-        | rflags::IF
-        | rflags::DF
-        | rflags::IOPL
-        | rflags::NT
-        | rflags::AC
-        | rflags::ID;
+    let loadable = rflags::STATUS | rflags::TF | rflags::IF | rflags::DF | rflags::IOPL | rflags::NT | rflags::AC | rflags::ID;
     st.rflags = st.gpr[gpr::R11] & loadable | rflags::ONE;
     Ok(Flow::Jump)
 }
@@ -229,11 +222,7 @@ fn far(cx: &mut Cx, insn: &Instruction, call: bool) -> Result<Flow, Exception> {
         return gate(cx, insn, selector, call);
     }
     let rpl = (selector & 3) as u8;
-    let allowed = if target.is_conforming() {
-        target.dpl() <= cx.st.cpl
-    } else {
-        rpl <= cx.st.cpl && target.dpl() == cx.st.cpl
-    };
+    let allowed = if target.is_conforming() { target.dpl() <= cx.st.cpl } else { rpl <= cx.st.cpl && target.dpl() == cx.st.cpl };
     if !is_sane_code(&target) || !allowed {
         return Err(bad);
     }
@@ -299,12 +288,7 @@ fn gate(cx: &mut Cx, insn: &Instruction, gate_selector: u16, call: bool) -> Resu
         let cpl = code.dpl();
         let rsp = cx.tss_stack(4 + cpl as u32 * 8, 0)?.wrapping_sub(32);
         let mut frame = [0; 32];
-        let words = [
-            insn.next_ip(),
-            cx.st.seg[seg::CS].selector as u64,
-            cx.st.gpr[gpr::RSP],
-            cx.st.seg[seg::SS].selector as u64,
-        ];
+        let words = [insn.next_ip(), cx.st.seg[seg::CS].selector as u64, cx.st.gpr[gpr::RSP], cx.st.seg[seg::SS].selector as u64];
         for (to, word) in frame.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }

@@ -190,11 +190,8 @@ impl Translator<'_> {
         }
         if let Some(reg) = high {
             let info = self.info.info(insn);
-            let stores = (0..insn.op_count()).any(|i| {
-                insn.op_kind(i) == OpKind::Register
-                    && insn.op_register(i) == reg
-                    && writes(info.op_access(i))
-            });
+            let stores = (0..insn.op_count())
+                .any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == reg && writes(info.op_access(i)));
             if stores {
                 self.emit.store_high(data, reg.number() as u8 & 3);
             }

@@ -17,9 +17,7 @@ use crate::classify::{Kind, classify};
 use crate::emit::{Emit, Shared};
 use crate::frame::{FrameAt, exit};
 use dynasmrt::DynamicLabel;
-use iced_x86::{
-    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register, RflagsBits,
-};
+use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register, RflagsBits};
 
 /// What translated code depends on besides its bytes and addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -104,8 +102,7 @@ pub struct Source<'a> {
 
 /// Decoder options: what the CPU models lack decodes as their older hardware did (F3 0F BC is BSF, not TZCNT; the hint space
 /// 0F0D, 0F18..0F1F is nothing but NOPs).
-pub const DECODER_OPTIONS: u32 =
-    DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::FORCE_RESERVED_NOP;
+pub const DECODER_OPTIONS: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::FORCE_RESERVED_NOP;
 
 /// Decodes one instruction.
 pub fn decode(bytes: &[u8], rip: u64) -> Instruction {
@@ -249,7 +246,11 @@ impl Translator<'_> {
         }
         let mut next = self.src.rip;
         for (k, (insn, kind)) in insns.iter().enumerate() {
-            self.points.push(Point { host: self.emit.here() as u32, guest: (insn.ip() - self.src.rip) as u16, flags_in_host: false });
+            self.points.push(Point {
+                host: self.emit.here() as u32,
+                guest: (insn.ip() - self.src.rip) as u16,
+                flags_in_host: false,
+            });
             next = insn.next_ip();
             match kind {
                 Kind::Nop => {}

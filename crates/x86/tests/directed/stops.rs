@@ -75,7 +75,12 @@ fn slices_blocks_and_cold_caches_are_invisible() {
 fn every_position_has_one_state() {
     let states: Vec<_> = {
         let mut w = busy_world(1);
-        (0..200).map(|p| { w.run(p); w.everything() }).collect()
+        (0..200)
+            .map(|p| {
+                w.run(p);
+                w.everything()
+            })
+            .collect()
     };
     for max in BLOCKS {
         for (p, expected) in states.iter().enumerate() {
@@ -92,7 +97,12 @@ fn sti_casts_a_shadow_of_one_instruction() {
     for max in BLOCKS {
         // sti; nop; nop; sti; nop; hlt
         let mut w = World::new(max, &[0xfb, 0x90, 0x90, 0xfb, 0x90, 0xf4]);
-        let open: Vec<bool> = (0..6).map(|p| { assert_eq!(w.run(p), Exit::Position); w.cpu.can_interrupt() }).collect();
+        let open: Vec<bool> = (0..6)
+            .map(|p| {
+                assert_eq!(w.run(p), Exit::Position);
+                w.cpu.can_interrupt()
+            })
+            .collect();
         // Only an STI that sets IF casts one.
         assert_eq!(open, [false, false, true, true, true, true], "blocks of {max}");
         let mut w = World::new(max, &[0xfb, 0x90, 0x90, 0xfb, 0x90, 0xf4]);
@@ -111,7 +121,12 @@ fn mov_ss_casts_a_shadow() {
     for max in BLOCKS {
         // mov ax, 0x18; mov ss, ax; nop; nop
         let mut w = World::new(max, &[0x66, 0xb8, 0x18, 0, 0x8e, 0xd0, 0x90, 0x90, 0xf4]).with(|st| st.rflags |= rflags::IF);
-        let open: Vec<bool> = (0..4).map(|p| { assert_eq!(w.run(p), Exit::Position); w.cpu.can_interrupt() }).collect();
+        let open: Vec<bool> = (0..4)
+            .map(|p| {
+                assert_eq!(w.run(p), Exit::Position);
+                w.cpu.can_interrupt()
+            })
+            .collect();
         assert_eq!(open, [true, true, false, true], "blocks of {max}");
     }
 }

@@ -87,7 +87,8 @@ impl World {
     /// Runs to a HLT that must be that of an exception handler.
     pub fn fault(&mut self) -> Frame {
         self.finish();
-        system::frame(self.cpu.state(), &self.ram).unwrap_or_else(|| panic!("halted at {:#x} without an exception", self.cpu.state().rip))
+        system::frame(self.cpu.state(), &self.ram)
+            .unwrap_or_else(|| panic!("halted at {:#x} without an exception", self.cpu.state().rip))
     }
     /// Runs to a HLT that must not be that of an exception handler.
     pub fn halt(&mut self) {

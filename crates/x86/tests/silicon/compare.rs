@@ -1,6 +1,9 @@
 //! What has to be equal, and how a difference is told.
 use crate::case::{Case, Program};
-use crate::layout::{BREAKPOINT, CODE_AT, DATA_AT, IMAGE, NO_VECTOR, Outcome, PAGE_FAULT, RAN_AWAY, Regs, SHUT_DOWN, STACK_AT, STATUS_FLAGS, STRANGE_EXIT, TIMED_OUT, image_offset};
+use crate::layout::{
+    BREAKPOINT, CODE_AT, DATA_AT, IMAGE, NO_VECTOR, Outcome, PAGE_FAULT, RAN_AWAY, Regs, SHUT_DOWN, STACK_AT, STATUS_FLAGS,
+    STRANGE_EXIT, TIMED_OUT, image_offset,
+};
 use crate::native::Slot;
 use crate::operands::operand_size;
 use iced_x86::{Code, Instruction};
@@ -9,7 +12,8 @@ use iced_x86::{Code, Instruction};
 const USER_END: u64 = 0x7fff_ffff_f000;
 /// Resume flag: set in what a fault pushes, and in the kernel's picture of a single step inside a string instruction.
 const RF: u64 = 1 << 16;
-const NAMES: [&str; 16] = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+const NAMES: [&str; 16] =
+    ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
 
 /// Parts of an FXSAVE image that are not compared: FOP, FIP and FDP (zero here by definition, docs/positions.md), MXCSR_MASK, and what
 /// is reserved.
@@ -110,7 +114,14 @@ fn is_repeated_comparison(instruction: &Instruction) -> bool {
     use Code as C;
     let compares = matches!(
         instruction.code(),
-        C::Cmpsb_m8_m8 | C::Cmpsw_m16_m16 | C::Cmpsd_m32_m32 | C::Cmpsq_m64_m64 | C::Scasb_AL_m8 | C::Scasw_AX_m16 | C::Scasd_EAX_m32 | C::Scasq_RAX_m64
+        C::Cmpsb_m8_m8
+            | C::Cmpsw_m16_m16
+            | C::Cmpsd_m32_m32
+            | C::Cmpsq_m64_m64
+            | C::Scasb_AL_m8
+            | C::Scasw_AX_m16
+            | C::Scasd_EAX_m32
+            | C::Scasq_RAX_m64
     );
     compares && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
 }
@@ -205,7 +216,11 @@ pub fn start(regs: &Regs) -> String {
     }
     text += &format!("  rflags {:x} fs {:x} gs {:x}\n", regs.rflags, regs.fs_base, regs.gs_base);
     for (from, len, name) in fx_fields() {
-        text += &format!("  {name} {}{}", hex(&regs.fx.0[from..from + len]), if name.starts_with("st") || name.starts_with("xmm") { "\n" } else { "" });
+        text += &format!(
+            "  {name} {}{}",
+            hex(&regs.fx.0[from..from + len]),
+            if name.starts_with("st") || name.starts_with("xmm") { "\n" } else { "" }
+        );
     }
     text
 }

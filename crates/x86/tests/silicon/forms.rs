@@ -44,38 +44,122 @@ const FEATURES: &[CpuidFeature] = &[
 const NOT_COMPARED: &[(&[Code], &str)] = &[
     (
         &[
-            Code::Jo_rel16, Code::Jno_rel16, Code::Jb_rel16, Code::Jae_rel16, Code::Je_rel16, Code::Jne_rel16, Code::Jbe_rel16,
-            Code::Ja_rel16, Code::Js_rel16, Code::Jns_rel16, Code::Jp_rel16, Code::Jnp_rel16, Code::Jl_rel16, Code::Jge_rel16,
-            Code::Jle_rel16, Code::Jg_rel16, Code::Jo_rel8_16, Code::Jno_rel8_16, Code::Jb_rel8_16, Code::Jae_rel8_16,
-            Code::Je_rel8_16, Code::Jne_rel8_16, Code::Jbe_rel8_16, Code::Ja_rel8_16, Code::Js_rel8_16, Code::Jns_rel8_16,
-            Code::Jp_rel8_16, Code::Jnp_rel8_16, Code::Jl_rel8_16, Code::Jge_rel8_16, Code::Jle_rel8_16, Code::Jg_rel8_16,
-            Code::Loopne_rel8_16_ECX, Code::Loope_rel8_16_ECX, Code::Loop_rel8_16_ECX, Code::Jecxz_rel8_16,
-            Code::Loopne_rel8_16_RCX, Code::Loope_rel8_16_RCX, Code::Loop_rel8_16_RCX, Code::Jrcxz_rel8_16, Code::Call_rel16,
-            Code::Jmp_rel16, Code::Jmp_rel8_16, Code::Call_rm16, Code::Jmp_rm16, Code::Retnw, Code::Retnw_imm16,
+            Code::Jo_rel16,
+            Code::Jno_rel16,
+            Code::Jb_rel16,
+            Code::Jae_rel16,
+            Code::Je_rel16,
+            Code::Jne_rel16,
+            Code::Jbe_rel16,
+            Code::Ja_rel16,
+            Code::Js_rel16,
+            Code::Jns_rel16,
+            Code::Jp_rel16,
+            Code::Jnp_rel16,
+            Code::Jl_rel16,
+            Code::Jge_rel16,
+            Code::Jle_rel16,
+            Code::Jg_rel16,
+            Code::Jo_rel8_16,
+            Code::Jno_rel8_16,
+            Code::Jb_rel8_16,
+            Code::Jae_rel8_16,
+            Code::Je_rel8_16,
+            Code::Jne_rel8_16,
+            Code::Jbe_rel8_16,
+            Code::Ja_rel8_16,
+            Code::Js_rel8_16,
+            Code::Jns_rel8_16,
+            Code::Jp_rel8_16,
+            Code::Jnp_rel8_16,
+            Code::Jl_rel8_16,
+            Code::Jge_rel8_16,
+            Code::Jle_rel8_16,
+            Code::Jg_rel8_16,
+            Code::Loopne_rel8_16_ECX,
+            Code::Loope_rel8_16_ECX,
+            Code::Loop_rel8_16_ECX,
+            Code::Jecxz_rel8_16,
+            Code::Loopne_rel8_16_RCX,
+            Code::Loope_rel8_16_RCX,
+            Code::Loop_rel8_16_RCX,
+            Code::Jrcxz_rel8_16,
+            Code::Call_rel16,
+            Code::Jmp_rel16,
+            Code::Jmp_rel8_16,
+            Code::Call_rm16,
+            Code::Jmp_rm16,
+            Code::Retnw,
+            Code::Retnw_imm16,
         ],
         "a near branch with a 66 prefix: the vendors decode it differently, and no compiler makes one",
     ),
     (
         &[
-            Code::Retfw, Code::Retfw_imm16, Code::Retfd, Code::Retfd_imm16, Code::Retfq, Code::Retfq_imm16, Code::Iretw, Code::Iretd,
-            Code::Iretq, Code::Call_m1616, Code::Call_m1632, Code::Call_m1664, Code::Jmp_m1616, Code::Jmp_m1632, Code::Jmp_m1664,
+            Code::Retfw,
+            Code::Retfw_imm16,
+            Code::Retfd,
+            Code::Retfd_imm16,
+            Code::Retfq,
+            Code::Retfq_imm16,
+            Code::Iretw,
+            Code::Iretd,
+            Code::Iretq,
+            Code::Call_m1616,
+            Code::Call_m1632,
+            Code::Call_m1664,
+            Code::Jmp_m1616,
+            Code::Jmp_m1632,
+            Code::Jmp_m1664,
         ],
         "a far transfer depends on the host's descriptor tables",
     ),
     (
         &[
-            Code::Mov_Sreg_rm16, Code::Mov_Sreg_r32m16, Code::Mov_Sreg_r64m16, Code::Popw_FS, Code::Popq_FS, Code::Popw_GS,
-            Code::Popq_GS, Code::Lss_r16_m1616, Code::Lss_r32_m1632, Code::Lss_r64_m1664, Code::Lfs_r16_m1616, Code::Lfs_r32_m1632,
-            Code::Lfs_r64_m1664, Code::Lgs_r16_m1616, Code::Lgs_r32_m1632, Code::Lgs_r64_m1664, Code::Lar_r16_rm16,
-            Code::Lar_r32_r32m16, Code::Lar_r64_r64m16, Code::Lsl_r16_rm16, Code::Lsl_r32_r32m16, Code::Lsl_r64_r64m16,
-            Code::Verr_rm16, Code::Verr_r32m16, Code::Verr_r64m16, Code::Verw_rm16, Code::Verw_r32m16, Code::Verw_r64m16,
+            Code::Mov_Sreg_rm16,
+            Code::Mov_Sreg_r32m16,
+            Code::Mov_Sreg_r64m16,
+            Code::Popw_FS,
+            Code::Popq_FS,
+            Code::Popw_GS,
+            Code::Popq_GS,
+            Code::Lss_r16_m1616,
+            Code::Lss_r32_m1632,
+            Code::Lss_r64_m1664,
+            Code::Lfs_r16_m1616,
+            Code::Lfs_r32_m1632,
+            Code::Lfs_r64_m1664,
+            Code::Lgs_r16_m1616,
+            Code::Lgs_r32_m1632,
+            Code::Lgs_r64_m1664,
+            Code::Lar_r16_rm16,
+            Code::Lar_r32_r32m16,
+            Code::Lar_r64_r64m16,
+            Code::Lsl_r16_rm16,
+            Code::Lsl_r32_r32m16,
+            Code::Lsl_r64_r64m16,
+            Code::Verr_rm16,
+            Code::Verr_r32m16,
+            Code::Verr_r64m16,
+            Code::Verw_rm16,
+            Code::Verw_r32m16,
+            Code::Verw_r64m16,
         ],
         "depends on the host's descriptor tables",
     ),
     (
         &[
-            Code::Sgdt_m1664, Code::Sidt_m1664, Code::Sldt_rm16, Code::Sldt_r32m16, Code::Sldt_r64m16, Code::Str_rm16,
-            Code::Str_r32m16, Code::Str_r64m16, Code::Smsw_rm16, Code::Smsw_r32m16, Code::Smsw_r64m16,
+            Code::Sgdt_m1664,
+            Code::Sidt_m1664,
+            Code::Sldt_rm16,
+            Code::Sldt_r32m16,
+            Code::Sldt_r64m16,
+            Code::Str_rm16,
+            Code::Str_r32m16,
+            Code::Str_r64m16,
+            Code::Smsw_rm16,
+            Code::Smsw_r32m16,
+            Code::Smsw_r64m16,
         ],
         "tells the host's system registers, or is emulated by its kernel (UMIP)",
     ),
@@ -87,8 +171,18 @@ const NOT_COMPARED: &[(&[Code], &str)] = &[
     ),
     (
         &[
-            Code::Finit, Code::Fclex, Code::Fstcw_m2byte, Code::Fstsw_m2byte, Code::Fstsw_AX, Code::Fstenv_m14byte, Code::Fstenv_m28byte,
-            Code::Fsave_m94byte, Code::Fsave_m108byte, Code::Fsetpm, Code::Feni, Code::Fdisi,
+            Code::Finit,
+            Code::Fclex,
+            Code::Fstcw_m2byte,
+            Code::Fstsw_m2byte,
+            Code::Fstsw_AX,
+            Code::Fstenv_m14byte,
+            Code::Fstenv_m28byte,
+            Code::Fsave_m94byte,
+            Code::Fsave_m108byte,
+            Code::Fsetpm,
+            Code::Feni,
+            Code::Fdisi,
         ],
         "two instructions: WAIT and the form without it, which are compared",
     ),
@@ -164,8 +258,15 @@ pub fn check_tables() {
 fn form(code: Code) -> Form {
     let always_fault = matches!(
         code,
-        Code::Ud1_r16_rm16 | Code::Ud1_r32_rm32 | Code::Ud1_r64_rm64 | Code::Ud0_r16_rm16 | Code::Ud0_r32_rm32 | Code::Ud0_r64_rm64
-            | Code::Ud2 | Code::Int_imm8 | Code::Int3
+        Code::Ud1_r16_rm16
+            | Code::Ud1_r32_rm32
+            | Code::Ud1_r64_rm64
+            | Code::Ud0_r16_rm16
+            | Code::Ud0_r32_rm32
+            | Code::Ud0_r64_rm64
+            | Code::Ud2
+            | Code::Int_imm8
+            | Code::Int3
     );
     Form {
         code,
@@ -180,7 +281,14 @@ fn form(code: Code) -> Form {
 pub fn is_divide(code: Code) -> bool {
     matches!(
         code,
-        Code::Div_rm8 | Code::Div_rm16 | Code::Div_rm32 | Code::Div_rm64 | Code::Idiv_rm8 | Code::Idiv_rm16 | Code::Idiv_rm32 | Code::Idiv_rm64
+        Code::Div_rm8
+            | Code::Div_rm16
+            | Code::Div_rm32
+            | Code::Div_rm64
+            | Code::Idiv_rm8
+            | Code::Idiv_rm16
+            | Code::Idiv_rm32
+            | Code::Idiv_rm64
     )
 }
 
@@ -202,10 +310,38 @@ pub fn disturbs_stepping(code: Code) -> bool {
 
 /// Forms that make the flags before them visible.
 pub const FLAG_READERS: &[Code] = &[
-    Code::Lahf, Code::Pushfq, Code::Adc_rm64_r64, Code::Adc_r8_rm8, Code::Sbb_rm32_r32, Code::Sbb_r64_rm64, Code::Rcl_rm32_1,
-    Code::Rcr_rm64_CL, Code::Seto_rm8, Code::Setb_rm8, Code::Sete_rm8, Code::Setbe_rm8, Code::Sets_rm8, Code::Setp_rm8,
-    Code::Setl_rm8, Code::Setle_rm8, Code::Setg_rm8, Code::Cmovo_r64_rm64, Code::Cmovb_r32_rm32, Code::Cmove_r64_rm64,
-    Code::Cmova_r16_rm16, Code::Cmovs_r64_rm64, Code::Cmovp_r64_rm64, Code::Cmovl_r64_rm64, Code::Cmovg_r32_rm32, Code::Cmc,
-    Code::Jo_rel8_64, Code::Jb_rel32_64, Code::Je_rel8_64, Code::Jbe_rel8_64, Code::Js_rel32_64, Code::Jp_rel8_64,
-    Code::Jl_rel8_64, Code::Jg_rel32_64,
+    Code::Lahf,
+    Code::Pushfq,
+    Code::Adc_rm64_r64,
+    Code::Adc_r8_rm8,
+    Code::Sbb_rm32_r32,
+    Code::Sbb_r64_rm64,
+    Code::Rcl_rm32_1,
+    Code::Rcr_rm64_CL,
+    Code::Seto_rm8,
+    Code::Setb_rm8,
+    Code::Sete_rm8,
+    Code::Setbe_rm8,
+    Code::Sets_rm8,
+    Code::Setp_rm8,
+    Code::Setl_rm8,
+    Code::Setle_rm8,
+    Code::Setg_rm8,
+    Code::Cmovo_r64_rm64,
+    Code::Cmovb_r32_rm32,
+    Code::Cmove_r64_rm64,
+    Code::Cmova_r16_rm16,
+    Code::Cmovs_r64_rm64,
+    Code::Cmovp_r64_rm64,
+    Code::Cmovl_r64_rm64,
+    Code::Cmovg_r32_rm32,
+    Code::Cmc,
+    Code::Jo_rel8_64,
+    Code::Jb_rel32_64,
+    Code::Je_rel8_64,
+    Code::Jbe_rel8_64,
+    Code::Js_rel32_64,
+    Code::Jp_rel8_64,
+    Code::Jl_rel8_64,
+    Code::Jg_rel32_64,
 ];

@@ -5,7 +5,10 @@
 //! instructions mostly leave them alone.
 use crate::case::{Case, Item, Place};
 use crate::forms::{self, FLAG_READERS, Form};
-use crate::layout::{CODE_AT, DATA, DATA_AT, DATA_BYTES, DATA_HIGH, DF, Fx, IF, IMAGE, PAGE, Regs, STACK, STACK_AT, STACK_PAGES, STATUS_FLAGS, image_offset};
+use crate::layout::{
+    CODE_AT, DATA, DATA_AT, DATA_BYTES, DATA_HIGH, DF, Fx, IF, IMAGE, PAGE, Regs, STACK, STACK_AT, STACK_PAGES, STATUS_FLAGS,
+    image_offset,
+};
 use crate::operands::{Memory, gpr, gpr_number, operand_size};
 use crate::prng::Rng;
 use crate::rep;
@@ -263,8 +266,14 @@ impl<'a> Builder<'a> {
         use iced_x86::OpKind as K;
         let ends_in_immediate = |item: &Item| {
             let i = &item.instruction;
-            let constant = i.op_count() > 0 && matches!(i.op_kind(i.op_count() - 1), K::Immediate8 | K::Immediate32 | K::Immediate32to64 | K::Immediate8to64 | K::Immediate8to32);
-            let free = !i.is_stack_instruction() && i.code() != Code::Int_imm8 && i.code().op_code().op_kinds().last() != Some(&iced_x86::OpCodeOperandKind::imm8_const_1);
+            let constant = i.op_count() > 0
+                && matches!(
+                    i.op_kind(i.op_count() - 1),
+                    K::Immediate8 | K::Immediate32 | K::Immediate32to64 | K::Immediate8to64 | K::Immediate8to32
+                );
+            let free = !i.is_stack_instruction()
+                && i.code() != Code::Int_imm8
+                && i.code().op_code().op_kinds().last() != Some(&iced_x86::OpCodeOperandKind::imm8_const_1);
             constant && free
         };
         let found: Vec<usize> = (store + 1..self.case.items.len()).filter(|&n| ends_in_immediate(&self.case.items[n])).collect();
@@ -284,7 +293,10 @@ impl<'a> Builder<'a> {
             } else {
                 self.rng.pick(self.forms)
             };
-            if form.last || (form.faulting && !self.rng.chance(2)) || self.case.cpl != 3 && (form.privileged || needs_user(form.code)) {
+            if form.last
+                || (form.faulting && !self.rng.chance(2))
+                || self.case.cpl != 3 && (form.privileged || needs_user(form.code))
+            {
                 continue;
             }
             if is_special(form.code) || form.code.is_string_instruction() && !self.has_pins(form.code) {
@@ -320,7 +332,8 @@ impl<'a> Builder<'a> {
     fn spoils(&mut self, instruction: &Instruction) -> bool {
         let mut written = 0u32;
         for used in self.info.info(instruction).used_registers() {
-            let writes = matches!(used.access(), OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
+            let writes =
+                matches!(used.access(), OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite);
             if let Some(n) = gpr_number(used.register())
                 && writes
             {
@@ -449,7 +462,9 @@ impl<'a> Builder<'a> {
         if self.rng.chance(50) {
             let value = self.case.init.gpr[RAX].to_le_bytes();
             for pointer in [RSI, RDI] {
-                if let Some(at) = image_offset(self.case.init.gpr[pointer]).filter(|at| at + 128 <= DATA_AT + DATA_BYTES && *at >= DATA_AT + 64) {
+                if let Some(at) =
+                    image_offset(self.case.init.gpr[pointer]).filter(|at| at + 128 <= DATA_AT + DATA_BYTES && *at >= DATA_AT + 64)
+                {
                     let bytes = (0..128).map(|i| value[i % operand_size(&item.instruction) as usize]).collect();
                     self.case.pokes.push((at - 64, bytes));
                 }
@@ -517,16 +532,22 @@ impl<'a> Builder<'a> {
             MemorySize::Float32 | MemorySize::Packed128_Float32 | MemorySize::Packed64_Float32 => {
                 (0..size / 4).flat_map(|_| rng.float().to_le_bytes()).collect()
             }
-            MemorySize::Float64 | MemorySize::Packed128_Float64 => (0..size / 8).flat_map(|_| rng.double().to_le_bytes()).collect(),
+            MemorySize::Float64 | MemorySize::Packed128_Float64 => {
+                (0..size / 8).flat_map(|_| rng.double().to_le_bytes()).collect()
+            }
             MemorySize::Float80 => rng.extended().to_vec(),
-            MemorySize::Bcd => (0..10).map(|i| if i == 9 { rng.pick(&[0, 0x80]) } else { (rng.below(10) << 4 | rng.below(10)) as u8 }).collect(),
+            MemorySize::Bcd => {
+                (0..10).map(|i| if i == 9 { rng.pick(&[0, 0x80]) } else { (rng.below(10) << 4 | rng.below(10)) as u8 }).collect()
+            }
             MemorySize::Fxsave_512Byte | MemorySize::Fxsave64_512Byte => {
                 let mut image = fx(rng).0.to_vec();
                 // Where the pointers are: zero, as positions.md has them.
                 image[464..].fill(0);
                 image
             }
-            MemorySize::FpuEnv14 | MemorySize::FpuEnv28 | MemorySize::FpuState94 | MemorySize::FpuState108 => legacy_fpu(rng, size),
+            MemorySize::FpuEnv14 | MemorySize::FpuEnv28 | MemorySize::FpuState94 | MemorySize::FpuState108 => {
+                legacy_fpu(rng, size)
+            }
             _ => match instruction.code() {
                 Code::Ldmxcsr_m32 => mxcsr(rng).to_le_bytes().to_vec(),
                 Code::Fldcw_m2byte => fcw(rng).to_le_bytes().to_vec(),
@@ -573,10 +594,22 @@ fn is_narrow_string(kind: iced_x86::OpKind) -> bool {
 /// General registers an instruction uses for addresses or counts without naming them.
 fn implicit_registers(code: Code) -> &'static [usize] {
     match code {
-        Code::Movsb_m8_m8 | Code::Movsw_m16_m16 | Code::Movsd_m32_m32 | Code::Movsq_m64_m64 | Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16
-        | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64 => &[RSI, RDI, RCX],
-        Code::Stosb_m8_AL | Code::Stosw_m16_AX | Code::Stosd_m32_EAX | Code::Stosq_m64_RAX | Code::Scasb_AL_m8 | Code::Scasw_AX_m16
-        | Code::Scasd_EAX_m32 | Code::Scasq_RAX_m64 => &[RDI, RCX],
+        Code::Movsb_m8_m8
+        | Code::Movsw_m16_m16
+        | Code::Movsd_m32_m32
+        | Code::Movsq_m64_m64
+        | Code::Cmpsb_m8_m8
+        | Code::Cmpsw_m16_m16
+        | Code::Cmpsd_m32_m32
+        | Code::Cmpsq_m64_m64 => &[RSI, RDI, RCX],
+        Code::Stosb_m8_AL
+        | Code::Stosw_m16_AX
+        | Code::Stosd_m32_EAX
+        | Code::Stosq_m64_RAX
+        | Code::Scasb_AL_m8
+        | Code::Scasw_AX_m16
+        | Code::Scasd_EAX_m32
+        | Code::Scasq_RAX_m64 => &[RDI, RCX],
         Code::Lodsb_AL_m8 | Code::Lodsw_AX_m16 | Code::Lodsd_EAX_m32 | Code::Lodsq_RAX_m64 => &[RSI, RCX],
         Code::Insb_m8_DX | Code::Insw_m16_DX | Code::Insd_m32_DX => &[RDI],
         Code::Outsb_DX_m8 | Code::Outsw_DX_m16 | Code::Outsd_DX_m32 => &[RSI],
@@ -594,19 +627,31 @@ fn is_special(code: Code) -> bool {
         || code.is_loopcc()
         || matches!(
             code,
-            Code::Jmp_rm64 | Code::Call_rm64 | Code::Retnq | Code::Retnq_imm16 | Code::Leavew | Code::Leaveq | Code::Enterw_imm16_imm8
-                | Code::Enterq_imm16_imm8 | Code::Xlat_m8 | Code::Maskmovq_rDI_mm_mm | Code::Maskmovdqu_rDI_xmm_xmm
-                | Code::Fxrstor_m512byte | Code::Fxrstor64_m512byte | Code::Frstor_m94byte | Code::Frstor_m108byte
-                | Code::Fldenv_m14byte | Code::Fldenv_m28byte | Code::Ldmxcsr_m32 | Code::Fldcw_m2byte
+            Code::Jmp_rm64
+                | Code::Call_rm64
+                | Code::Retnq
+                | Code::Retnq_imm16
+                | Code::Leavew
+                | Code::Leaveq
+                | Code::Enterw_imm16_imm8
+                | Code::Enterq_imm16_imm8
+                | Code::Xlat_m8
+                | Code::Maskmovq_rDI_mm_mm
+                | Code::Maskmovdqu_rDI_xmm_xmm
+                | Code::Fxrstor_m512byte
+                | Code::Fxrstor64_m512byte
+                | Code::Frstor_m94byte
+                | Code::Frstor_m108byte
+                | Code::Fldenv_m14byte
+                | Code::Fldenv_m28byte
+                | Code::Ldmxcsr_m32
+                | Code::Fldcw_m2byte
         )
 }
 
 /// Forms whose result depends on the privilege.
 fn needs_user(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg | Code::Int_imm8 | Code::Int3
-    )
+    matches!(code, Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg | Code::Int_imm8 | Code::Int3)
 }
 
 /// An MXCSR: mostly all masked, any rounding, flags, FTZ and DAZ.
@@ -677,4 +722,3 @@ fn legacy_fpu(rng: &mut Rng, size: usize) -> Vec<u8> {
     }
     image
 }
-

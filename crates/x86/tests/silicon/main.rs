@@ -32,13 +32,18 @@ fn tables_are_sound() {
 /// The silicon agrees with itself: what is compared is the same when run twice, and in single steps.
 #[test]
 fn silicon_agrees_with_itself() {
-    let settings = run::Settings { seed: setting("TWINSTEP_SEED", 1), first: 0, cases: setting("TWINSTEP_CASES", 20_000).min(20_000) };
+    let settings =
+        run::Settings { seed: setting("TWINSTEP_SEED", 1), first: 0, cases: setting("TWINSTEP_CASES", 20_000).min(20_000) };
     run::check(settings, &run::against_itself);
 }
 
 /// The engine agrees with the silicon.
 #[test]
 fn engine_agrees_with_silicon() {
-    let settings = run::Settings { seed: setting("TWINSTEP_SEED", 1), first: setting("TWINSTEP_FIRST", 0), cases: setting("TWINSTEP_CASES", 100_000) };
+    let settings = run::Settings {
+        seed: setting("TWINSTEP_SEED", 1),
+        first: setting("TWINSTEP_FIRST", 0),
+        cases: setting("TWINSTEP_CASES", 100_000),
+    };
     run::check(settings, &run::against_engine);
 }

@@ -20,7 +20,14 @@ impl GuestRam {
         // SAFETY: a fresh anonymous mapping that lives until the value is dropped; the engine that uses it is dropped before (field
         // order of those who own both) or never touches it again.
         unsafe {
-            let at = libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
+            let at = libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
             assert!(at != libc::MAP_FAILED, "mmap");
             let host = at.cast::<u8>();
             let region = RamRegion { gpa: 0, len: len as u64, host };

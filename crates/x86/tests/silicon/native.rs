@@ -103,7 +103,10 @@ impl Native {
             assert!(at != libc::MAP_FAILED, "mmap");
             let shared = at.cast::<Shared>();
             let (mut down, mut up) = ([0; 2], [0; 2]);
-            assert!(libc::pipe2(down.as_mut_ptr(), libc::O_CLOEXEC) == 0 && libc::pipe2(up.as_mut_ptr(), libc::O_CLOEXEC) == 0, "pipe");
+            assert!(
+                libc::pipe2(down.as_mut_ptr(), libc::O_CLOEXEC) == 0 && libc::pipe2(up.as_mut_ptr(), libc::O_CLOEXEC) == 0,
+                "pipe"
+            );
             let pid = libc::fork();
             assert!(pid >= 0, "fork");
             if pid == 0 {
@@ -135,7 +138,8 @@ impl Native {
         let mut byte = 0u8;
         // SAFETY: one byte to and from our own pipes.
         let answered = unsafe {
-            libc::write(self.to_child, (&raw const byte).cast(), 1) == 1 && libc::read(self.from_child, (&raw mut byte).cast(), 1) == 1
+            libc::write(self.to_child, (&raw const byte).cast(), 1) == 1
+                && libc::read(self.from_child, (&raw mut byte).cast(), 1) == 1
         };
         assert!(answered && byte == b'+', "the native side died or refused ({byte}) in slot {}", self.shared().current);
     }
@@ -241,7 +245,11 @@ unsafe fn prepare(shared: *const Shared, slot: *const Slot, image: *mut u8) {
     // SAFETY: the caller's.
     unsafe {
         ptr::copy_nonoverlapping((&raw const (*shared).template).cast(), image, IMAGE);
-        ptr::copy_nonoverlapping((&raw const (*slot).code).cast(), image.add((*slot).code_at as usize), (*slot).code_len as usize);
+        ptr::copy_nonoverlapping(
+            (&raw const (*slot).code).cast(),
+            image.add((*slot).code_at as usize),
+            (*slot).code_len as usize,
+        );
         for i in 0..(*slot).poke_count as usize {
             let poke = &raw const (*slot).pokes[i];
             ptr::copy_nonoverlapping((&raw const (*poke).bytes).cast(), image.add((*poke).at as usize), (*poke).len as usize);

@@ -59,7 +59,28 @@ impl Builder<'_> {
     }
 
     fn byte_register(&mut self) -> Register {
-        if self.rng.chance(25) { Register::AH + self.rng.below(4) as u32 } else { [Register::AL, Register::CL, Register::DL, Register::BL, Register::SPL, Register::BPL, Register::SIL, Register::DIL, Register::R8L, Register::R9L, Register::R10L, Register::R11L, Register::R12L, Register::R13L, Register::R14L, Register::R15L][self.random_gpr()] }
+        if self.rng.chance(25) {
+            Register::AH + self.rng.below(4) as u32
+        } else {
+            [
+                Register::AL,
+                Register::CL,
+                Register::DL,
+                Register::BL,
+                Register::SPL,
+                Register::BPL,
+                Register::SIL,
+                Register::DIL,
+                Register::R8L,
+                Register::R9L,
+                Register::R10L,
+                Register::R11L,
+                Register::R12L,
+                Register::R13L,
+                Register::R14L,
+                Register::R15L,
+            ][self.random_gpr()]
+        }
     }
 
     /// A register for the bit offset of BT and its kin with a memory operand: small, so that it stays in the window.
@@ -94,7 +115,11 @@ impl Builder<'_> {
         let register = match kind {
             _ if fixed.is_some() => fixed,
             Op::mem | Op::mem_offs | Op::sibmem => None,
-            Op::r8_or_mem | Op::r16_or_mem | Op::r32_or_mem | Op::r64_or_mem | Op::mm_or_mem | Op::xmm_or_mem if self.memory_wanted() => None,
+            Op::r8_or_mem | Op::r16_or_mem | Op::r32_or_mem | Op::r64_or_mem | Op::mm_or_mem | Op::xmm_or_mem
+                if self.memory_wanted() =>
+            {
+                None
+            }
             Op::r8_reg | Op::r8_opcode | Op::r8_or_mem => Some(self.byte_register()),
             Op::mm_reg | Op::mm_rm | Op::mm_or_mem => Some(Register::MM0 + self.rng.below(8) as u32),
             Op::xmm_reg | Op::xmm_rm | Op::xmm_or_mem => Some(Register::XMM0 + self.rng.below(16) as u32),
@@ -161,10 +186,8 @@ impl Builder<'_> {
             }
             Op::imm16 => {
                 instruction.set_op_kind(i, OpKind::Immediate16);
-                let moves_stack = matches!(
-                    instruction.code(),
-                    Code::Enterq_imm16_imm8 | Code::Enterw_imm16_imm8 | Code::Retnq_imm16
-                );
+                let moves_stack =
+                    matches!(instruction.code(), Code::Enterq_imm16_imm8 | Code::Enterw_imm16_imm8 | Code::Retnq_imm16);
                 instruction.set_immediate16(if moves_stack { self.rng.below(200) as u16 } else { value as u16 });
             }
             Op::imm32 => {
@@ -258,7 +281,9 @@ impl Builder<'_> {
         if offset_only {
             return self.absolute_operand(instruction, target, high);
         }
-        if self.rng.chance(1) || matches!(instruction.code(), Code::Lea_r16_m | Code::Lea_r32_m | Code::Lea_r64_m) && self.rng.chance(70) {
+        if self.rng.chance(1)
+            || matches!(instruction.code(), Code::Lea_r16_m | Code::Lea_r32_m | Code::Lea_r64_m) && self.rng.chance(70)
+        {
             return Some(self.wild_operand(instruction));
         }
         let narrow = self.rng.chance(8);
@@ -330,7 +355,11 @@ impl Builder<'_> {
             _ if narrow => 4,
             _ => 8,
         });
-        instruction.set_memory_displacement64(if narrow { u64::from(displacement as u32) } else { i64::from(displacement) as u64 });
+        instruction.set_memory_displacement64(if narrow {
+            u64::from(displacement as u32)
+        } else {
+            i64::from(displacement) as u64
+        });
         let address = if narrow || !exact { None } else { Some(target) };
         Some(Memory { address })
     }
@@ -365,7 +394,11 @@ impl Builder<'_> {
         }
         let displacement = self.rng.value() as i32;
         instruction.set_memory_displ_size(if narrow == 32 { 4 } else { 8 });
-        instruction.set_memory_displacement64(if narrow == 32 { u64::from(displacement as u32) } else { i64::from(displacement) as u64 });
+        instruction.set_memory_displacement64(if narrow == 32 {
+            u64::from(displacement as u32)
+        } else {
+            i64::from(displacement) as u64
+        });
         Memory { address: None }
     }
 
@@ -383,8 +416,18 @@ impl Builder<'_> {
 fn is_bit_test(code: Code) -> bool {
     matches!(
         code,
-        Code::Bt_rm16_r16 | Code::Bt_rm32_r32 | Code::Bt_rm64_r64 | Code::Bts_rm16_r16 | Code::Bts_rm32_r32 | Code::Bts_rm64_r64
-            | Code::Btr_rm16_r16 | Code::Btr_rm32_r32 | Code::Btr_rm64_r64 | Code::Btc_rm16_r16 | Code::Btc_rm32_r32 | Code::Btc_rm64_r64
+        Code::Bt_rm16_r16
+            | Code::Bt_rm32_r32
+            | Code::Bt_rm64_r64
+            | Code::Bts_rm16_r16
+            | Code::Bts_rm32_r32
+            | Code::Bts_rm64_r64
+            | Code::Btr_rm16_r16
+            | Code::Btr_rm32_r32
+            | Code::Btr_rm64_r64
+            | Code::Btc_rm16_r16
+            | Code::Btc_rm32_r32
+            | Code::Btc_rm64_r64
     )
 }
 

@@ -39,7 +39,19 @@ impl Rng {
     pub fn value(&mut self) -> u64 {
         match self.below(10) {
             0 => self.pick(&[0, 1, 2, 7, 8, 31, 32, 63, 64, u64::MAX, u64::MAX - 1]),
-            1 => self.pick(&[0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, i64::MAX as u64, 1 << 63]),
+            1 => self.pick(&[
+                0x7f,
+                0x80,
+                0xff,
+                0x7fff,
+                0x8000,
+                0xffff,
+                0x7fff_ffff,
+                0x8000_0000,
+                0xffff_ffff,
+                i64::MAX as u64,
+                1 << 63,
+            ]),
             2 => 1 << self.below(64),
             3 => self.below(256),
             4 => self.within(-300, 300) as u64,
@@ -51,7 +63,18 @@ impl Rng {
     /// The bits of a double (or two floats) that is often special: zero, infinity, NaN, denormal, small integers.
     pub fn double(&mut self) -> u64 {
         match self.below(8) {
-            0 => self.pick(&[0, 1 << 63, 0x7ff0 << 48, 0xfff0 << 48, 0x7ff8 << 48, 0xfff8 << 48, 0x7ff0_0000_0000_0001, 1, 0x000f_ffff_ffff_ffff, 0x7fef_ffff_ffff_ffff]),
+            0 => self.pick(&[
+                0,
+                1 << 63,
+                0x7ff0 << 48,
+                0xfff0 << 48,
+                0x7ff8 << 48,
+                0xfff8 << 48,
+                0x7ff0_0000_0000_0001,
+                1,
+                0x000f_ffff_ffff_ffff,
+                0x7fef_ffff_ffff_ffff,
+            ]),
             1 => (self.within(-1000, 1000) as f64).to_bits(),
             2 => (self.within(i64::from(i32::MIN), i64::from(i32::MAX)) as f64 / 1024.0).to_bits(),
             3 => (u64::from(self.float()) << 32) | u64::from(self.float()),
@@ -63,7 +86,18 @@ impl Rng {
     /// The bits of a float that is often special.
     pub fn float(&mut self) -> u32 {
         match self.below(5) {
-            0 => self.pick(&[0, 1 << 31, 0x7f80_0000, 0xff80_0000, 0x7fc0_0000, 0xffc0_0000, 0x7f80_0001, 1, 0x007f_ffff, 0x7f7f_ffff]),
+            0 => self.pick(&[
+                0,
+                1 << 31,
+                0x7f80_0000,
+                0xff80_0000,
+                0x7fc0_0000,
+                0xffc0_0000,
+                0x7f80_0001,
+                1,
+                0x007f_ffff,
+                0x7f7f_ffff,
+            ]),
             1 => (self.within(-1000, 1000) as f32).to_bits(),
             2 => (self.next() as u32 & !(0xff << 23)) | ((127 + self.within(-40, 40)) as u32) << 23,
             _ => self.next() as u32,

@@ -227,7 +227,8 @@ fn report(forms: &[Form], results: &Results, settings: Settings) {
             }
         }
         if tally.cases >= ENOUGH && tally.ended == 0 && !form.faulting {
-            wrong.push(format!("{:?} never ran to the end in {} cases: its operands are not well chosen", form.code, tally.cases));
+            wrong
+                .push(format!("{:?} never ran to the end in {} cases: its operands are not well chosen", form.code, tally.cases));
         }
     }
     if wrong.is_empty() {
@@ -270,7 +271,8 @@ fn straight_positions(case: &Case, program: &Program, slot: &Slot) -> Option<u64
         return Some(rep::positions(iterations, slot.end.vector == BREAKPOINT));
     }
     let item = &case.items;
-    let straight = item.iter().all(|i| i.target.is_none() && !i.instruction.has_rep_prefix() && !i.instruction.has_repne_prefix());
+    let straight =
+        item.iter().all(|i| i.target.is_none() && !i.instruction.has_rep_prefix() && !i.instruction.has_repne_prefix());
     if !straight || !case.addresses.is_empty() {
         return None;
     }
@@ -301,7 +303,9 @@ impl Judge for Engine {
         let traps = matches!(slot.end.vector, 1 | BREAKPOINT);
         let expected_end = expected.map(|n| base + n + u64::from(traps) + 1);
         let others = 2 + rng.below(3) as usize;
-        for (how, which) in [(How::Picture, 0), (How::Straight, 1), (How::Sliced, others), (How::Interrupted, (lane % 5) as usize)] {
+        for (how, which) in
+            [(How::Picture, 0), (How::Straight, 1), (How::Sliced, others), (How::Interrupted, (lane % 5) as usize)]
+        {
             let mut interrupts = 0;
             let guest = &mut self.guests[which];
             let mut found = Vec::new();
@@ -345,7 +349,11 @@ impl Judge for Engine {
                     && guest.position() != expected + interrupts
                 {
                     let expected = expected + interrupts;
-                    found.push(format!("position: {} expected, {} counted", expected - base, guest.position().wrapping_sub(base)));
+                    found.push(format!(
+                        "position: {} expected, {} counted",
+                        expected - base,
+                        guest.position().wrapping_sub(base)
+                    ));
                 }
             }
             if !found.is_empty() {
