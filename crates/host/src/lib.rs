@@ -19,6 +19,7 @@ pub mod net;
 pub mod packages;
 pub mod passt;
 pub mod redis_check;
+pub mod signals;
 pub mod switch;
 pub mod terminal;
 pub mod vm;

@@ -8,7 +8,8 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, json};
 use twinstep_machine::Output;
@@ -66,6 +67,25 @@ pub enum ToPair {
 /// A connection: a thread that reads, a thread that writes.
 pub(super) struct Connection {
     writer: Sender<Vec<u8>>,
+    closing: Closing,
+}
+
+/// A connection that nothing more is put into. Its threads still send what was put in, and read until the other side has closed as well.
+#[derive(Default)]
+pub(super) struct Closing(Vec<JoinHandle<()>>);
+
+/// How long the other side is waited for at the end. It closes at once if it is alive.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
+
+impl Closing {
+    /// Waits until the last words have arrived. To be called before the process ends, which would cut them off: a refusal would have no reason, and
+    /// a goodbye that is not heard is a death.
+    pub(super) fn wait(&self) {
+        let deadline = Instant::now() + CLOSING_PATIENCE;
+        while !self.0.iter().all(JoinHandle::is_finished) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 /// Bytes read from a connection at once at most.
@@ -82,17 +102,19 @@ impl Connection {
         stream.set_nodelay(true).what("cannot set up the connection")?;
         let mut reading = stream.try_clone().what("cannot share the connection")?;
         let mut writing = stream.try_clone().what("cannot share the connection")?;
-        std::thread::Builder::new()
+        let reader = std::thread::Builder::new()
             .name("channel-read".into())
             .spawn(move || {
                 let mut buffer = vec![0; READ_BYTES];
                 loop {
                     let reason = match reading.read(&mut buffer) {
                         Ok(0) => "the other side closed the connection".to_owned(),
-                        Ok(n) => match to.send(bytes(buffer[..n].to_vec())) {
-                            Ok(()) => continue,
-                            Err(_) => return,
-                        },
+                        Ok(n) => {
+                            // Read also when nobody wants it any more: a socket that is closed over unread bytes resets the connection, and
+                            // the other side loses what it has not read yet.
+                            let _ = to.send(bytes(buffer[..n].to_vec()));
+                            continue;
+                        }
                         Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
                         Err(e) => e.to_string(),
                     };
@@ -102,7 +124,7 @@ impl Connection {
             })
             .what("cannot start a thread")?;
         let (writer, queue) = channel::<Vec<u8>>();
-        std::thread::Builder::new()
+        let write_thread = std::thread::Builder::new()
             .name("channel-write".into())
             .spawn(move || {
                 // The queue is bounded by the pair's own limits on what may be under way.
@@ -117,12 +139,16 @@ impl Connection {
                 let _ = writing.shutdown(Shutdown::Write);
             })
             .what("cannot start a thread")?;
-        Ok(Self { writer })
+        Ok(Self { writer, closing: Closing(vec![reader, write_thread]) })
     }
     /// Queues bytes.
     pub(super) fn send(&self, bytes: Vec<u8>) {
         // A writer that has ended has closed the connection, which the reader reports.
         let _ = self.writer.send(bytes);
+    }
+    /// Puts nothing more in.
+    pub(super) fn close(self) -> Closing {
+        self.closing
     }
 }
 
@@ -208,6 +234,7 @@ impl PairThread {
             primary: wiring.primary,
             inbox,
             connection,
+            closing: Closing::default(),
             outlet: wiring.outlet,
             vm: wiring.vm,
             events: wiring.events,
@@ -221,10 +248,7 @@ impl PairThread {
             held_before: (0, 0),
             done: false,
         };
-        let thread = std::thread::Builder::new()
-            .name("pair".into())
-            .spawn(move || driver.run())
-            .what("cannot start a thread")?;
+        let thread = std::thread::Builder::new().name("pair".into()).spawn(move || driver.run()).what("cannot start a thread")?;
         Ok(Self { sender, thread })
     }
     /// Waits for its end, which comes after the guest's.
@@ -238,6 +262,7 @@ struct Driver {
     primary: Primary,
     inbox: Receiver<ToPair>,
     connection: Option<Connection>,
+    closing: Closing,
     asker: Asker<ToPair>,
     outlet: Outlet,
     vm: Sender<ToVm>,
@@ -294,7 +319,14 @@ impl Driver {
             }
             self.status();
         }
+        self.closing.wait();
         std::mem::take(&mut self.report)
+    }
+
+    fn disconnect(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            self.closing = connection.close();
+        }
     }
 
     fn event(&mut self, event: PrimaryEvent) {
@@ -373,14 +405,15 @@ impl Driver {
 
     fn act(&mut self) {
         while !self.done
-            && let Some(action) = self.primary.poll() {
+            && let Some(action) = self.primary.poll()
+        {
             match action {
                 PrimaryAction::Send(bytes) => {
                     if let Some(connection) = &self.connection {
                         connection.send(bytes);
                     }
                 }
-                PrimaryAction::Disconnect => self.connection = None,
+                PrimaryAction::Disconnect => self.disconnect(),
                 PrimaryAction::StartImage => self.tell_vm(ToVm::MakeImage),
                 PrimaryAction::WantImage { bytes } => {
                     self.image_wanted += bytes;

@@ -30,6 +30,7 @@ use crate::identity;
 use crate::net::{Backend, Link};
 use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
+use crate::signals::Signals;
 use crate::terminal::{Escape, RawMode, Typed};
 
 /// Frames that wait for the machine at most; what comes beyond is dropped, as on any Ethernet.
@@ -238,29 +239,11 @@ fn read_terminal(to_vm: Sender<ToVm>, raw: bool) -> Result<()> {
     Ok(())
 }
 
-/// Ends the machine in good order when the process is told to end. To be called once, before other threads are started.
-fn end_on_signals(to_vm: Sender<ToVm>) -> Result<()> {
-    // SAFETY: plain libc calls on a set of our own; the thread only waits.
-    let set = unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
-            libc::sigaddset(&mut set, signal);
-        }
-        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-        set
-    };
-    let wait = move || {
-        let mut signal = 0;
-        // SAFETY: both point to values of this thread.
-        while unsafe { libc::sigwait(&set, &mut signal) } == 0 {
-            if to_vm.send(ToVm::Stop(format!("signal {signal}"))).is_err() {
-                // Nobody to tell any more: the default is to end.
-                std::process::exit(128 + signal);
-            }
-        }
-    };
-    std::thread::Builder::new().name("signals".into()).spawn(wait).what("cannot start a thread")?;
-    Ok(())
+/// Ends the machine in good order when the process is told to end.
+fn end_on_signals(signals: &Signals, to_vm: &Sender<ToVm>) {
+    let to_vm = to_vm.clone();
+    // A machine that has ended already is not to be told: the process is about to end.
+    signals.listen(move |why| _ = to_vm.send(ToVm::Stop(why)));
 }
 
 fn read_file(path: &Path, what: &str) -> Result<Vec<u8>> {
@@ -312,7 +295,7 @@ fn cannot_boot(kernel: &Path, e: BootError) -> Error {
 pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<SessionEnd> {
     options.pair.check().what("the pair's settings do not fit")?;
     let (to_vm, inbox) = channel();
-    end_on_signals(to_vm.clone())?;
+    end_on_signals(&Signals::take()?, &to_vm);
     let (machine, last_output) = make_machine(spec, options)?;
     let disk_bytes: Vec<u64> = spec
         .disk
@@ -427,9 +410,15 @@ fn connect(address: &str) -> Result<TcpStream> {
 }
 
 /// Runs a machine that has just gone live, to its end.
-pub fn run_live(live: standby::Live, spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<SessionEnd> {
+pub fn run_live(
+    live: standby::Live,
+    spec: &VmSpec,
+    options: &RunOptions,
+    events: &Events,
+    signals: &Signals,
+) -> Result<SessionEnd> {
     let (to_vm, inbox): (Sender<ToVm>, Receiver<ToVm>) = channel();
-    end_on_signals(to_vm.clone())?;
+    end_on_signals(signals, &to_vm);
     let waiting = Arc::new(AtomicUsize::new(0));
     let outside = Outside::open(spec, options, &to_vm, &waiting)?;
     // The network learns where the machine is now, before it hears from it.

@@ -18,10 +18,11 @@ use twinstep_pair::{
 
 use super::build::{self, DiskExtra, Extra};
 use super::live::entry_of;
-use super::pairing::{Asker, Connection};
+use super::pairing::{Asker, Closing, Connection};
 use super::replay::Vm;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
+use crate::signals::Signals;
 
 /// Makes the replica disks that an image's machine wants.
 pub type Disks = Box<dyn FnMut(&[DiskExtra]) -> Result<Vec<Box<dyn twinstep_machine::Disk>>> + Send>;
@@ -38,6 +39,8 @@ pub struct StandbyWiring {
     pub disks: Disks,
     /// Events.
     pub events: Events,
+    /// What tells this process to end.
+    pub signals: Signals,
     /// What the guest cannot see of the configuration.
     pub tune: fn(&mut Config),
 }
@@ -70,10 +73,19 @@ enum ToStandby {
     Bytes(Vec<u8>),
     Closed(String),
     Verdict(Epoch, Verdict),
-    Restored { position: u64, last_output: OutputId, took_ns: u64 },
+    Restored {
+        position: u64,
+        last_output: OutputId,
+        took_ns: u64,
+    },
     Output(OutputId),
-    Replayed { seq: Seq, position: u64 },
+    Replayed {
+        seq: Seq,
+        position: u64,
+    },
     Failed(String),
+    /// This process was told to end.
+    Shutdown(String),
 }
 
 /// What the replay's thread is told.
@@ -139,13 +151,18 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
         last_output: 0,
     };
     std::thread::Builder::new().name("replay".into()).spawn(move || replayer.run()).what("cannot start a thread")?;
+    let told = sender.clone();
+    // Whoever has ended needs not be told.
+    wiring.signals.listen(move |why| _ = told.send(ToStandby::Shutdown(why)));
     let secondary = Secondary::new(wiring.setup).what("the pair's settings do not fit")?;
     let mut driver = Driver {
         secondary,
         connection: Some(connection),
+        closing: Closing::default(),
         asker: Asker::new(wiring.arbiter, sender, ToStandby::Verdict),
         replay,
         events: wiring.events,
+        failure: None,
         outcome: None,
     };
     driver.run(inbox)
@@ -154,9 +171,12 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
 struct Driver {
     secondary: Secondary,
     connection: Option<Connection>,
+    closing: Closing,
     asker: Asker<ToStandby>,
     replay: Sender<ToReplay>,
     events: Events,
+    /// Why this host cannot go on, if it cannot.
+    failure: Option<String>,
     outcome: Option<Result<Outcome>>,
 }
 
@@ -170,6 +190,9 @@ impl Driver {
         self.act();
         loop {
             if let Some(outcome) = self.outcome.take() {
+                if !matches!(outcome, Ok(Outcome::Live(_))) {
+                    self.closing.wait();
+                }
                 return outcome;
             }
             let message = match self.secondary.deadline() {
@@ -211,8 +234,10 @@ impl Driver {
             ToStandby::Replayed { seq, position } => SecondaryEvent::Replayed { seq, position },
             ToStandby::Failed(reason) => {
                 self.events.say("replay-failed", reason.clone());
+                self.failure = Some(reason.clone());
                 SecondaryEvent::Failed { reason }
             }
+            ToStandby::Shutdown(reason) => SecondaryEvent::Shutdown { reason },
         };
         self.secondary.handle(now(), event);
     }
@@ -225,7 +250,11 @@ impl Driver {
                         connection.send(bytes);
                     }
                 }
-                SecondaryAction::Disconnect => self.connection = None,
+                SecondaryAction::Disconnect => {
+                    if let Some(connection) = self.connection.take() {
+                        self.closing = connection.close();
+                    }
+                }
                 SecondaryAction::Prepare(hello) => self.events.say(
                     "accepted",
                     format!(
@@ -247,7 +276,10 @@ impl Driver {
                 SecondaryAction::GoLive { epoch, reissue } => self.go_live(epoch, reissue),
                 SecondaryAction::Stop(reason) => {
                     self.events.say("stopped", reason.to_string());
-                    self.outcome = Some(Ok(Outcome::Stopped(reason)));
+                    self.outcome = Some(match self.failure.take() {
+                        Some(failure) => Err(Error::new(format!("this standby cannot follow the primary any more: {failure}"))),
+                        None => Ok(Outcome::Stopped(reason)),
+                    });
                 }
                 SecondaryAction::Notice(notice) => self.events.say("notice", notice.to_string()),
             }

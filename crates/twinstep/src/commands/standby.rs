@@ -7,6 +7,7 @@ use anyhow::Context;
 use clap::Args;
 use twinstep_host::events::Events;
 use twinstep_host::identity;
+use twinstep_host::signals::Signals;
 use twinstep_host::vm::session::{self, RunOptions};
 use twinstep_host::vm::standby::{self, Outcome, StandbyWiring};
 use twinstep_pair::{Config, Expectation, OwnerId, SecondarySetup};
@@ -29,6 +30,7 @@ pub struct Arguments {
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let spec = arguments.machine.spec(None)?;
+    let signals = Signals::take()?;
     let v = arguments.visibility;
     let events = Events::new("standby", v.quiet, v.events.as_deref())?;
     let arbiter = session::open_arbiter(&arguments.arbiter, &events)?;
@@ -45,11 +47,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let outcome = standby::serve(StandbyWiring {
         setup: SecondarySetup {
             config: Config::default(),
-            expect: Expectation {
-                vm: None,
-                cpu_model: spec.cpu.clone(),
-                ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20),
-            },
+            expect: Expectation { vm: None, cpu_model: spec.cpu.clone(), ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20) },
             host: identity::host(),
             owner: OwnerId(identity::random_id()),
         },
@@ -57,6 +55,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         arbiter,
         disks: Box::new(move |wanted| session::open_matching_disks(&disks, wanted)),
         events: events.clone(),
+        signals: signals.clone(),
         tune: |_| {},
     })?;
     let options = RunOptions { no_input: v.no_input, serial: v.serial, ..RunOptions::default() };
@@ -68,7 +67,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 live.machine.config().nics.len(),
                 spec.net.len()
             );
-            let session = session::run_live(*live, &spec, &options, &events)?;
+            let session = session::run_live(*live, &spec, &options, &events, &signals)?;
             Ok(super::run::exit_code(&session.end))
         }
         Outcome::Stopped(reason) => {
@@ -76,7 +75,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             Ok(match reason {
                 // The primary ended in good order: nothing was to be done here.
                 PeerEnded { .. } => ExitCode::SUCCESS,
-                LostArbitration { .. } | Ended { .. } | NotProtected { .. } | Refused { .. } => ExitCode::FAILURE,
+                Ended { .. } => ExitCode::from(5),
+                LostArbitration { .. } | NotProtected { .. } | Refused { .. } => ExitCode::FAILURE,
             })
         }
     }
