@@ -26,6 +26,11 @@ pub struct Extra {
     /// Disks: read-only flag and serial number.
     #[n(3)]
     pub disks: Vec<DiskExtra>,
+    /// Of a snapshot that a replay saved: digest of the recording up to there, so that it is used with no other. An image of another
+    /// origin has none.
+    #[n(4)]
+    #[cbor(default)]
+    pub log_digest: Option<u64>,
 }
 
 /// A network card.
@@ -72,7 +77,7 @@ pub fn image_metadata(machine: &Machine) -> ImageMetadata {
 }
 
 /// The machine's payloads, with what only the host knows.
-pub fn image_payloads(machine: &Machine, disk_bytes: &[u64], last_output: u64) -> Vec<ImagePayload> {
+pub fn image_payloads(machine: &Machine, disk_bytes: &[u64], last_output: u64, log_digest: Option<u64>) -> Vec<ImagePayload> {
     let config = machine.config();
     let extra = Extra {
         last_output,
@@ -84,6 +89,7 @@ pub fn image_payloads(machine: &Machine, disk_bytes: &[u64], last_output: u64) -
             .zip(disk_bytes)
             .map(|(d, &bytes)| DiskExtra { read_only: d.read_only, serial: d.serial.clone(), bytes })
             .collect(),
+        log_digest,
     };
     let extra = minicbor::to_vec(&extra).expect("encoding into memory cannot fail");
     let own = ImagePayload { kind: EXTRA_KIND.into(), version: EXTRA_VERSION, bytes: extra };
@@ -96,10 +102,11 @@ pub fn write_image<W: Write>(
     machine: &Machine,
     disk_bytes: &[u64],
     last_output: u64,
+    log_digest: Option<u64>,
     output: W,
     compression: Compression,
 ) -> std::result::Result<(W, ImageSummary), twinstep_log::WriteError> {
-    let payloads = image_payloads(machine, disk_bytes, last_output);
+    let payloads = image_payloads(machine, disk_bytes, last_output, log_digest);
     twinstep_log::image::write_image(
         output,
         &image_metadata(machine),

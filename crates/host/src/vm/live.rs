@@ -331,6 +331,7 @@ impl Live {
             &self.machine,
             &self.wiring.disk_bytes,
             self.wiring.last_output,
+            None,
             Vec::new(),
             twinstep_log::Compression::Lz4,
         );

@@ -3,15 +3,16 @@
 //! *Invariant*: a recording that cannot be written any more is said so once and harms nobody; one that cannot be read is refused with the
 //! place where it is broken.
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Write};
+use std::io::{BufReader, BufWriter, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use twinstep_log::recording::NicMetadata;
 use twinstep_log::{
-    Compression, Entry, ImageReader, RecordingEnd, RecordingMetadata, RecordingReader, RecordingStart, RecordingWriter,
-    ReplayOptions, Replayable, Replayer, Report, RunOutcome,
+    Compression, Entry, ImageReader, ReadError, RecordingEnd, RecordingMetadata, RecordingReader, RecordingStart,
+    RecordingWriter, ReplayOptions, Replayable, Replayer, Report, RunOutcome, encode_into,
 };
 use twinstep_machine::{Config, Digest, Input, Machine, Output, Pause};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::build::{self, DiskMaker};
 use super::live::EntrySink;
@@ -67,7 +68,13 @@ fn write_error(path: &Path, e: twinstep_log::WriteError) -> Error {
 }
 
 /// Starts a recording of the machine as it is now.
-pub fn record(machine: &Machine, path: &Path, digest_interval: u64, disk_bytes: &[u64], last_output: u64) -> Result<Box<dyn EntrySink>> {
+pub fn record(
+    machine: &Machine,
+    path: &Path,
+    digest_interval: u64,
+    disk_bytes: &[u64],
+    last_output: u64,
+) -> Result<Box<dyn EntrySink>> {
     let file = File::create(path).at("create the recording", path)?;
     let (vendor, family) = identity::cpu();
     let config = machine.config();
@@ -84,9 +91,8 @@ pub fn record(machine: &Machine, path: &Path, digest_interval: u64, disk_bytes: 
     };
     let fail = |e| write_error(path, e);
     let output = BufWriter::with_capacity(1 << 20, file);
-    let mut start =
-        RecordingStart::new(output, &metadata, &build::image_metadata(machine), Compression::Lz4).map_err(fail)?;
-    for payload in build::image_payloads(machine, disk_bytes, last_output) {
+    let mut start = RecordingStart::new(output, &metadata, &build::image_metadata(machine), Compression::Lz4).map_err(fail)?;
+    for payload in build::image_payloads(machine, disk_bytes, last_output, None) {
         start.image.payload(&payload).map_err(fail)?;
     }
     for page in 0..machine.ram().flags().pages() {
@@ -106,11 +112,27 @@ impl EntrySink for FileSink {
     }
 }
 
+/// What cannot be read, why, and the way out.
+fn unreadable(what: &str, path: &Path, e: ReadError) -> Error {
+    let next = match &e {
+        ReadError::Newer { .. } => Some("use the Twinstep that wrote it, or a later one"),
+        ReadError::Foreign { .. } if what == "recording" => Some("give a file that `twinstep run --record` wrote"),
+        ReadError::Foreign { .. } => Some("give a file that `twinstep replay --save` wrote"),
+        ReadError::Damaged { .. } | ReadError::Cut { .. } => Some("use another copy of the file, or make it again"),
+        ReadError::Io { .. } => None,
+    };
+    let error = Error::new(format!("cannot use the {what} {}", path.display())).because(e);
+    match next {
+        Some(next) => error.next(next),
+        None => error,
+    }
+}
+
 /// Writes a snapshot of the machine.
-pub fn save_snapshot(machine: &Machine, disk_bytes: &[u64], last_output: u64, path: &Path) -> Result<()> {
+fn save_snapshot(machine: &Machine, disk_bytes: &[u64], last_output: u64, log_digest: u64, path: &Path) -> Result<()> {
     let file = File::create(path).at("create the snapshot", path)?;
     let output = BufWriter::with_capacity(1 << 20, file);
-    let (mut output, _) = build::write_image(machine, disk_bytes, last_output, output, Compression::Lz4)
+    let (mut output, _) = build::write_image(machine, disk_bytes, last_output, Some(log_digest), output, Compression::Lz4)
         .map_err(|e| Error::new(format!("cannot write the snapshot {}", path.display())).because(e))?;
     output.flush().at("write the snapshot", path)
 }
@@ -118,9 +140,31 @@ pub fn save_snapshot(machine: &Machine, disk_bytes: &[u64], last_output: u64, pa
 /// Loads the machine of a snapshot.
 pub fn load_snapshot(path: &Path, disks: DiskMaker, tune: &dyn Fn(&mut Config)) -> Result<(Machine, build::Extra)> {
     let file = File::open(path).at("open the snapshot", path)?;
-    let mut reader = ImageReader::open(BufReader::with_capacity(1 << 20, file))
-        .what(format!("cannot use the snapshot {}", path.display()))?;
-    build::from_image(&mut reader, disks, tune)
+    let mut reader = ImageReader::open(BufReader::with_capacity(1 << 20, file)).map_err(|e| unreadable("snapshot", path, e))?;
+    build::from_image(&mut reader, disks, tune).what(format!("cannot use the snapshot {}", path.display()))
+}
+
+/// A digest of a recording up to a position: its machine, where it began, and all that happened.
+#[derive(Default)]
+struct LogDigest {
+    hash: Xxh3,
+    bytes: Vec<u8>,
+}
+
+impl LogDigest {
+    fn new(reader: &RecordingReader<impl Read + Seek>) -> Self {
+        let mut digest = Self::default();
+        let metadata = reader.metadata();
+        digest.hash.update(&reader.image_metadata().position.to_le_bytes());
+        digest.hash.update(&metadata.ram_mib.to_le_bytes());
+        digest.hash.update(metadata.cpu_model.as_bytes());
+        digest
+    }
+    fn add(&mut self, entry: &Entry) {
+        self.bytes.clear();
+        encode_into(entry, &mut self.bytes).expect("what was decoded can be encoded");
+        self.hash.update(&self.bytes);
+    }
 }
 
 /// How to replay.
@@ -158,8 +202,8 @@ pub fn replay(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Outcome> {
     let file = File::open(path).at("open the recording", path)?;
-    let broken = || format!("cannot use the recording {}", path.display());
-    let mut reader = RecordingReader::open(BufReader::with_capacity(1 << 20, file)).what(broken())?;
+    let broken = |e| unreadable("recording", path, e);
+    let mut reader = RecordingReader::open(BufReader::with_capacity(1 << 20, file)).map_err(broken)?;
     let metadata = reader.metadata().clone();
     build::check_host(&metadata.host_vendor, &metadata.host_family)?;
     let tune = |config: &mut Config| {
@@ -169,7 +213,7 @@ pub fn replay(
     };
     let (machine, extra) = match &options.from {
         Some(snapshot) => load_snapshot(snapshot, disks, &tune)?,
-        None => build::from_image(&mut reader.image().what(broken())?, disks, &tune)?,
+        None => build::from_image(&mut reader.image().map_err(broken)?, disks, &tune)?,
     };
     let start = machine.position();
     if options.from.is_some() {
@@ -180,31 +224,51 @@ pub fn replay(
         }
     }
     reader.rewind();
+    let mut log_digest = LogDigest::new(&reader);
+    let mut ahead = None;
+    if let Some(snapshot) = &options.from {
+        // A snapshot holds everything up to and at its position.
+        while let Some(entry) = reader.next_entry().map_err(broken)? {
+            if entry.position > start {
+                ahead = Some(entry);
+                break;
+            }
+            log_digest.add(&entry);
+        }
+        if extra.log_digest.is_some_and(|digest| digest != log_digest.hash.digest()) {
+            return Err(Error::new(format!(
+                "the snapshot {} belongs to another recording than {}",
+                snapshot.display(),
+                path.display()
+            ))
+            .next("use a snapshot that a replay of this very recording saved"));
+        }
+    }
     let mut vm = Vm(machine);
     let mut replayer = Replayer::new(start, ReplayOptions::default());
-    let from_snapshot = options.from.is_some();
     let report = replayer
         .run(
             &mut vm,
             options.until,
-            || loop {
-                let entry = reader.next_entry()?;
-                // A snapshot holds everything up to and at its position.
-                match entry {
-                    Some(entry) if from_snapshot && entry.position <= start => continue,
-                    Some(entry) => {
-                        progress(entry.position);
-                        return Ok(Some(entry));
+            || {
+                let entry = match ahead.take() {
+                    Some(entry) => Some(entry),
+                    None => reader.next_entry()?,
+                };
+                if let Some(entry) = &entry {
+                    progress(entry.position);
+                    if options.until.is_none_or(|until| entry.position <= until) {
+                        log_digest.add(entry);
                     }
-                    None => return Ok(None),
                 }
+                Ok(entry)
             },
             |_, output| outputs(output),
         )
         .what(format!("replaying {}", path.display()))?;
     if let Some(save) = &options.save {
         let disk_bytes: Vec<u64> = extra.disks.iter().map(|d| d.bytes).collect();
-        save_snapshot(&vm.0, &disk_bytes, extra.last_output + report.outputs_checked, save)?;
+        save_snapshot(&vm.0, &disk_bytes, extra.last_output + report.outputs_checked, log_digest.hash.digest(), save)?;
     }
     Ok(Outcome { end: reader.end().cloned(), digest: vm.0.digest(), guest_ns: vm.0.guest_ns(), report })
 }
