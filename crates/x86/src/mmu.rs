@@ -237,11 +237,12 @@ impl Mmu {
         }
         // Tables of the lower half are used by nothing that is left, unless the guest marked user pages global.
         let flags = self.ram.flags().clone();
-        let global_user = (0..TLB_ENTRIES).any(|i| {
-            let tlb = self.tlb(true);
-            !Tlb::is_empty(tlb.read[i], i) && tlb.read[i] >> 63 == 0
-        });
-        if !global_user {
+        let mut lower_half_left = false;
+        for user in [false, true] {
+            let tlb = self.tlb(user);
+            lower_half_left |= (0..TLB_ENTRIES).any(|i| !Tlb::is_empty(tlb.read[i], i) && tlb.read[i] >> 63 == 0);
+        }
+        if !lower_half_left {
             self.tables.retain(|&page, t| {
                 let keep = t.several || t.va >> 63 != 0 || t.level == 3;
                 if !keep {
