@@ -1,0 +1,33 @@
+//! `twinstep demo`, the README's first command, as it is.
+mod common;
+
+use common::{turn, twinstep};
+use serde_json::Value;
+
+#[test]
+fn two_kills_and_nothing_lost() {
+    let _turn = turn(2);
+    let ended = twinstep(&["demo", "--json", "--kills", "2"]).with(0);
+    let report = ended.json();
+    let number = |value: &Value, name: &str| {
+        let found = value.pointer(name).and_then(Value::as_f64);
+        found.unwrap_or_else(|| panic!("{name} is no number in {value:#}"))
+    };
+    assert_eq!(report["passed"], Value::Bool(true), "{report:#}");
+    assert!(number(&report, "/gap_median_ms") <= number(&report, "/gap_max_ms"));
+    let rounds = report["rounds"].as_array().expect("rounds");
+    assert_eq!((rounds.len(), number(&report, "/passed_rounds")), (2, 2.0));
+    for (round, expected) in rounds.iter().zip(1..) {
+        assert_eq!((number(round, "/round"), &round["failure"]), (f64::from(expected), &Value::Null));
+        for figure in ["/ready_ms", "/gap_ms", "/client/replies", "/client/increments", "/client/sets", "/client/keys_verified"] {
+            assert!(number(round, figure) > 0.0, "{figure} of {round:#}");
+        }
+        // Things happened in this order after the kill.
+        let line = ["detected", "arbiter_won", "log_consumed", "live", "first_reply"]
+            .map(|what| number(round, &format!("/time_line/{what}_ms")));
+        assert!(line.is_sorted(), "{round:#}");
+        for figure in ["/pair/lag_instructions", "/pair/log_bytes_per_s", "/pair/held_mean_ns"] {
+            assert!(number(round, figure) >= 0.0, "{figure} of {round:#}");
+        }
+    }
+}
