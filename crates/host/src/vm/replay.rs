@@ -213,7 +213,8 @@ pub fn replay(
     };
     let (machine, extra) = match &options.from {
         Some(snapshot) => load_snapshot(snapshot, disks, &tune)?,
-        None => build::from_image(&mut reader.image().map_err(broken)?, disks, &tune)?,
+        None => build::from_image(&mut reader.image().map_err(broken)?, disks, &tune)
+            .what(format!("cannot use the recording {}", path.display()))?,
     };
     let start = machine.position();
     if options.from.is_some() {

@@ -123,7 +123,9 @@ fn header(kernel: &[u8]) -> Result<setup_header, BootError> {
         return Err(BootError::Not64Bit);
     }
     let setup = (u64::from(header.setup_sects.max(1)) + 1) * 512;
-    if kernel.len() as u64 <= setup + ENTRY_64 {
+    // The size is rounded up to paragraphs of 16 bytes.
+    let whole = setup + (u64::from(header.syssize) * 16).saturating_sub(15).max(ENTRY_64 + 1);
+    if (kernel.len() as u64) < whole {
         return Err(BootError::NotBzImage("it is cut off"));
     }
     Ok(header)
