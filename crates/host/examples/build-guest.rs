@@ -18,9 +18,9 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let built = kind.parse::<Kind>().and_then(|kind| {
-        guest::build_into(Path::new(&folder), &Store::open()?, kind, line, &mut tell_on_stderr)
-    });
+    let built = kind
+        .parse::<Kind>()
+        .and_then(|kind| guest::build_into(Path::new(&folder), &Store::open()?, kind, line, &mut tell_on_stderr));
     match built {
         Ok((kernel, initrd)) => {
             println!("{}\n{}", kernel.display(), initrd.display());

@@ -7,9 +7,11 @@ use twinstep_host::redis_check::{Options, Running};
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let parsed = match arguments.as_slice() {
-        [address, seconds, rest @ ..] => {
-            address.parse().ok().zip(seconds.parse().ok()).map(|(a, s)| (a, s, rest.first().and_then(|p| p.parse().ok()).unwrap_or(4)))
-        }
+        [address, seconds, rest @ ..] => address
+            .parse()
+            .ok()
+            .zip(seconds.parse().ok())
+            .map(|(a, s)| (a, s, rest.first().and_then(|p| p.parse().ok()).unwrap_or(4))),
         _ => None,
     };
     let Some((address, seconds, pipeline)) = parsed else {

@@ -169,7 +169,10 @@ fn read_owner(path: &Path) -> std::result::Result<Option<String>, String> {
     file.take(LONGEST_OWNER).read_to_string(&mut text).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
     if text.is_empty() {
         // Ours are never empty: somebody else made this file, or a file system lost its content.
-        return Err(format!("{} is empty, so nobody knows whose epoch it is; see which side runs and write its name into it", path.display()));
+        return Err(format!(
+            "{} is empty, so nobody knows whose epoch it is; see which side runs and write its name into it",
+            path.display()
+        ));
     }
     Ok(Some(text))
 }
@@ -197,7 +200,8 @@ mod tests {
         assert_eq!(b.claim("vm", 2, "right"), Verdict::Won);
         assert_eq!(b.claim("other", 1, "right"), Verdict::Won);
         // Nothing but the claims is left.
-        let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         assert_eq!(names, ["other.epoch-1", "vm.epoch-1", "vm.epoch-2"]);
     }

@@ -51,7 +51,9 @@ impl RawDisk {
         })?;
         let kind = file.metadata().at("look at", path)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(Error::new(format!("{} is neither a file nor a block device", path.display())).next("name a raw disk image"));
+            return Err(
+                Error::new(format!("{} is neither a file nor a block device", path.display())).next("name a raw disk image")
+            );
         }
         let lock = if writable { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
         match flock(&file, lock) {
@@ -65,8 +67,11 @@ impl RawDisk {
         // A block device has its size at its end only.
         let size = file.seek(SeekFrom::End(0)).at("measure", path)?;
         if size == 0 || !size.is_multiple_of(SECTOR) {
-            return Err(Error::new(format!("the disk image {} has {size} bytes; a disk has a multiple of {SECTOR}", path.display()))
-                .next(format!("make it larger: truncate --size %{SECTOR} {0} (or --size 1G for a new one)", path.display())));
+            return Err(Error::new(format!(
+                "the disk image {} has {size} bytes; a disk has a multiple of {SECTOR}",
+                path.display()
+            ))
+            .next(format!("make it larger: truncate --size %{SECTOR} {0} (or --size 1G for a new one)", path.display())));
         }
         Ok(Self { file, path: path.to_owned(), size, access })
     }
@@ -98,7 +103,9 @@ impl RawDisk {
     /// Writes `from` at `offset`.
     pub fn write_at(&self, offset: u64, from: &[u8]) -> Result<()> {
         if self.access == Access::ReadOnly {
-            return Err(Error::new(format!("the disk image {} was opened read-only", self.path.display())).next("attach it writable"));
+            return Err(
+                Error::new(format!("the disk image {} was opened read-only", self.path.display())).next("attach it writable")
+            );
         }
         self.check("write", offset, from.len())?;
         self.file.write_all_at(from, offset).map_err(|e| self.failed("write", offset, from.len(), e))
@@ -193,7 +200,9 @@ mod tests {
     fn what_is_no_disk_is_refused_with_a_way_out() {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("none");
-        for (path, words) in [(missing.as_path(), "truncate --size"), (dir.path(), "folder"), (Path::new("/dev/null"), "raw disk image")] {
+        for (path, words) in
+            [(missing.as_path(), "truncate --size"), (dir.path(), "folder"), (Path::new("/dev/null"), "raw disk image")]
+        {
             let error = RawDisk::open(path, Access::ReadWrite).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         }

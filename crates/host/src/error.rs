@@ -85,9 +85,6 @@ mod tests {
     #[test]
     fn says_what_why_and_what_next() {
         let error = Error::new("cannot open /nowhere").because(std::io::Error::from_raw_os_error(2)).next("create it");
-        assert_eq!(
-            error.to_string(),
-            "cannot open /nowhere: No such file or directory (os error 2)\n  what to do: create it"
-        );
+        assert_eq!(error.to_string(), "cannot open /nowhere: No such file or directory (os error 2)\n  what to do: create it");
     }
 }

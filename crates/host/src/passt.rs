@@ -90,7 +90,9 @@ pub fn start(options: &Options) -> Result<Passt> {
     let child = command.spawn().map_err(|e| {
         // Nothing is in it yet.
         let _ = fs::remove_dir(&folder);
-        Error::new(format!("cannot start {}", options.program.display())).because(e).next("install passt, or let Twinstep fetch it")
+        Error::new(format!("cannot start {}", options.program.display()))
+            .because(e)
+            .next("install passt, or let Twinstep fetch it")
     })?;
     let mut passt = Passt { child, folder, socket };
     match passt.wait_until_ready() {

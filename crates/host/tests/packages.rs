@@ -41,17 +41,32 @@ fn from_an_empty_cache_to_guests_and_again_without_asking() {
     });
     assert!(guests[0].initrd == guests[1].initrd, "the same packages give the same bytes");
     let guest = &guests[0];
-    assert!(guest.kernel.release.starts_with("6.1.") && guest.kernel.release.ends_with("-cloud-amd64"), "{}", guest.kernel.release);
+    assert!(
+        guest.kernel.release.starts_with("6.1.") && guest.kernel.release.ends_with("-cloud-amd64"),
+        "{}",
+        guest.kernel.release
+    );
     // A bzImage says so at this place (Documentation/arch/x86/boot.rst).
     assert_eq!(&fs::read(&guest.kernel.image).unwrap()[0x202..0x206], b"HdrS");
 
     let files = unpack(&guest.initrd);
-    for name in ["init", "bin/sh", "usr/bin/redis-server", "etc/redis.conf", "lib64/ld-linux-x86-64.so.2", "lib/x86_64-linux-gnu/libc.so.6"] {
+    for name in [
+        "init",
+        "bin/sh",
+        "usr/bin/redis-server",
+        "etc/redis.conf",
+        "lib64/ld-linux-x86-64.so.2",
+        "lib/x86_64-linux-gnu/libc.so.6",
+    ] {
         assert!(files.contains_key(name), "{name} is missing");
     }
     let order = String::from_utf8(files["lib/modules/order"].clone()).unwrap();
     let place = |module: &str| order.lines().position(|line| line == module).unwrap_or_else(|| panic!("{module} is missing"));
-    assert!(place("virtio_ring") < place("virtio_pci") && place("failover") < place("virtio_net") && place("virtio") < place("virtio_blk"));
+    assert!(
+        place("virtio_ring") < place("virtio_pci")
+            && place("failover") < place("virtio_net")
+            && place("virtio") < place("virtio_blk")
+    );
     for module in order.lines() {
         assert!(files[&format!("lib/modules/{module}.ko")].starts_with(b"\x7fELF"));
     }

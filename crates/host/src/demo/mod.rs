@@ -158,7 +158,8 @@ fn tell(stage: &Stage, options: &Options, number: u32, audience: &mut dyn Audien
         forwards: vec![Forward { host, guest: guest::REDIS_PORT }],
         network: network.clone(),
     })?;
-    let _switch = Process::start("switch", &["switch", "--quiet", "--listen", text(&socket)?, "--uplink", text(passt.socket())?])?;
+    let _switch =
+        Process::start("switch", &["switch", "--quiet", "--listen", text(&socket)?, "--uplink", text(passt.socket())?])?;
     wait_for_socket(&socket)?;
 
     let net = format!("switch={}", text(&socket)?);
@@ -169,14 +170,14 @@ fn tell(stage: &Stage, options: &Options, number: u32, audience: &mut dyn Audien
     let (mem, cmdline) = (format!("{}M", options.ram_mib), guest::command_line("redis", Some(&network)));
     let machine = ["--kernel", text(&stage.kernel)?, "--initrd", text(&stage.initrd)?, "--mem", &mem, "--cmdline", &cmdline];
     let started = Instant::now();
-    let mut primary =
-        Process::start("primary", &[&["run", "--protect", &standby_address][..], &common, &machine].concat())?;
+    let mut primary = Process::start("primary", &[&["run", "--protect", &standby_address][..], &common, &machine].concat())?;
     primary.wait_for("protected", PATIENCE)?;
     primary.wait_for_console(guest::READY, PATIENCE)?;
     let ready_ms = started.elapsed().as_secs_f64() * 1e3;
     audience.line(&format!("round {number}: protected; Redis serves on {address} after {ready_ms:.0} ms; the client writes"));
 
-    let client = redis_check::Running::start(redis_check::Options { pipeline: options.pipeline, ..redis_check::Options::new(address) })?;
+    let client =
+        redis_check::Running::start(redis_check::Options { pipeline: options.pipeline, ..redis_check::Options::new(address) })?;
     std::thread::sleep(random_span(options.load));
     primary.catch_up();
     let (killed, killed_ns) = (Instant::now(), now_ns());

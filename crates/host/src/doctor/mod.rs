@@ -93,7 +93,8 @@ impl Report {
                 let _ = writeln!(text, "      To do: {advice}.");
             }
         }
-        let verdict = if self.healthy() { "Twinstep works here." } else { "Twinstep does not work here; see the lines marked !!." };
+        let verdict =
+            if self.healthy() { "Twinstep works here." } else { "Twinstep does not work here; see the lines marked !!." };
         text.push_str(verdict);
         text.push('\n');
         text

@@ -109,30 +109,64 @@ impl Host {
         let subject = "processor";
         let name = format!("{} ({}, family {}), {} threads", cpu.model, cpu.vendor, cpu.family.unwrap_or(0), cpu.threads);
         if self.cpuinfo("flags").is_none() {
-            return finding(subject, State::Failure, "no x86-64 processor is described in /proc/cpuinfo", "guests can't run",
-                Some("use an x86-64 Linux host with /proc mounted"));
+            return finding(
+                subject,
+                State::Failure,
+                "no x86-64 processor is described in /proc/cpuinfo",
+                "guests can't run",
+                Some("use an x86-64 Linux host with /proc mounted"),
+            );
         }
         let missing: Vec<_> = V2.into_iter().filter(|flag| !self.has_flag(flag)).collect();
         if !missing.is_empty() {
-            return finding(subject, State::Failure, format!("{name}, lacks {}", missing.join(", ")),
+            return finding(
+                subject,
+                State::Failure,
+                format!("{name}, lacks {}", missing.join(", ")),
                 "guests can't run: their processor is an x86-64-v2, and its instructions are run by this one",
-                Some("use a host with a processor made since about 2010; if this is a virtual machine, give it a newer CPU model"));
+                Some(
+                    "use a host with a processor made since about 2010; if this is a virtual machine, give it a newer CPU model",
+                ),
+            );
         }
         if cpu.threads < 2 {
-            return finding(subject, State::Warning, name, "everything works, but the two sides of a pair on this host share one thread",
-                Some("give this host two threads or more"));
+            return finding(
+                subject,
+                State::Warning,
+                name,
+                "everything works, but the two sides of a pair on this host share one thread",
+                Some("give this host two threads or more"),
+            );
         }
-        finding(subject, State::Good, name, "guests see an x86-64-v2; the other host of a pair needs a processor of the same vendor and family", None)
+        finding(
+            subject,
+            State::Good,
+            name,
+            "guests see an x86-64-v2; the other host of a pair needs a processor of the same vendor and family",
+            None,
+        )
     }
 
     /// The engine writes code and runs it. Some hardened systems forbid that.
     fn own_code(&self) -> Finding {
         let subject = "translated code";
         match may_run_what_it_wrote() {
-            Ok(()) => finding(subject, State::Good, "this process may run code it has written", "guests run on the deterministic engine", None),
-            Err(e) => finding(subject, State::Failure, format!("this process may not run code it has written ({e})"),
+            Ok(()) => finding(
+                subject,
+                State::Good,
+                "this process may run code it has written",
+                "guests run on the deterministic engine",
+                None,
+            ),
+            Err(e) => finding(
+                subject,
+                State::Failure,
+                format!("this process may not run code it has written ({e})"),
                 "the deterministic engine can't work",
-                Some("allow executable memory: look at SELinux (execmem), the systemd setting MemoryDenyWriteExecute, or the seccomp profile of the container")),
+                Some(
+                    "allow executable memory: look at SELinux (execmem), the systemd setting MemoryDenyWriteExecute, or the seccomp profile of the container",
+                ),
+            ),
         }
     }
 
@@ -144,18 +178,37 @@ impl Host {
         let hardware = ["svm", "vmx"].into_iter().find(|flag| self.has_flag(flag));
         let device = self.file("/dev/kvm");
         match (hardware, device.exists()) {
-            (None, true) => finding(subject, State::Absent,
+            (None, true) => finding(
+                subject,
+                State::Absent,
                 "/dev/kvm is there, but the processor shows neither svm nor vmx, so it is no hardware virtualisation and stock kernels don't boot on it",
-                therefore, None),
+                therefore,
+                None,
+            ),
             (None, false) => finding(subject, State::Absent, "the processor shows neither svm nor vmx", therefore, None),
-            (Some(flag), false) => finding(subject, State::Absent, format!("the processor has {flag}, but there is no /dev/kvm"), therefore,
-                Some("only for later use: load the module kvm_intel or kvm_amd (it may be switched off in the firmware)")),
+            (Some(flag), false) => finding(
+                subject,
+                State::Absent,
+                format!("the processor has {flag}, but there is no /dev/kvm"),
+                therefore,
+                Some("only for later use: load the module kvm_intel or kvm_amd (it may be switched off in the firmware)"),
+            ),
             (Some(flag), true) => match kvm_api(&device) {
                 Ok(KVM_API_VERSION) => finding(subject, State::Good, format!("usable ({flag})"), therefore, None),
-                Ok(version) => finding(subject, State::Absent, format!("/dev/kvm answers with API version {version} instead of {KVM_API_VERSION}"), therefore, None),
-                Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => finding(subject, State::Absent,
-                    "/dev/kvm is there, but this user may not open it", therefore,
-                    Some("only for later use: add the user to the group kvm (usermod -aG kvm NAME) and log in again")),
+                Ok(version) => finding(
+                    subject,
+                    State::Absent,
+                    format!("/dev/kvm answers with API version {version} instead of {KVM_API_VERSION}"),
+                    therefore,
+                    None,
+                ),
+                Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => finding(
+                    subject,
+                    State::Absent,
+                    "/dev/kvm is there, but this user may not open it",
+                    therefore,
+                    Some("only for later use: add the user to the group kvm (usermod -aG kvm NAME) and log in again"),
+                ),
                 Err(e) => finding(subject, State::Absent, format!("/dev/kvm can't be used ({e})"), therefore, None),
             },
         }
@@ -178,11 +231,22 @@ impl Host {
         let limit = self.text("/sys/fs/cgroup/memory.max").and_then(|text| text.trim().parse::<u64>().ok());
         let usable = limit.map_or(available, |limit| limit.min(available));
         let found = match limit {
-            Some(limit) => format!("{} of {} available, and this control group may use {}", gigabytes(available), gigabytes(total), gigabytes(limit)),
+            Some(limit) => format!(
+                "{} of {} available, and this control group may use {}",
+                gigabytes(available),
+                gigabytes(total),
+                gigabytes(limit)
+            ),
             None => format!("{} of {} available", gigabytes(available), gigabytes(total)),
         };
         if usable < DEMO_MEMORY {
-            finding(subject, State::Warning, found, "the demo needs about 1 GB and may not fit", Some("stop other programs, or choose small guests (--mem)"))
+            finding(
+                subject,
+                State::Warning,
+                found,
+                "the demo needs about 1 GB and may not fit",
+                Some("stop other programs, or choose small guests (--mem)"),
+            )
         } else {
             finding(subject, State::Good, found, "each side of a pair takes the guest's memory once", None)
         }
@@ -195,11 +259,20 @@ impl Host {
         let reserved = self.meminfo("HugePages_Free").unwrap_or(0);
         // Guest memory does not ask for them (madvise), so only a kernel that gives them to everyone counts.
         match mode {
-            Some("always") => finding(subject, State::Good, format!("transparent for everyone, {reserved} reserved ones free"),
-                "guest memory is put on transparent huge pages", None),
-            _ => finding(subject, State::Absent, format!("transparent ones: {}, {reserved} reserved ones free", mode.unwrap_or("not offered")),
+            Some("always") => finding(
+                subject,
+                State::Good,
+                format!("transparent for everyone, {reserved} reserved ones free"),
+                "guest memory is put on transparent huge pages",
+                None,
+            ),
+            _ => finding(
+                subject,
+                State::Absent,
+                format!("transparent ones: {}, {reserved} reserved ones free", mode.unwrap_or("not offered")),
                 "guest memory is put on small pages, which costs a few per cent",
-                Some("to try: echo always > /sys/kernel/mm/transparent_hugepage/enabled (as root)")),
+                Some("to try: echo always > /sys/kernel/mm/transparent_hugepage/enabled (as root)"),
+            ),
         }
     }
 
@@ -216,8 +289,13 @@ impl Host {
         if self.capability(CAP_NET_ADMIN) {
             finding(subject, State::Good, "this process may create them", "--net tap:NAME works, with new devices too", None)
         } else {
-            finding(subject, State::Good, "this user may open those that root has made for it", "--net tap:NAME works with such devices",
-                Some("to make one: ip tuntap add dev NAME mode tap user $(id -un) (as root)"))
+            finding(
+                subject,
+                State::Good,
+                "this user may open those that root has made for it",
+                "--net tap:NAME works with such devices",
+                Some("to make one: ip tuntap add dev NAME mode tap user $(id -un) (as root)"),
+            )
         }
     }
 
@@ -230,7 +308,9 @@ impl Host {
     fn cached_passt(&self) -> Option<PathBuf> {
         let folders = fs::read_dir(self.cache.as_ref()?.join("packages")).ok()?;
         let found = folders.filter_map(|entry| Some(entry.ok()?.path()));
-        found.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("passt_"))).find(|path| path.join("usr/bin/passt").is_file())
+        found
+            .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("passt_")))
+            .find(|path| path.join("usr/bin/passt").is_file())
     }
 
     fn passt(&self) -> Finding {
@@ -255,28 +335,56 @@ impl Host {
         ];
         match forbidden.into_iter().find(|(path, value, _)| number(path) == Some(*value)) {
             None => finding(subject, State::Good, "allowed", "passt can shut itself in", None),
-            Some((_, _, why)) => finding(subject, State::Warning, format!("restricted: {why}"),
+            Some((_, _, why)) => finding(
+                subject,
+                State::Warning,
+                format!("restricted: {why}"),
                 "passt shuts itself into one before it works, so it may not start for users other than root",
-                Some("set that value with sysctl (as root), or use a TAP device")),
+                Some("set that value with sysctl (as root), or use a TAP device"),
+            ),
         }
     }
 
     fn packages(&self) -> Finding {
         let subject = "Debian packages";
-        let missing: Vec<_> = ["apt-get", "apt-cache", "dpkg-deb"].into_iter().filter(|name| self.program(name).is_none()).collect();
+        let missing: Vec<_> =
+            ["apt-get", "apt-cache", "dpkg-deb"].into_iter().filter(|name| self.program(name).is_none()).collect();
         let unpacked = self.cache.as_ref().is_some_and(|cache| cache.join("sets").is_dir());
         match (missing.is_empty(), unpacked) {
-            (true, _) => finding(subject, State::Good, "apt-get and dpkg-deb are there", "the demo fetches its guest by itself, without root", None),
-            (false, true) => finding(subject, State::Good, format!("{} not installed, but the cache is filled", missing.join(", ")), "the demo uses the cache", None),
-            (false, false) => finding(subject, State::Warning, format!("{} not installed", missing.join(", ")), "the demo can't fetch its guest; `twinstep run` with a kernel of your own works",
-                Some("install apt and dpkg, or copy the cache folder of a Debian machine and name it in TWINSTEP_CACHE")),
+            (true, _) => finding(
+                subject,
+                State::Good,
+                "apt-get and dpkg-deb are there",
+                "the demo fetches its guest by itself, without root",
+                None,
+            ),
+            (false, true) => finding(
+                subject,
+                State::Good,
+                format!("{} not installed, but the cache is filled", missing.join(", ")),
+                "the demo uses the cache",
+                None,
+            ),
+            (false, false) => finding(
+                subject,
+                State::Warning,
+                format!("{} not installed", missing.join(", ")),
+                "the demo can't fetch its guest; `twinstep run` with a kernel of your own works",
+                Some("install apt and dpkg, or copy the cache folder of a Debian machine and name it in TWINSTEP_CACHE"),
+            ),
         }
     }
 
     fn space(&self) -> Finding {
         let subject = "space for packages";
         let Some(cache) = &self.cache else {
-            return finding(subject, State::Warning, "no cache folder is known", "packages can't be fetched", Some("set TWINSTEP_CACHE to a folder"));
+            return finding(
+                subject,
+                State::Warning,
+                "no cache folder is known",
+                "packages can't be fetched",
+                Some("set TWINSTEP_CACHE to a folder"),
+            );
         };
         // The folder may not be there yet: what counts is the file system it will be on.
         let place = cache.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
@@ -285,12 +393,24 @@ impl Host {
                 let free = stat.f_bavail.saturating_mul(stat.f_frsize);
                 let found = format!("{} free at {}", gigabytes(free), place.display());
                 if free < CACHE_SPACE {
-                    finding(subject, State::Warning, found, "the demo's packages may not fit", Some("make room, or set TWINSTEP_CACHE to another folder"))
+                    finding(
+                        subject,
+                        State::Warning,
+                        found,
+                        "the demo's packages may not fit",
+                        Some("make room, or set TWINSTEP_CACHE to another folder"),
+                    )
                 } else {
                     finding(subject, State::Good, found, "packages are kept there", None)
                 }
             }
-            Err(e) => finding(subject, State::Warning, format!("unknown: {} can't be asked ({e})", place.display()), "packages may not fit", None),
+            Err(e) => finding(
+                subject,
+                State::Warning,
+                format!("unknown: {} can't be asked ({e})", place.display()),
+                "packages may not fit",
+                None,
+            ),
         }
     }
 
@@ -302,7 +422,13 @@ impl Host {
         let therefore = "pairs use a shared directory as their arbiter (--arbiter DIR)";
         match (answers, installed) {
             (true, _) => finding(subject, State::Good, format!("something listens on {address}"), therefore, None),
-            (false, Some(path)) => finding(subject, State::Absent, format!("installed ({}), but nothing listens on {address}", path.display()), therefore, None),
+            (false, Some(path)) => finding(
+                subject,
+                State::Absent,
+                format!("installed ({}), but nothing listens on {address}", path.display()),
+                therefore,
+                None,
+            ),
             (false, None) => finding(subject, State::Absent, "not installed", therefore, None),
         }
     }
@@ -353,7 +479,12 @@ mod tests {
         }
 
         fn cpu(&self, flags: &str) {
-            self.write("/proc/cpuinfo", &format!("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel name\t: EPYC\nflags\t\t: fpu {flags}\n"));
+            self.write(
+                "/proc/cpuinfo",
+                &format!(
+                    "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel name\t: EPYC\nflags\t\t: fpu {flags}\n"
+                ),
+            );
         }
 
         fn report(&self) -> Report {

@@ -32,9 +32,8 @@ impl<'a> Elf<'a> {
         let count = usize::from(u16_at(bytes, 0x3c)?);
         let names_index = usize::from(u16_at(bytes, 0x3e)?);
         let header = |index: usize| bytes.get(table.checked_add(index.checked_mul(entry)?)?..);
-        let place = |header: &[u8]| {
-            Some((usize::try_from(u64_at(header, 0x18)?).ok()?, usize::try_from(u64_at(header, 0x20)?).ok()?))
-        };
+        let place =
+            |header: &[u8]| Some((usize::try_from(u64_at(header, 0x18)?).ok()?, usize::try_from(u64_at(header, 0x20)?).ok()?));
         let (names_offset, _) = place(header(names_index)?)?;
         let mut sections = Vec::with_capacity(count);
         for index in 0..count {

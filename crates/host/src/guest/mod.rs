@@ -25,8 +25,7 @@ const INIT: &str = include_str!("init.sh");
 const REDIS_CONF: &str = include_str!("redis.conf");
 
 /// What the guest's virtio devices and its power button need.
-const MODULES: [&str; 7] =
-    ["virtio_pci", "virtio_rng", "virtio_net", "virtio_blk", "virtio_console", "button", "evdev"];
+const MODULES: [&str; 7] = ["virtio_pci", "virtio_rng", "virtio_net", "virtio_blk", "virtio_console", "button", "evdev"];
 
 /// The guest's port of Redis.
 pub const REDIS_PORT: u16 = 6379;

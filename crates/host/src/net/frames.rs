@@ -171,7 +171,9 @@ mod tests {
 
     #[test]
     fn lengths_at_the_edge() {
-        for (length, good) in [(0u32, false), (1, true), (MAX_FRAME as u32, true), (MAX_FRAME as u32 + 1, false), (u32::MAX, false)] {
+        for (length, good) in
+            [(0u32, false), (1, true), (MAX_FRAME as u32, true), (MAX_FRAME as u32 + 1, false), (u32::MAX, false)]
+        {
             let mut decoder = Decoder::default();
             decoder.fill(&mut &length.to_be_bytes()[..]).unwrap();
             assert_eq!(decoder.next_frame().is_ok(), good, "{length}");

@@ -84,7 +84,8 @@ impl Apt {
 
     /// Whether fetching the lists again could tell something new.
     pub fn lists_are_old(&self) -> bool {
-        let age = fs::metadata(&self.stamp).and_then(|m| m.modified()).ok().and_then(|t| SystemTime::now().duration_since(t).ok());
+        let age =
+            fs::metadata(&self.stamp).and_then(|m| m.modified()).ok().and_then(|t| SystemTime::now().duration_since(t).ok());
         age.is_none_or(|age| age > LISTS_ARE_YOUNG)
     }
 
@@ -140,11 +141,7 @@ impl Apt {
 
     /// The record of a package as a certain suite has it.
     pub fn candidate_of_suite(&self, name: &str, suite: &str) -> Result<Stanza> {
-        let output = self
-            .command("apt-cache")
-            .args(["madison", name])
-            .output()
-            .map_err(|e| no_apt("apt-cache", e))?;
+        let output = self.command("apt-cache").args(["madison", name]).output().map_err(|e| no_apt("apt-cache", e))?;
         let version = madison_version(&String::from_utf8_lossy(&output.stdout), suite).ok_or_else(|| {
             Error::new(format!("the mirror has no {name} in {suite}"))
                 .next("use the stable kernel, or a mirror that carries backports")

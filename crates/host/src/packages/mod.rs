@@ -272,7 +272,12 @@ impl Store {
         fs::rename(&draft, &path).at("create", &path)
     }
 
-    fn look_up_and_bring(&self, apt: &Apt, request: Request<'_>, progress: &mut dyn FnMut(Progress)) -> Result<Vec<ManifestEntry>> {
+    fn look_up_and_bring(
+        &self,
+        apt: &Apt,
+        request: Request<'_>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Vec<ManifestEntry>> {
         let wanted = resolve(apt, request)?;
         self.bring(apt, &wanted, progress)
     }
@@ -344,9 +349,8 @@ struct Wanted {
 
 impl Wanted {
     fn from(stanza: &control::Stanza) -> Result<Self> {
-        let field = |name: &str| {
-            stanza.get(name).ok_or_else(|| Error::new(format!("apt's record of {} has no {name}", stanza.name())))
-        };
+        let field =
+            |name: &str| stanza.get(name).ok_or_else(|| Error::new(format!("apt's record of {} has no {name}", stanza.name())));
         let version = field("Version")?.to_owned();
         let architecture = field("Architecture")?;
         // apt writes the colon of an epoch as %3a into the file's name.
@@ -401,10 +405,8 @@ fn with_libraries(apt: &Apt, name: &str) -> Result<Vec<Wanted>> {
             }
         }
         let found = apt.candidates(&names.keys().map(String::as_str).collect::<Vec<_>>())?;
-        frontier = found
-            .into_iter()
-            .filter(|s| s.get("Multi-Arch") == Some("same") || names.get(s.name()) == Some(&true))
-            .collect();
+        frontier =
+            found.into_iter().filter(|s| s.get("Multi-Arch") == Some("same") || names.get(s.name()) == Some(&true)).collect();
         for stanza in &frontier {
             chosen.push(Wanted::from(stanza)?);
         }

@@ -24,9 +24,12 @@ pub fn unpack(deb: &Path, folder: &Path) -> Result<String> {
             fs::remove_dir_all(stale).at("remove", stale)?;
         }
     }
-    let output = Command::new("dpkg-deb").arg("-x").arg(deb).arg(draft).output().map_err(|e| {
-        Error::new("cannot run dpkg-deb").because(e).next("install dpkg (Debian and Ubuntu always have it)")
-    })?;
+    let output = Command::new("dpkg-deb")
+        .arg("-x")
+        .arg(deb)
+        .arg(draft)
+        .output()
+        .map_err(|e| Error::new("cannot run dpkg-deb").because(e).next("install dpkg (Debian and Ubuntu always have it)"))?;
     if !output.status.success() {
         return Err(Error::new(format!("cannot unpack {}", deb.display()))
             .because(String::from_utf8_lossy(&output.stderr).trim().to_owned())

@@ -83,7 +83,8 @@ impl Measure {
     /// The percentiles.
     pub fn latency(&mut self) -> Latency {
         self.samples.sort_unstable();
-        let at = |percent: usize| self.samples.get((self.samples.len() * percent / 100).min(self.samples.len().saturating_sub(1)));
+        let at =
+            |percent: usize| self.samples.get((self.samples.len() * percent / 100).min(self.samples.len().saturating_sub(1)));
         Latency {
             median_us: at(50).copied().unwrap_or(0),
             p99_us: at(99).copied().unwrap_or(0),

@@ -183,7 +183,9 @@ impl Session {
     fn connect(options: Options) -> Result<Self> {
         let address = options.address;
         let stream = TcpStream::connect_timeout(&address, options.patience).map_err(|e| {
-            Error::new(format!("cannot connect to the Redis server at {address}")).because(e).next("is the guest up, and the port forwarded?")
+            Error::new(format!("cannot connect to the Redis server at {address}"))
+                .because(e)
+                .next("is the guest up, and the port forwarded?")
         })?;
         stream.set_nodelay(true).what("cannot set up the connection")?;
         stream.set_read_timeout(Some(options.patience)).what("cannot set up the connection")?;
@@ -351,7 +353,9 @@ impl Session {
             for key in batch {
                 let (version, got) = (self.acknowledged[*key], self.reply()?);
                 if !self.is_version(*key, version, &got) {
-                    return Err(format!("an acknowledged write is missing: key {key} should have version {version} and has {got:?}"));
+                    return Err(format!(
+                        "an acknowledged write is missing: key {key} should have version {version} and has {got:?}"
+                    ));
                 }
             }
         }

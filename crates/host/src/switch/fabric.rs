@@ -410,7 +410,8 @@ impl Fabric {
 
     /// Throws away what was kept too long.
     pub fn expire(&mut self, now: Duration) {
-        let late: Vec<Mac> = self.away.iter().filter(|(_, a)| a.since + self.limits.kept_for <= now).map(|(mac, _)| *mac).collect();
+        let late: Vec<Mac> =
+            self.away.iter().filter(|(_, a)| a.since + self.limits.kept_for <= now).map(|(mac, _)| *mac).collect();
         for mac in late {
             if let Some(away) = self.away.remove(&mac) {
                 self.events.push_back(Event::GivenUp { mac, frames: away.frames.items.len() });

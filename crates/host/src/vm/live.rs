@@ -237,11 +237,7 @@ impl Live {
     }
 
     fn stats(&self) -> RunStats {
-        RunStats {
-            position: self.machine.position(),
-            guest_ns: self.machine.guest_ns(),
-            log: self.recorder.stats().clone(),
-        }
+        RunStats { position: self.machine.position(), guest_ns: self.machine.guest_ns(), log: self.recorder.stats().clone() }
     }
 
     fn tick(&mut self, now: u64) {

@@ -214,8 +214,7 @@ impl VmSpec {
             config.cpu_model = cpu.clone();
         }
         config.nics = self.net.iter().enumerate().map(|(i, net)| net.mac.unwrap_or(default_mac(i))).collect();
-        config.disks =
-            self.disk.iter().map(|d| DiskConfig { read_only: d.read_only, serial: d.serial.clone() }).collect();
+        config.disks = self.disk.iter().map(|d| DiskConfig { read_only: d.read_only, serial: d.serial.clone() }).collect();
         config
     }
 }
