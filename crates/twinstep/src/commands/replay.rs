@@ -40,8 +40,7 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let options =
-        Options { until: arguments.until, save: arguments.save, from: arguments.from, block: arguments.block };
+    let options = Options { until: arguments.until, save: arguments.save, from: arguments.from, block: arguments.block };
     let started = Instant::now();
     let mut last = Instant::now();
     let show = !arguments.json && std::io::stderr().is_terminal();
