@@ -17,6 +17,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -87,6 +88,14 @@ pub fn start(options: &Options) -> Result<Passt> {
     let mut command = Command::new(&options.program);
     command.args(arguments(options, &socket, owner, has_default_route()));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    // SAFETY: prctl is async-signal-safe. If we die before anybody is connected to it, passt shall not wait for ever. (As root it changes its user, which
+    // clears this. Once somebody is connected, it ends with that connection anyway: `--one-off`.)
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
     let child = command.spawn().map_err(|e| {
         // Nothing is in it yet.
         let _ = fs::remove_dir(&folder);

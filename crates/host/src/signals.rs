@@ -9,7 +9,7 @@ use crate::error::{Context, Result};
 use crate::terminal;
 
 /// The exit status of a process that was told to end and had nothing to end: the same as that of a machine that was stopped.
-const STOPPED: i32 = 5;
+pub const STOPPED: i32 = 5;
 
 type Listener = Box<dyn Fn(String) + Send>;
 

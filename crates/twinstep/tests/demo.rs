@@ -1,7 +1,8 @@
 //! `twinstep demo`, the README's first command, as it is.
 mod common;
 
-use common::{turn, twinstep};
+use common::{Twinstep, turn, twinstep, words};
+use rustix::process::Signal;
 use serde_json::Value;
 
 #[test]
@@ -30,4 +31,16 @@ fn two_kills_and_nothing_lost() {
             assert!(number(round, figure) >= 0.0, "{figure} of {round:#}");
         }
     }
+}
+
+#[test]
+fn an_end_in_the_middle_leaves_nothing_behind() {
+    let _turn = turn(2);
+    let demo = Twinstep::start("demo", &words(&["demo", "--json"]));
+    let folder = std::env::temp_dir().join(format!("twinstep-demo-{}", demo.pid()));
+    demo.wait_said("the client writes");
+    assert!(folder.exists());
+    demo.signal(Signal::INT);
+    demo.end().with(1).says(&["the demo was ended by signal 2"]);
+    assert!(!folder.exists(), "{} is left", folder.display());
 }

@@ -6,6 +6,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use common::{Ended, PATIENCE, Twinstep, boot, boot_with_network, folder, text, turn, twinstep, words};
@@ -75,14 +76,15 @@ fn every_way_to_replay_gives_the_same_digest() {
 
 /// A short life of a guest that was at its shell already, and a whole boot.
 struct Recordings {
-    folder: TempDir,
+    /// In the build's folder, since what is made once for all tests is never dropped.
+    folder: PathBuf,
     /// Where the short ones begin.
     begin: u64,
 }
 
 impl Recordings {
     fn path(&self, name: &str) -> String {
-        text(&self.folder.path().join(name))
+        text(&self.folder.join(name))
     }
     /// Where the entries of `one` begin, give or take a little: after the image, which is that of `prompt`.
     fn entries(&self) -> u64 {
@@ -102,7 +104,11 @@ fn recordings() -> &'static Recordings {
     static MADE: OnceLock<Recordings> = OnceLock::new();
     MADE.get_or_init(|| {
         let _turn = turn(1);
-        let mut made = Recordings { folder: folder(), begin: 0 };
+        let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("recordings");
+        // Of an earlier run, if there was one.
+        let _ = std::fs::remove_dir_all(&place);
+        std::fs::create_dir_all(&place).unwrap();
+        let mut made = Recordings { folder: place, begin: 0 };
         let vm = Twinstep::run(&[&boot("80M", "shell"), &words(&["--record", &made.path("boot")])]);
         vm.wait_console("TWINSTEP READY shell");
         vm.wait_console("# ");

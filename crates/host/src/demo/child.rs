@@ -6,11 +6,28 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Context, Error, Result};
 use crate::events::Event;
+
+/// The processes that run now.
+static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+fn running() -> MutexGuard<'static, Vec<u32>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends all of them, so that whoever waits for one of them waits no more. Says whether there were any.
+pub fn end_all() -> bool {
+    let running = running();
+    for &process in running.iter() {
+        // SAFETY: a signal to a child that was not waited for: it is taken off the list first.
+        unsafe { libc::kill(process as libc::pid_t, libc::SIGKILL) };
+    }
+    !running.is_empty()
+}
 
 /// What a process said.
 enum Said {
@@ -45,6 +62,7 @@ impl Process {
             });
         }
         let mut child = command.spawn().what(format!("cannot start the {name}"))?;
+        running().push(child.id());
         let (to, heard) = channel();
         let complaints = Arc::new(Mutex::new(Vec::new()));
         let stdout = child.stdout.take().expect("piped");
@@ -54,7 +72,7 @@ impl Process {
         listen(stderr, to, move |line| match serde_json::from_str(&line) {
             Ok(event) => Some(Said::Event(event)),
             Err(_) => {
-                aside.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line);
+                aside.lock().unwrap_or_else(PoisonError::into_inner).push(line);
                 None
             }
         })?;
@@ -77,7 +95,7 @@ impl Process {
             }
             if let Err(e) = self.hear(deadline) {
                 let last: Vec<&str> = self.console.iter().rev().take(5).rev().map(String::as_str).collect();
-                let said = self.complaints.lock().unwrap_or_else(std::sync::PoisonError::into_inner).join("\n");
+                let said = self.complaints.lock().unwrap_or_else(PoisonError::into_inner).join("\n");
                 let why = match e {
                     RecvTimeoutError::Timeout => format!("did not get to '{what}' within {} s", patience.as_secs()),
                     RecvTimeoutError::Disconnected => format!("ended before '{what}'"),
@@ -106,6 +124,7 @@ impl Process {
     /// Kills it at once (SIGKILL), as a host that loses power.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill().what(format!("cannot kill the {}", self.name))?;
+        self.forget();
         self.child.wait().what(format!("cannot wait for the {}", self.name))?;
         Ok(())
     }
@@ -124,8 +143,14 @@ impl Process {
                 }
             }
         }
+        self.forget();
         self.child.wait().what(format!("cannot wait for the {}", self.name))?;
         Ok(())
+    }
+
+    /// It is about to be waited for: its number may be another's afterwards.
+    fn forget(&self) {
+        running().retain(|process| *process != self.child.id());
     }
 }
 
@@ -133,6 +158,7 @@ impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.child.kill();
+        self.forget();
         let _ = self.child.wait();
     }
 }

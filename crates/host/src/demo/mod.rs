@@ -6,6 +6,7 @@ mod child;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -18,6 +19,7 @@ use crate::identity;
 use crate::packages::{KernelLine, Progress, Store};
 use crate::passt::{self, Forward};
 use crate::redis_check;
+use crate::signals::{STOPPED, Signals};
 use child::Process;
 
 /// How the demo is told.
@@ -115,6 +117,18 @@ const AFTERWARDS: Duration = Duration::from_millis(1500);
 pub fn run(options: &Options, audience: &mut dyn Audience) -> Result<Report> {
     let folder = std::env::temp_dir().join(format!("twinstep-demo-{}", std::process::id()));
     std::fs::create_dir_all(&folder).at("create", &folder)?;
+    let interrupted = Arc::new(Mutex::new(None));
+    Signals::take()?.listen({
+        let (folder, interrupted) = (folder.clone(), interrupted.clone());
+        move |why| {
+            *interrupted.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+            // Whoever waits for them gives up and tidies up. During the set-up there is nothing else to tidy.
+            if !child::end_all() {
+                let _ = std::fs::remove_dir_all(&folder);
+                std::process::exit(STOPPED);
+            }
+        }
+    });
     let result = set_up(&folder, options, audience).and_then(|stage| {
         let mut rounds = Vec::new();
         for round in 1..=options.kills.max(1) {
@@ -124,7 +138,10 @@ pub fn run(options: &Options, audience: &mut dyn Audience) -> Result<Report> {
     });
     // What is left there is of no use to anybody.
     let _ = std::fs::remove_dir_all(&folder);
-    result
+    match interrupted.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(why) => Err(Error::new(format!("the demo was ended by {why}"))),
+        None => result,
+    }
 }
 
 fn set_up(folder: &Path, options: &Options, audience: &mut dyn Audience) -> Result<Stage> {
