@@ -5,7 +5,7 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 
-use common::{Ended, Twinstep, boot, folder, text, turn, twinstep, words};
+use common::{Ended, Twinstep, boot, boot_with_network, folder, text, turn, twinstep, words};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -230,6 +230,21 @@ fn another_amount_of_ram_is_refused() {
 #[test]
 fn another_cpu_is_refused() {
     refused(&["--cpu", "x86-64-v3"], "x86-64-v3");
+}
+
+#[test]
+fn a_standby_without_a_cable_for_each_card_does_not_protect() {
+    let _turn = turn(1);
+    let folder = folder();
+    let (standby, address) = standby(folder.path(), &[]);
+    let pair = words(&["--protect", &address, "--arbiter", &text(folder.path())]);
+    let mut primary = Twinstep::run(&[&boot_with_network("128M", "shell", "user"), &pair]);
+    let why = "the machine has 1 network cards, the standby was given 0";
+    standby.end().with(1).says(&[why, "--net once for each card"]);
+    primary.wait_said("the guest runs on without protection");
+    primary.wait_console("TWINSTEP READY shell");
+    primary.type_line("poweroff -f");
+    primary.end().with(0).says(&[why]);
 }
 
 #[test]

@@ -37,6 +37,8 @@ pub struct StandbyWiring {
     pub arbiter: Box<dyn Arbiter + Send>,
     /// Replica disks.
     pub disks: Disks,
+    /// Cables for so many network cards.
+    pub cables: usize,
     /// Events.
     pub events: Events,
     /// What tells this process to end.
@@ -143,6 +145,7 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
         inbox: replay_inbox,
         to: sender.clone(),
         disks: wiring.disks,
+        cables: wiring.cables,
         tune: wiring.tune,
         image: Vec::new(),
         waiting: Vec::new(),
@@ -308,6 +311,7 @@ struct Replay {
     inbox: Receiver<ToReplay>,
     to: Sender<ToStandby>,
     disks: Disks,
+    cables: usize,
     tune: fn(&mut Config),
     image: Vec<u8>,
     /// Records that came before the image was restored.
@@ -365,6 +369,11 @@ impl Replay {
         let mut reader = ImageReader::open(image.as_slice()).what("the primary's image cannot be read")?;
         let tune = self.tune;
         let (machine, extra) = build::from_image(&mut reader, &mut *self.disks, &tune)?;
+        // Now, and not when it goes live: then it would be too late.
+        if extra.nics.len() > self.cables {
+            let what = format!("the machine has {} network cards, the standby was given {}", extra.nics.len(), self.cables);
+            return Err(Error::new(what).next("start the standby with --net once for each card"));
+        }
         if machine.position() != position {
             return Err(Error::new(format!("the image is of position {}, not {position}", machine.position())));
         }

@@ -54,6 +54,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         stream,
         arbiter,
         disks: Box::new(move |wanted| session::open_matching_disks(&disks, wanted)),
+        cables: spec.net.len(),
         events: events.clone(),
         signals: signals.clone(),
         tune: |_| {},
@@ -61,12 +62,6 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let options = RunOptions { no_input: v.no_input, serial: v.serial, ..RunOptions::default() };
     match outcome {
         Outcome::Live(live) => {
-            anyhow::ensure!(
-                spec.net.len() >= live.machine.config().nics.len(),
-                "the machine has {} network cards, this standby was given {}: start it with --net once for each",
-                live.machine.config().nics.len(),
-                spec.net.len()
-            );
             let session = session::run_live(*live, &spec, &options, &events, &signals)?;
             Ok(super::run::exit_code(&session.end))
         }
