@@ -7,6 +7,7 @@ use twinstep_host::events::Events;
 use twinstep_host::vm::live::End;
 use twinstep_host::vm::session::{self, RunOptions};
 use twinstep_host::vm::spec::{DiskSpec, Memory, NetSpec, VmSpec};
+use twinstep_pair::{Config, Nanos};
 
 /// The machine, as flags.
 #[derive(Args, Clone)]
@@ -95,7 +96,24 @@ pub struct Arguments {
     #[arg(long, value_name = "N")]
     max_lag: Option<u64>,
     #[command(flatten)]
+    pair: PairArguments,
+    #[command(flatten)]
     visibility: Visibility,
+}
+
+/// What both sides of a pair can be told.
+#[derive(Args, Clone)]
+pub struct PairArguments {
+    /// A peer that is silent for so many milliseconds is suspected dead
+    #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(80..=30_000))]
+    peer_timeout: u64,
+}
+
+impl PairArguments {
+    /// The pair's bounds and times.
+    pub fn config(&self) -> Config {
+        Config { peer_timeout: Nanos::from_millis(self.peer_timeout), ..Config::default() }
+    }
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -110,6 +128,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         arbiter: arguments.arbiter,
         no_input: v.no_input,
         serial: v.serial,
+        pair: arguments.pair.config(),
         ..RunOptions::default()
     };
     if let Some(lag) = arguments.max_lag {

@@ -10,7 +10,7 @@ use twinstep_host::identity;
 use twinstep_host::signals::Signals;
 use twinstep_host::vm::session::{self, RunOptions};
 use twinstep_host::vm::standby::{self, Outcome, StandbyWiring};
-use twinstep_pair::{Config, Expectation, OwnerId, SecondarySetup};
+use twinstep_pair::{Expectation, OwnerId, SecondarySetup};
 
 #[derive(Args)]
 pub struct Arguments {
@@ -24,6 +24,8 @@ pub struct Arguments {
     /// from the primary
     #[command(flatten)]
     machine: super::run::MachineArguments,
+    #[command(flatten)]
+    pair: super::run::PairArguments,
     #[command(flatten)]
     visibility: super::run::Visibility,
 }
@@ -46,7 +48,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let disks = spec.disk.clone();
     let outcome = standby::serve(StandbyWiring {
         setup: SecondarySetup {
-            config: Config::default(),
+            config: arguments.pair.config(),
             expect: Expectation { vm: None, cpu_model: spec.cpu.clone(), ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20) },
             host: identity::host(),
             owner: OwnerId(identity::random_id()),
