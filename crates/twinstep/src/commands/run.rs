@@ -129,7 +129,6 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         no_input: v.no_input,
         serial: v.serial,
         pair: arguments.pair.config(),
-        ..RunOptions::default()
     };
     if let Some(lag) = arguments.max_lag {
         options.pair.max_replay_lag = lag;
