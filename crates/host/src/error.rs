@@ -61,7 +61,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// Puts a sentence before a bare I/O error.
-pub(crate) trait Context<T> {
+pub trait Context<T> {
     /// "cannot VERB PATH: what the system said"
     fn at(self, verb: &str, path: &Path) -> Result<T>;
     /// "WHAT: what the system said"

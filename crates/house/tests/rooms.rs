@@ -13,6 +13,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("host", &["machine", "log", "pair"]),
     ("twinstep", &["machine", "log", "pair", "host"]),
     ("sim", &["pair"]),
+    ("bench", &["host"]),
     ("house", &[]),
 ];
 
@@ -26,8 +27,8 @@ const WRAPPED: &[(&str, &[&str])] = &[
     ("linux-loader", &["machine"]),
     ("acpi_tables", &["machine"]),
     ("lz4_flex", &["log"]),
-    ("rustix", &["host"]),
-    ("clap", &["twinstep"]),
+    ("rustix", &["host", "bench"]),
+    ("clap", &["twinstep", "bench"]),
     ("anyhow", &["twinstep"]),
 ];
 

@@ -11,7 +11,7 @@ pub mod cpio;
 mod elf;
 mod modules;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -138,14 +138,21 @@ fn skeleton(archive: &mut Archive) {
 fn add_busybox(archive: &mut Archive, package: &Package) -> Result<()> {
     let path = package.root.join("bin/busybox");
     archive.file("bin/busybox", 0o755, &fs::read(&path).at("read", &path)?);
-    let list = Command::new(&path).arg("--list").output().at("run", &path)?;
-    for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|a| !a.is_empty() && *a != "busybox") {
+    for applet in busybox_applets(package)? {
         archive.link(&format!("bin/{applet}"), "busybox");
     }
     if !archive.has("bin/sh") {
         return Err(Error::new(format!("{} has no shell in it", path.display())));
     }
     Ok(())
+}
+
+/// The commands that busybox knows, by its own account.
+pub fn busybox_applets(package: &Package) -> Result<Vec<String>> {
+    let path = package.root.join("bin/busybox");
+    let list = Command::new(&path).arg("--list").output().at("run", &path)?;
+    let names = String::from_utf8_lossy(&list.stdout);
+    Ok(names.lines().filter(|a| !a.is_empty() && *a != "busybox").map(str::to_owned).collect())
 }
 
 fn add_modules(archive: &mut Archive, kernel: &Kernel) -> Result<()> {
@@ -161,12 +168,20 @@ fn add_modules(archive: &mut Archive, kernel: &Kernel) -> Result<()> {
 
 /// A program with its loader and every library it and they ask for.
 fn add_program(archive: &mut Archive, packages: &[Package], path: &str) -> Result<()> {
+    for (path, content) in program_files(packages, path)? {
+        archive.file(&path, 0o755, &content);
+    }
+    Ok(())
+}
+
+/// The files a program needs to start, as (path in the guest, content): itself, its loader, and every library it and they ask for.
+pub fn program_files(packages: &[Package], path: &str) -> Result<BTreeMap<String, Vec<u8>>> {
     let content = find(packages, &[path])?;
     let elf = Elf::parse(&content).ok_or_else(|| Error::new(format!("{path} is not a program")))?;
-    archive.file(path, 0o755, &content);
+    let mut files = BTreeMap::new();
     if let Some(loader) = elf.interpreter() {
         let name = loader.rsplit('/').next().unwrap_or(loader);
-        archive.file(loader, 0o755, &find_library(packages, name)?);
+        files.insert(loader.trim_start_matches('/').to_owned(), find_library(packages, name)?);
     }
     let mut queue = elf.needed();
     let mut seen = BTreeSet::new();
@@ -177,9 +192,10 @@ fn add_program(archive: &mut Archive, packages: &[Package], path: &str) -> Resul
         let library = find_library(packages, &name)?;
         queue.extend(Elf::parse(&library).map(|elf| elf.needed()).unwrap_or_default());
         // Debian's loader looks here without a cache file.
-        archive.file(&format!("lib/x86_64-linux-gnu/{name}"), 0o755, &library);
+        files.insert(format!("lib/x86_64-linux-gnu/{name}"), library);
     }
-    Ok(())
+    files.insert(path.to_owned(), content);
+    Ok(files)
 }
 
 fn find_library(packages: &[Package], name: &str) -> Result<Vec<u8>> {

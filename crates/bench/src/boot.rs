@@ -1,0 +1,267 @@
+//! One run of one engine, watched. *In*: a command line. *Out*: how long each workload took between its marks. *Invariant*: the time of a line is taken
+//! by a thread that does nothing else; a guest that hangs, dies or talks nonsense ends as a problem in words, and nothing outlives the run.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use serde::Serialize;
+use twinstep_host::error::Context;
+use twinstep_host::{Error, Result};
+
+use crate::engine::CommandLine;
+use crate::host::{self, Memory};
+use crate::marks::{self, Mark};
+
+/// A guest that says nothing for so long is given up.
+const SILENCE: Duration = Duration::from_secs(180);
+
+/// A workload's figures.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Measure {
+    /// Host time between the marks.
+    pub seconds: f64,
+    /// CPU time the whole machine used meanwhile, to the hundredth.
+    pub cpu_seconds: Option<f64>,
+    /// The workload's exit status.
+    pub status: i32,
+    /// Digest of what it printed.
+    pub digest: Option<String>,
+    /// What it complained.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// What a run came to.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Run {
+    /// From the start of the process to the guest's first line.
+    pub init: Option<Measure>,
+    /// By workload.
+    pub measures: BTreeMap<String, Measure>,
+    /// The process's memory after the last workload.
+    pub memory: Option<Memory>,
+    /// From start to end.
+    pub seconds: f64,
+    /// What went wrong with the run as a whole.
+    pub problem: Option<String>,
+}
+
+/// How to watch.
+pub struct Watch<'a> {
+    /// The processor to run on.
+    pub cpu: Option<usize>,
+    /// The guest's RAM; 0 if there is none (a native run).
+    pub ram_mib: u64,
+    /// Where the console goes, each line with its time.
+    pub console: PathBuf,
+    /// Is told which workload has begun.
+    pub progress: &'a dyn Fn(&str),
+}
+
+struct Line {
+    at: Instant,
+    text: Vec<u8>,
+}
+
+/// A child whose whole process group is killed when this is dropped.
+struct Group(Child);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(pid) = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw) {
+            // It may all be gone already.
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts an engine and watches it to its end.
+pub fn watch(line: &CommandLine, watch: &Watch) -> Result<Run> {
+    let errors = watch.console.with_extension("err");
+    let mut console = BufWriter::new(File::create(&watch.console).at("create", &watch.console)?);
+    let mut command = command(line, watch.cpu)?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command.stderr(File::create(&errors).at("create", &errors)?).process_group(0);
+    let start = Instant::now();
+    let mut group = Group(command.spawn().map_err(|e| {
+        Error::new(format!("cannot start {}", line.shown())).because(e).next("is util-linux (taskset, unshare) installed?")
+    })?);
+    let (pid, stdout) = (group.0.id(), group.0.stdout.take());
+    let lines = listen(BufReader::new(stdout.ok_or_else(|| Error::new("the console is no pipe"))?));
+
+    let mut state = State { pid, guest_kib: watch.ram_mib << 10, start, ..State::default() };
+    let mut problem = None;
+    loop {
+        match lines.recv_timeout(SILENCE) {
+            Ok(line) => {
+                let since = line.at.duration_since(start).as_secs_f64();
+                // A lost console file must not spoil the figures.
+                let _ = write!(console, "{since:.6} ").and_then(|()| console.write_all(&line.text));
+                if let Some(mark) = marks::parse(&line.text) {
+                    if let Mark::Begin(name) = &mark {
+                        (watch.progress)(name);
+                    }
+                    state.mark(mark, line.at);
+                }
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                problem = Some(format!("said nothing for {} s {}; it was given up", SILENCE.as_secs(), state.doing()));
+                break;
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    if problem.is_none() {
+        let status = group.0.wait().what("cannot wait for the engine")?;
+        if !status.success() {
+            let said = std::fs::read_to_string(&errors).unwrap_or_default();
+            problem = Some(format!("ended with {status} {}: {}", state.doing(), last_line(&said)));
+        } else if !state.done {
+            problem = Some(format!("ended {}, without a word", state.doing()));
+        }
+    }
+    let mut run = state.run;
+    run.seconds = start.elapsed().as_secs_f64();
+    run.problem = problem;
+    Ok(run)
+}
+
+fn command(line: &CommandLine, cpu: Option<usize>) -> Result<Command> {
+    let (program, words) = line.words.split_first().ok_or_else(|| Error::new("an empty command line"))?;
+    let mut command = match cpu {
+        Some(cpu) => {
+            let mut command = Command::new("taskset");
+            command.arg("-c").arg(cpu.to_string()).arg(program);
+            command
+        }
+        None => Command::new(program),
+    };
+    command.args(words).envs(line.variables.iter().map(|(name, value)| (name, value)));
+    Ok(command)
+}
+
+/// Lines as they come, with their times.
+fn listen(mut from: impl BufRead + Send + 'static) -> mpsc::Receiver<Line> {
+    let (say, hear) = mpsc::channel();
+    std::thread::spawn(move || {
+        loop {
+            let mut text = Vec::new();
+            // The time of a line is that of its end.
+            match from.read_until(b'\n', &mut text) {
+                Ok(n) if n > 0 && say.send(Line { at: Instant::now(), text }).is_ok() => {}
+                _ => break,
+            }
+        }
+    });
+    hear
+}
+
+struct State {
+    pid: u32,
+    guest_kib: u64,
+    start: Instant,
+    running: Option<(String, Instant, Option<f64>)>,
+    done: bool,
+    run: Run,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self { pid: 0, guest_kib: 0, start: Instant::now(), running: None, done: false, run: Run::default() }
+    }
+}
+
+impl State {
+    fn mark(&mut self, mark: Mark, at: Instant) {
+        let cpu = |wanted: bool| wanted.then(|| host::cpu_seconds(self.pid)).flatten();
+        match mark {
+            Mark::Init => {
+                let seconds = at.duration_since(self.start).as_secs_f64();
+                self.run.init = Some(Measure { seconds, cpu_seconds: cpu(true), ..Measure::default() });
+            }
+            Mark::Begin(name) => self.running = Some((name, at, cpu(true))),
+            Mark::End(name, status) => {
+                let now = cpu(true);
+                if let Some((begun, since, before)) = self.running.take()
+                    && begun == name
+                {
+                    let cpu_seconds = now.zip(before).map(|(now, before)| now - before);
+                    let seconds = at.duration_since(since).as_secs_f64();
+                    self.run.measures.insert(name, Measure { seconds, cpu_seconds, status, ..Measure::default() });
+                }
+                if self.guest_kib > 0 {
+                    self.run.memory = host::memory(self.pid, self.guest_kib).or(self.run.memory);
+                }
+            }
+            Mark::Digest(name, digest) => {
+                if let Some(measure) = self.run.measures.get_mut(&name) {
+                    measure.digest = Some(digest);
+                }
+            }
+            Mark::Note(name, note) => {
+                if let Some(measure) = self.run.measures.get_mut(&name) {
+                    measure.notes.push(note);
+                }
+            }
+            Mark::Done => self.done = true,
+        }
+    }
+
+    /// Where it is, for messages.
+    fn doing(&self) -> String {
+        match (&self.running, self.done) {
+            (Some((name, ..)), _) => format!("during {name}"),
+            (None, true) => "while switching off".into(),
+            (None, false) if self.run.measures.is_empty() => "before the first workload".into(),
+            (None, false) => "between two workloads".into(),
+        }
+    }
+}
+
+fn last_line(text: &str) -> &str {
+    text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("it gave no reason")
+}
+
+/// Where a run's console is kept.
+#[must_use]
+pub fn console_file(folder: &Path, repetition: usize, engine: &str, image: &str) -> PathBuf {
+    folder.join(format!("{repetition}-{engine}-{image}.log"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(script: &str) -> Run {
+        let dir = tempfile::tempdir().unwrap();
+        let line = CommandLine { variables: Vec::new(), words: ["sh", "-c", script].map(Into::into).to_vec() };
+        let seen = std::cell::RefCell::new(Vec::new());
+        let progress = |name: &str| seen.borrow_mut().push(name.to_owned());
+        watch(&line, &Watch { cpu: None, ram_mib: 0, console: dir.path().join("c.log"), progress: &progress }).unwrap()
+    }
+
+    #[test]
+    fn a_whole_run() {
+        let run = run("echo BENCH init; echo BENCH begin a; echo noise; echo BENCH end a 0; echo BENCH digest a 77; \
+                       echo BENCH begin b; echo BENCH end b 3; echo BENCH note b it broke; echo BENCH done");
+        assert_eq!(run.problem, None);
+        assert!(run.init.is_some());
+        assert_eq!(run.measures["a"].digest.as_deref(), Some("77"));
+        assert_eq!((run.measures["b"].status, run.measures["b"].notes.join("")), (3, "it broke".into()));
+    }
+
+    #[test]
+    fn ends_that_are_none_are_told_with_their_place() {
+        assert!(run("echo BENCH begin a; echo why >&2; exit 3").problem.unwrap().contains("during a: why"));
+        assert!(run("echo BENCH begin a; echo BENCH end a 0").problem.unwrap().contains("between two workloads, without a word"));
+        assert!(run("true").problem.unwrap().contains("before the first workload"));
+    }
+}
