@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ const SILENCE: Duration = Duration::from_secs(180);
 pub struct Measure {
     /// Host time between the marks.
     pub seconds: f64,
-    /// CPU time the whole machine used meanwhile, to the hundredth.
+    /// CPU time the whole machine used meanwhile.
     pub cpu_seconds: Option<f64>,
     /// The workload's exit status.
     pub status: i32,
@@ -54,15 +54,14 @@ pub struct Run {
 }
 
 /// How to watch.
-pub struct Watch<'a> {
+#[derive(Debug)]
+pub struct Watch {
     /// The processor to run on.
     pub cpu: Option<usize>,
     /// The guest's RAM; 0 if there is none (a native run).
     pub ram_mib: u64,
     /// Where the console goes, each line with its time.
     pub console: PathBuf,
-    /// Is told which workload has begun.
-    pub progress: &'a dyn Fn(&str),
 }
 
 struct Line {
@@ -83,55 +82,80 @@ impl Drop for Group {
     }
 }
 
-/// Starts an engine and watches it to its end.
-pub fn watch(line: &CommandLine, watch: &Watch) -> Result<Run> {
-    let errors = watch.console.with_extension("err");
-    let mut console = BufWriter::new(File::create(&watch.console).at("create", &watch.console)?);
-    let mut command = command(line, watch.cpu)?;
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    command.stderr(File::create(&errors).at("create", &errors)?).process_group(0);
-    let start = Instant::now();
-    let mut group = Group(command.spawn().map_err(|e| {
-        Error::new(format!("cannot start {}", line.shown())).because(e).next("is util-linux (taskset, unshare) installed?")
-    })?);
-    let (pid, stdout) = (group.0.id(), group.0.stdout.take());
-    let lines = listen(BufReader::new(stdout.ok_or_else(|| Error::new("the console is no pipe"))?));
+/// An engine that runs. It does one workload at a time, each when it is told to (a replay goes on by itself).
+pub struct Session {
+    group: Group,
+    input: Option<ChildStdin>,
+    lines: mpsc::Receiver<Line>,
+    console: BufWriter<File>,
+    errors: PathBuf,
+    state: State,
+}
 
-    let mut state = State { pid, guest_kib: watch.ram_mib << 10, start, ..State::default() };
-    let mut problem = None;
-    loop {
-        match lines.recv_timeout(SILENCE) {
-            Ok(line) => {
-                let since = line.at.duration_since(start).as_secs_f64();
-                // A lost console file must not spoil the figures.
-                let _ = write!(console, "{since:.6} ").and_then(|()| console.write_all(&line.text));
-                if let Some(mark) = marks::parse(&line.text) {
-                    if let Mark::Begin(name) = &mark {
-                        (watch.progress)(name);
+impl Session {
+    /// Starts an engine.
+    pub fn start(line: &CommandLine, watch: &Watch) -> Result<Self> {
+        let errors = watch.console.with_extension("err");
+        let console = BufWriter::new(File::create(&watch.console).at("create", &watch.console)?);
+        let mut command = command(line, watch.cpu)?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(File::create(&errors).at("create", &errors)?).process_group(0);
+        let start = Instant::now();
+        let mut group = Group(command.spawn().map_err(|e| {
+            Error::new(format!("cannot start {}", line.shown())).because(e).next("is util-linux (taskset, unshare) installed?")
+        })?);
+        let (pid, input, stdout) = (group.0.id(), group.0.stdin.take(), group.0.stdout.take());
+        let lines = listen(BufReader::new(stdout.ok_or_else(|| Error::new("the console is no pipe"))?));
+        let state =
+            State { pid, guest_kib: watch.ram_mib << 10, start, ready: None, running: None, done: false, run: Run::default() };
+        Ok(Self { group, input, lines, console, errors, state })
+    }
+
+    /// Lets it go on until it is ready for the next workload, whose name is returned; or to its end.
+    pub fn go_on(&mut self) -> Option<String> {
+        if self.state.ready.take().is_some()
+            && let Some(input) = &mut self.input
+        {
+            // One that does not read any more will be found at its end. A replay reads nothing at all.
+            let _ = input.write_all(b"\n").and_then(|()| input.flush());
+        }
+        while self.state.ready.is_none() && self.state.run.problem.is_none() {
+            match self.lines.recv_timeout(SILENCE) {
+                Ok(line) => {
+                    let since = line.at.duration_since(self.state.start).as_secs_f64();
+                    // A lost console file must not spoil the figures.
+                    let _ = write!(self.console, "{since:.6} ").and_then(|()| self.console.write_all(&line.text));
+                    if let Some(mark) = marks::parse(&line.text) {
+                        self.state.mark(mark, line.at);
                     }
-                    state.mark(mark, line.at);
                 }
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    let doing = self.state.doing();
+                    self.state.run.problem = Some(format!("said nothing for {} s {doing}; it was given up", SILENCE.as_secs()));
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
             }
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                problem = Some(format!("said nothing for {} s {}; it was given up", SILENCE.as_secs(), state.doing()));
-                break;
+        }
+        self.state.ready.clone()
+    }
+
+    /// Lets it go on to its end, and says what it came to.
+    pub fn finish(mut self) -> Result<Run> {
+        while self.go_on().is_some() {}
+        let doing = self.state.doing();
+        let mut run = self.state.run;
+        if run.problem.is_none() {
+            let status = self.group.0.wait().what("cannot wait for the engine")?;
+            if !status.success() {
+                let said = std::fs::read_to_string(&self.errors).unwrap_or_default();
+                run.problem = Some(format!("ended with {status} {doing}: {}", last_line(&said)));
+            } else if !self.state.done {
+                run.problem = Some(format!("ended {doing}, without a word"));
             }
-            Err(mpsc::RecvTimeoutError::Disconnected) => break,
         }
+        run.seconds = self.state.start.elapsed().as_secs_f64();
+        Ok(run)
     }
-    if problem.is_none() {
-        let status = group.0.wait().what("cannot wait for the engine")?;
-        if !status.success() {
-            let said = std::fs::read_to_string(&errors).unwrap_or_default();
-            problem = Some(format!("ended with {status} {}: {}", state.doing(), last_line(&said)));
-        } else if !state.done {
-            problem = Some(format!("ended {}, without a word", state.doing()));
-        }
-    }
-    let mut run = state.run;
-    run.seconds = start.elapsed().as_secs_f64();
-    run.problem = problem;
-    Ok(run)
 }
 
 fn command(line: &CommandLine, cpu: Option<usize>) -> Result<Command> {
@@ -168,28 +192,24 @@ struct State {
     pid: u32,
     guest_kib: u64,
     start: Instant,
+    ready: Option<String>,
     running: Option<(String, Instant, Option<f64>)>,
     done: bool,
     run: Run,
 }
 
-impl Default for State {
-    fn default() -> Self {
-        Self { pid: 0, guest_kib: 0, start: Instant::now(), running: None, done: false, run: Run::default() }
-    }
-}
-
 impl State {
     fn mark(&mut self, mark: Mark, at: Instant) {
-        let cpu = |wanted: bool| wanted.then(|| host::cpu_seconds(self.pid)).flatten();
+        let cpu = || host::cpu_seconds(self.pid);
         match mark {
             Mark::Init => {
                 let seconds = at.duration_since(self.start).as_secs_f64();
-                self.run.init = Some(Measure { seconds, cpu_seconds: cpu(true), ..Measure::default() });
+                self.run.init = Some(Measure { seconds, cpu_seconds: cpu(), ..Measure::default() });
             }
-            Mark::Begin(name) => self.running = Some((name, at, cpu(true))),
+            Mark::Ready(name) => self.ready = Some(name),
+            Mark::Begin(name) => self.running = Some((name, at, cpu())),
             Mark::End(name, status) => {
-                let now = cpu(true);
+                let now = cpu();
                 if let Some((begun, since, before)) = self.running.take()
                     && begun == name
                 {
@@ -240,12 +260,14 @@ pub fn console_file(folder: &Path, repetition: usize, engine: &str, image: &str)
 mod tests {
     use super::*;
 
+    fn start(script: &str, folder: &Path) -> Session {
+        let line = CommandLine { variables: Vec::new(), words: ["sh", "-c", script].map(Into::into).to_vec() };
+        Session::start(&line, &Watch { cpu: None, ram_mib: 0, console: folder.join("c.log") }).unwrap()
+    }
+
     fn run(script: &str) -> Run {
         let dir = tempfile::tempdir().unwrap();
-        let line = CommandLine { variables: Vec::new(), words: ["sh", "-c", script].map(Into::into).to_vec() };
-        let seen = std::cell::RefCell::new(Vec::new());
-        let progress = |name: &str| seen.borrow_mut().push(name.to_owned());
-        watch(&line, &Watch { cpu: None, ram_mib: 0, console: dir.path().join("c.log"), progress: &progress }).unwrap()
+        start(script, dir.path()).finish().unwrap()
     }
 
     #[test]
@@ -256,6 +278,21 @@ mod tests {
         assert!(run.init.is_some());
         assert_eq!(run.measures["a"].digest.as_deref(), Some("77"));
         assert_eq!((run.measures["b"].status, run.measures["b"].notes.join("")), (3, "it broke".into()));
+    }
+
+    #[test]
+    fn a_workload_waits_for_its_turn() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut session = start(
+            "for w in a b; do echo BENCH ready $w; read turn; echo BENCH begin $w; echo BENCH end $w 0; done; echo BENCH done",
+            dir.path(),
+        );
+        assert_eq!(session.go_on().as_deref(), Some("a"));
+        assert!(session.state.run.measures.is_empty());
+        assert_eq!(session.go_on().as_deref(), Some("b"));
+        assert!(session.state.run.measures.contains_key("a"));
+        let run = session.finish().unwrap();
+        assert_eq!((run.problem, run.measures.len()), (None, 2));
     }
 
     #[test]

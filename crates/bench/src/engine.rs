@@ -161,6 +161,12 @@ pub struct CommandLine {
 }
 
 impl Engine {
+    /// Whether it repeats what another one recorded.
+    #[must_use]
+    pub fn is_replay(&self) -> bool {
+        matches!(self.kind, Kind::Twinstep(_, Mode::Replay))
+    }
+
     /// The file that this engine records to or replays.
     #[must_use]
     pub fn recording(&self, folder: &Path) -> Option<PathBuf> {
@@ -198,7 +204,7 @@ impl Engine {
                     line.add(&["replay"]).path(&recording).add(&["--console"]).add(&family.words);
                     return line;
                 }
-                line.add(&["run", "--no-input", "--quiet", "--mem", &format!("{}M", setting.ram_mib), "--cmdline", CMDLINE]);
+                line.add(&["run", "--quiet", "--mem", &format!("{}M", setting.ram_mib), "--cmdline", CMDLINE]);
                 line.add(&["--kernel"]).path(setting.kernel).add(&["--initrd"]).path(setting.initrd);
                 if *mode == Mode::Record {
                     line.add(&["--record"]).path(&recording);

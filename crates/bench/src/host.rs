@@ -58,24 +58,39 @@ fn parse_smaps(maps: &str, guest_kib: u64) -> Option<Memory> {
     any.then_some(sum)
 }
 
-/// CPU time of a process group so far, children that were waited for included, in seconds (to the hundredth).
+/// CPU time of a process group so far, children that were waited for included, in seconds.
 #[must_use]
 pub fn cpu_seconds(group: u32) -> Option<f64> {
-    let mut ticks = None;
+    let mut sum = None;
     for entry in fs::read_dir("/proc").ok()?.flatten() {
-        let name = entry.file_name();
+        let (name, folder) = (entry.file_name(), entry.path());
         if !name.to_str().is_some_and(|n| n.starts_with(|c: char| c.is_ascii_digit())) {
             continue;
         }
-        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
-        if let Some((of, used)) = parse_stat(&stat)
+        let Ok(stat) = fs::read_to_string(folder.join("stat")) else { continue };
+        if let Some((of, ticks)) = parse_stat(&stat)
             && of == group
         {
-            ticks = Some(ticks.unwrap_or(0) + used);
+            let rough = ticks as f64 / TICKS;
+            // Equal but for rounding: then all its threads are alive, it has no dead children, and nanoseconds are known.
+            let exact = threads_seconds(&folder).filter(|s| (s - rough).abs() < 5.0 / TICKS);
+            sum = Some(sum.unwrap_or(0.0) + exact.unwrap_or(rough));
         }
     }
-    // The unit is USER_HZ, which is 100 on every Linux of this architecture.
-    ticks.map(|t| t as f64 / 100.0)
+    sum
+}
+
+/// USER_HZ, which is 100 on every Linux of this architecture.
+const TICKS: f64 = 100.0;
+
+/// CPU time of a process's living threads.
+fn threads_seconds(process: &Path) -> Option<f64> {
+    let mut nanoseconds = 0;
+    for thread in fs::read_dir(process.join("task")).ok()?.flatten() {
+        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        nanoseconds += text.split(' ').next()?.parse::<u64>().ok()?;
+    }
+    Some(nanoseconds as f64 / 1e9)
 }
 
 /// Process group, and utime + stime + cutime + cstime. The command's name may hold anything, so counting starts behind its bracket.
@@ -94,6 +109,8 @@ pub struct Machine {
     pub cpus: usize,
     /// RAM in MiB.
     pub ram_mib: u64,
+    /// RAM that was free for use when the run began, in MiB.
+    pub available_mib: u64,
     /// The kernel.
     pub kernel: String,
     /// The compiler of the C kernels.
@@ -113,11 +130,13 @@ impl Machine {
             let line = text.lines().find(|l| l.starts_with(key))?;
             Some(line.split_once(':')?.1.trim().to_owned())
         };
-        let kib = value(&read("/proc/meminfo"), "MemTotal").and_then(|v| v.split(' ').next()?.parse::<u64>().ok());
+        let meminfo = read("/proc/meminfo");
+        let mib = |key| value(&meminfo, key).and_then(|v| v.split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) / 1024;
         Self {
             cpu: value(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| "unknown".into()),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            ram_mib: kib.unwrap_or(0) / 1024,
+            ram_mib: mib("MemTotal"),
+            available_mib: mib("MemAvailable"),
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             compiler: first_line("cc", &["--version"]).unwrap_or_default(),
             qemu: first_line(crate::engine::QEMU, &["--version"]),
@@ -186,6 +205,8 @@ mod tests {
 
     #[test]
     fn this_process_has_memory_and_this_machine_a_processor() {
+        let this = rustix::process::getpgrp().as_raw_nonzero().get().unsigned_abs();
+        assert!(cpu_seconds(this).is_some() && threads_seconds(Path::new("/proc/self")).unwrap() > 0.0);
         assert!(memory(std::process::id(), u64::MAX).unwrap().rss > 0);
         assert!(!Machine::this().cpu.is_empty());
         assert!(in_path("sh") && !in_path("no such program"));

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use twinstep_bench::boot::{self, Watch};
+use twinstep_bench::boot::{self, Run, Session, Watch};
 use twinstep_bench::engine::{self, Engine, Family, Kind, Setting};
 use twinstep_bench::guest::{self, Guest};
 use twinstep_bench::host::{self, Machine};
@@ -64,7 +64,7 @@ struct Bench {
     /// Measure on this processor [default: the last one]
     #[arg(long, value_name = "NUMBER")]
     cpu: Option<usize>,
-    /// The time that the printed tables compare (the files have both)
+    /// The time that the printed table shows (the report has both)
     #[arg(long, value_enum, default_value = "wall")]
     clock: Clock,
     /// The folder of the report [default: target/bench-report/DATE]
@@ -111,7 +111,14 @@ fn bench(a: &Bench) -> Result<bool> {
     }
     let machine = Machine::this();
     let pinned_to = host::set_apart(a.cpu);
-    let bench = Session { guest: &guest, out: &out, ram_mib: a.mem, cpu: pinned_to, keep: a.keep_recordings };
+    let bench = Benchmark {
+        guest: &guest,
+        out: &out,
+        ram_mib: a.mem,
+        cpu: pinned_to,
+        keep: a.keep_recordings,
+        available_mib: machine.available_mib,
+    };
     let mut report = Report {
         date,
         machine,
@@ -132,8 +139,11 @@ fn bench(a: &Bench) -> Result<bool> {
     }
     for repetition in 0..repetitions {
         for &image in &images {
-            for engine in engines.iter().filter(|e| image == Image::Suite || e.kind != Kind::Native) {
-                report.runs.push(bench.run(engine, image, repetition, repetitions)?);
+            let running: Vec<&Engine> = engines.iter().filter(|e| image == Image::Suite || e.kind != Kind::Native).collect();
+            let (replays, live): (Vec<_>, Vec<_>) = running.into_iter().partition(|e| e.is_replay());
+            // Replays come after what they replay, and one after the other: they wait for nobody.
+            for group in bench.groups(&live).into_iter().chain(replays.chunks(1).map(<[_]>::to_vec)) {
+                report.runs.extend(bench.run(&group, image, repetition, repetitions)?);
             }
         }
         // After each repetition, so that an interrupted run leaves what it has.
@@ -143,7 +153,7 @@ fn bench(a: &Bench) -> Result<bool> {
         let folder = out.join("recordings");
         fs::remove_dir_all(&folder).at("remove", &folder)?;
     }
-    println!("\n{}\n{}", report.table(&plan, a.clock), report.summary(a.clock));
+    println!("\n{}\n{}", report.table(&plan, a.clock), report.summary());
     let problems = report.problems();
     for problem in &problems {
         println!("PROBLEM: {problem}");
@@ -153,15 +163,16 @@ fn bench(a: &Bench) -> Result<bool> {
 }
 
 /// What all runs share.
-struct Session<'a> {
+struct Benchmark<'a> {
     guest: &'a Guest,
     out: &'a Path,
     ram_mib: u64,
     cpu: Option<usize>,
     keep: bool,
+    available_mib: u64,
 }
 
-impl Session<'_> {
+impl Benchmark<'_> {
     fn setting(&self, image: Image) -> Setting<'_> {
         let initrd = match image {
             Image::Boot => &self.guest.boot_initrd,
@@ -171,34 +182,64 @@ impl Session<'_> {
         Setting { kernel, initrd, root, ram_mib: self.ram_mib, recordings: self.out.join("recordings") }
     }
 
-    fn run(&self, engine: &Engine, image: Image, repetition: usize, of: usize) -> Result<Entry> {
+    /// Who runs side by side: all, if this host has the memory for it.
+    fn groups<'e>(&self, engines: &[&'e Engine]) -> Vec<Vec<&'e Engine>> {
+        // Besides its RAM, QEMU takes up to a third of a gigabyte.
+        let needed = engines.len() as u64 * (self.ram_mib + 400);
+        if self.available_mib >= needed {
+            return vec![engines.to_vec()];
+        }
+        engines.chunks(1).map(<[_]>::to_vec).collect()
+    }
+
+    /// Boots some engines and lets them take turns, one workload each.
+    fn run(&self, engines: &[&Engine], image: Image, repetition: usize, of: usize) -> Result<Vec<Entry>> {
         let setting = self.setting(image);
-        let show = |what: &str| {
+        let show = |engine: &Engine, what: &str| {
             if std::io::stderr().is_terminal() {
-                eprint!("\r\x1b[K{}/{of} {} {}: {what}", repetition + 1, engine.name, image.name());
+                eprint!("\r\x1b[K{}/{of} {}: {}: {what}", repetition + 1, image.name(), engine.name);
                 let _ = std::io::stderr().flush();
             }
         };
-        show("boot");
-        let native = engine.kind == Kind::Native;
-        let run = boot::watch(
-            &engine.command(&setting),
-            &Watch {
+        let mut sessions = Vec::new();
+        for engine in engines {
+            show(engine, "boot");
+            let native = engine.kind == Kind::Native;
+            let watch = Watch {
                 cpu: self.cpu,
                 ram_mib: if native { 0 } else { self.ram_mib },
                 console: boot::console_file(&self.out.join("consoles"), repetition + 1, &engine.name, image.name()),
-                progress: &show,
-            },
-        )?;
-        let recording = engine.recording(&setting.recordings);
+            };
+            let mut session = Session::start(&engine.command(&setting), &watch)?;
+            let next = session.go_on();
+            sessions.push((*engine, session, next));
+        }
+        while sessions.iter().any(|(_, _, next)| next.is_some()) {
+            for (engine, session, next) in &mut sessions {
+                if let Some(workload) = next {
+                    show(engine, workload);
+                    *next = session.go_on();
+                }
+            }
+        }
+        sessions.into_iter().map(|(engine, session, _)| self.entry(engine, image, repetition, session.finish()?)).collect()
+    }
+
+    fn entry(&self, engine: &Engine, image: Image, repetition: usize, run: Run) -> Result<Entry> {
+        let recording = engine.recording(&self.setting(image).recordings);
         let recording_bytes = recording.as_ref().and_then(|path| fs::metadata(path).ok()).map(|m| m.len());
         // QEMU's is not needed any more; ours is replayed next, and then overwritten.
         if let (Kind::QemuRecord, Some(path), false) = (&engine.kind, &recording, self.keep) {
             let _ = fs::remove_file(path);
         }
-        show("");
-        eprint!("\r{}/{of} {} {}: {:.1} s", repetition + 1, engine.name, image.name(), run.seconds);
-        eprintln!("{}", run.problem.as_ref().map(|p| format!(", {p}")).unwrap_or_default());
+        let programs = run.measures.values().fold(0.0, |sum, m| sum + m.seconds);
+        let clear = if std::io::stderr().is_terminal() { "\r\x1b[K" } else { "" };
+        eprint!("{clear}{} {} {}: ", repetition + 1, image.name(), engine.name);
+        match (&run.problem, &run.init) {
+            (Some(problem), _) => eprintln!("{problem}"),
+            (None, Some(init)) => eprintln!("init after {:.1} s, programs {programs:.1} s", init.seconds),
+            (None, None) => eprintln!("programs {programs:.1} s"),
+        }
         Ok(Entry { engine: engine.name.clone(), repetition, image, recording_bytes, run })
     }
 }

@@ -6,6 +6,8 @@
 pub enum Mark {
     /// The first process runs.
     Init,
+    /// All is set up for a workload; it starts when a line comes in.
+    Ready(String),
     /// A workload starts now.
     Begin(String),
     /// It ended, with this exit status.
@@ -28,6 +30,7 @@ pub fn parse(line: &[u8]) -> Option<Mark> {
     match name()?.as_str() {
         "init" => Some(Mark::Init),
         "done" => Some(Mark::Done),
+        "ready" => Some(Mark::Ready(name()?)),
         "begin" => Some(Mark::Begin(name()?)),
         "end" => Some(Mark::End(name()?, name()?.parse().ok()?)),
         "digest" => Some(Mark::Digest(name()?, name()?)),
@@ -45,6 +48,7 @@ mod tests {
         let mark = |text: &str| parse(text.as_bytes());
         assert_eq!(mark("BENCH init\r\n"), Some(Mark::Init));
         assert_eq!(mark("[ 1.5] oops: BENCH begin fork\r\n"), Some(Mark::Begin("fork".into())));
+        assert_eq!(mark("BENCH ready fork\n"), Some(Mark::Ready("fork".into())));
         assert_eq!(mark("BENCH end fork 127\n"), Some(Mark::End("fork".into(), 127)));
         assert_eq!(mark("BENCH digest fork 01ab\n"), Some(Mark::Digest("fork".into(), "01ab".into())));
         assert_eq!(mark("BENCH note fork sh: no such thing\n"), Some(Mark::Note("fork".into(), "sh: no such thing".into())));

@@ -181,12 +181,16 @@ impl Report {
 
     /// The ratios that sum it up, and what memory the engines took.
     #[must_use]
-    pub fn summary(&self, clock: Clock) -> String {
-        let mut rows = vec![["ratio (median of the repetitions)", "×", "from", "to", "workloads"].map(str::to_owned).to_vec()];
-        for line in summary::lines(&self.figures(), &self.engine_names(), clock) {
+    pub fn summary(&self) -> String {
+        let head = ["ratios, medians of the repetitions", "host time", "from", "to", "CPU time", "workloads"];
+        let mut rows = vec![head.map(str::to_owned).to_vec()];
+        let (figures, engines) = (self.figures(), self.engine_names());
+        let by_cpu = summary::lines(&figures, &engines, Clock::Cpu);
+        for line in summary::lines(&figures, &engines, Clock::Wall) {
             let r = line.ratio;
             let count = format!("{} of {}", r.workloads, line.of_workloads);
-            rows.push(vec![line.what, times(r.median), times(r.low), times(r.high), count]);
+            let cpu = by_cpu.iter().find(|l| l.what == line.what).map_or("–".to_owned(), |l| times(l.ratio.median));
+            rows.push(vec![line.what, times(r.median), times(r.low), times(r.high), cpu, count]);
         }
         let mut text = render(&rows);
         let memory = self.memory_rows();
@@ -281,8 +285,8 @@ impl Report {
         write("report.json", &json)?;
         write("chart.svg", &self.chart(plan, Clock::Wall))?;
         let mut text = self.head();
-        for clock in [Clock::Wall, Clock::Cpu] {
-            text.push_str(&format!("\n{}\n{}", self.table(plan, clock), self.summary(clock)));
+        for part in [self.table(plan, Clock::Wall), self.summary(), self.table(plan, Clock::Cpu)] {
+            text.push_str(&format!("\n{part}"));
         }
         if !results.problems.is_empty() {
             text.push_str("\n## Problems\n\n");
@@ -307,6 +311,7 @@ mod tests {
             cpu: "c".into(),
             cpus: 1,
             ram_mib: 1,
+            available_mib: 1,
             kernel: "k".into(),
             compiler: String::new(),
             qemu: None,

@@ -14,7 +14,7 @@ use crate::workload::{BOOT, Group};
 pub enum Clock {
     /// Host time between the marks.
     Wall,
-    /// CPU time the whole machine used (to the hundredth of a second); steadier on a busy host.
+    /// CPU time the whole machine used; steadier on a busy host.
     Cpu,
 }
 

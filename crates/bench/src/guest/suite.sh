@@ -1,7 +1,8 @@
 #!/bin/sh
 # Does the workloads of /bench/plan ("NAME SIZE" lines), one after the other; the same script in every guest and natively.
-# Around each it says "BENCH begin NAME" and "BENCH end NAME STATUS"; whoever listens takes the time. Afterwards comes
-# "BENCH digest NAME HEX", a digest of what the workload printed, which must be the same everywhere.
+# Before each it says "BENCH ready NAME" and waits for a line, so that several machines can take turns. Around each it says
+# "BENCH begin NAME" and "BENCH end NAME STATUS"; whoever listens takes the time. Afterwards comes "BENCH digest NAME HEX", a
+# digest of what the workload printed, which must be the same everywhere.
 # setup_NAME and cleanup_NAME are not timed.
 
 export PATH=/bin:/usr/bin HOME=/tmp LC_ALL=C PYTHONHASHSEED=0 OPENSSL_CONF=/dev/null
@@ -83,16 +84,18 @@ cleanup_redis16() { cleanup_redis; }
 
 has() { type "$1" > /dev/null 2>&1; }
 
-while read -r name size; do
+while read -r name size <&3; do
     if has "setup_$name"; then "setup_$name" "$size" 2> errors < /dev/null; fi
+    echo "BENCH ready $name"
+    read -r turn
     echo "BENCH begin $name"
     "run_$name" "$size" > output 2>> errors < /dev/null
     status=$?
     echo "BENCH end $name $status"
-    if has "cleanup_$name"; then "cleanup_$name" > /dev/null 2>> errors; fi
+    if has "cleanup_$name"; then "cleanup_$name" > /dev/null 2>> errors < /dev/null; fi
     digest=$(sha256sum output)
     echo "BENCH digest $name ${digest%% *}"
     if [ $status -ne 0 ]; then tail -n 5 errors | sed "s/^/BENCH note $name /"; fi
     rm -f ./*
-done < /bench/plan
+done 3< /bench/plan
 echo "BENCH done"
