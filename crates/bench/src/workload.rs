@@ -48,7 +48,7 @@ const fn w(name: &'static str, title: &'static str, group: Group, full: u64, qui
 pub const ALL: &[Workload] = &[
     w(BOOT, "boot to init", Group::Boot, 1, 1),
     w(BOOT_SUITE, "boot to init, all programs in the initramfs", Group::Boot, 1, 1),
-    w("shell", "busybox sh, loop of {}", Group::Compute, 200_000, 40_000),
+    w("shell", "busybox sh, loop of {}", Group::Compute, 150_000, 40_000),
     w("pyint", "python3 integers (fannkuch 8, {}×)", Group::Compute, 10, 2),
     w("pyfloat", "python3 floats (nbody, {} steps)", Group::Compute, 50_000, 10_000),
     w("sqlite", "sqlite3 in memory, {} rows", Group::Compute, 150_000, 30_000),
@@ -58,7 +58,7 @@ pub const ALL: &[Workload] = &[
     w("gzip", "gzip -9, {} KiB of text", Group::Compute, 6144, 1536),
     w("xz", "xz -6, {} KiB of text", Group::Compute, 512, 192),
     w("sha256v2", "sha256 as x86-64-v2, {} MiB", Group::Limited, 128, 32),
-    w("aesv2", "aes-128-cbc as x86-64-v2, {} MiB", Group::Limited, 64, 16),
+    w("aesv2", "aes-128-cbc as x86-64-v2, {} MiB", Group::Limited, 32, 16),
     w("rsav2", "RSA 4096 as x86-64-v2, {} signatures", Group::Limited, 60, 12),
     w("tcc", "tcc compiles {} functions", Group::Kernel, 30_000, 6_000),
     w("int", "integer kernel (list, matrix, states, crc), {}×", Group::Kernel, 60_000, 12_000),
@@ -66,7 +66,7 @@ pub const ALL: &[Workload] = &[
     w("stream", "stream copy of 32 MiB, {} passes", Group::Kernel, 60, 16),
     w("pipe", "pipe ping-pong, {} rounds", Group::System, 60_000, 12_000),
     w("fork", "fork+exec+wait, {}×", Group::System, 800, 200),
-    w("redis1", "redis-benchmark set+get, {} each", Group::System, 12_000, 4_000),
+    w("redis1", "redis-benchmark set+get, {} each", Group::System, 10_000, 4_000),
     w("redis16", "redis-benchmark set+get, {} each, pipeline 16", Group::System, 100_000, 32_000),
 ];
 
