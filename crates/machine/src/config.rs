@@ -1,7 +1,7 @@
 //! What a machine is built from.
 use crate::disk::Disk;
 
-/// A machine's configuration. Two machines that shall replay alike need the same one (but for the last two fields).
+/// A machine's configuration. Two machines that shall replay alike need the same one (but for what is said to be invisible to the guest).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// RAM in MiB, [`Config::MIN_RAM_MIB`]..=[`Config::MAX_RAM_MIB`].
@@ -16,6 +16,8 @@ pub struct Config {
     pub code_cache_bytes: usize,
     /// Guest instructions translated as one block at most. Not visible to the guest.
     pub max_block_instructions: u32,
+    /// Address spaces whose translations are kept while another one is current. Not visible to the guest.
+    pub cache_groups: usize,
 }
 
 /// One disk's configuration.
@@ -97,6 +99,7 @@ impl Default for Config {
             disks: Vec::new(),
             code_cache_bytes: 64 << 20,
             max_block_instructions: 64,
+            cache_groups: 16,
         }
     }
 }

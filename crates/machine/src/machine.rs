@@ -122,8 +122,12 @@ impl Machine {
         let model = CpuModel::by_name(&config.cpu_model).ok_or_else(|| ConfigError::CpuModel(config.cpu_model.clone()))?;
         let (ram, phys) = memory::map(config.ram_mib).map_err(ConfigError::Map)?;
         let pages = phys.flags().pages();
-        let cpu_config =
-            CpuConfig { model, code_cache_bytes: config.code_cache_bytes, max_block_instructions: config.max_block_instructions };
+        let cpu_config = CpuConfig {
+            model,
+            code_cache_bytes: config.code_cache_bytes,
+            max_block_instructions: config.max_block_instructions,
+            cache_groups: config.cache_groups,
+        };
         let mut cpu = Cpu::new(cpu_config, phys);
 
         let (functions, slots) = functions(&config, disks);

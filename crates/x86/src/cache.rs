@@ -8,7 +8,6 @@
 //!
 //! Invariant: what the cache holds is invisible: a block's code does what its bytes say now.
 use crate::PageFlags;
-use crate::frame::{Frame, JUMP_ENTRIES, Jump};
 use crate::mmu::FixedHasher;
 use crate::ram::PAGE_SIZE;
 use crate::translate::{Mode, Point, Translation};
@@ -63,12 +62,8 @@ struct LinkState {
     to: Option<u32>,
 }
 
-/// Jump cache entries (user, index) by virtual page.
-type JumpPages = HashMap<u64, Vec<(bool, u32)>, FixedHasher>;
-
 /// The code cache of one engine.
 pub struct Cache {
-    frame: *mut Frame,
     start: usize,
     next: usize,
     end: usize,
@@ -76,8 +71,8 @@ pub struct Cache {
     links: Vec<LinkState>,
     by_key: HashMap<Key, u32, FixedHasher>,
     by_page: HashMap<usize, Vec<u32>, FixedHasher>,
-    /// Filled jump cache entries (user, index) by virtual page; those of global pages and the others apart.
-    jump_pages: [JumpPages; 2],
+    /// Addresses (and whether of user code) of blocks that were dropped: jumps must not find them any more.
+    pub dead: Vec<(u64, bool)>,
     /// Counters for people.
     pub stats: CacheStats,
 }
@@ -93,13 +88,12 @@ pub struct CacheStats {
 }
 
 impl Cache {
-    /// A cache whose code goes to `start..end` of the low area of `frame`.
+    /// A cache whose code goes to `start..end` of the low area.
     ///
     /// # Safety
     /// The area must outlive the cache and be used by nothing else.
-    pub unsafe fn new(frame: *mut Frame, start: usize, end: usize) -> Self {
-        let mut cache = Self {
-            frame,
+    pub unsafe fn new(start: usize, end: usize) -> Self {
+        Self {
             start,
             next: start,
             end,
@@ -107,11 +101,9 @@ impl Cache {
             links: Vec::new(),
             by_key: HashMap::default(),
             by_page: HashMap::default(),
-            jump_pages: Default::default(),
+            dead: Vec::new(),
             stats: CacheStats::default(),
-        };
-        cache.flush_jumps();
-        cache
+        }
     }
 
     /// Where the next block's code goes, its number, and the number of its first link.
@@ -201,7 +193,7 @@ impl Cache {
         }
         block.alive = false;
         self.stats.killed_blocks += 1;
-        let (key, entry, outgoing) = (block.key, block.entry as u64, block.links.clone());
+        let (key, outgoing) = (block.key, block.links.clone());
         let incoming = std::mem::take(&mut block.incoming);
         block.sys = Box::default();
         if self.by_key.get(&key) == Some(&id) {
@@ -218,10 +210,7 @@ impl Cache {
                 self.blocks[to as usize].incoming.retain(|&i| i != link);
             }
         }
-        let jump = self.jump(key.mode.has(Mode::USER), key.rip);
-        if jump.rip == key.rip && jump.code == entry {
-            *jump = Jump::empty(key.rip as usize & (JUMP_ENTRIES - 1));
-        }
+        self.dead.push((key.rip, key.mode.has(Mode::USER)));
     }
 
     /// Bytes `first..=last` of RAM page `page` changed: drops the blocks made from them. Says whether the page holds no code any more.
@@ -251,7 +240,7 @@ impl Cache {
         false
     }
 
-    /// Drops everything.
+    /// Drops everything. The caller makes jumps forget it ([`crate::mmu::Mmu::forget_jumps`]).
     pub fn flush(&mut self, flags: &PageFlags) {
         for (&page, _) in self.by_page.iter() {
             flags.clear(page, PageFlags::CODE);
@@ -261,68 +250,7 @@ impl Cache {
         self.links.clear();
         self.by_key.clear();
         self.by_page.clear();
+        self.dead.clear();
         self.next = self.start;
-        self.flush_jumps();
-    }
-
-    // ---- jump caches ----
-
-    fn jump(&mut self, user: bool, rip: u64) -> &mut Jump {
-        let i = rip as usize & (JUMP_ENTRIES - 1);
-        // SAFETY: contract of `new`.
-        unsafe { &mut (&mut (*self.frame).jumps)[user as usize][i] }
-    }
-
-    /// Lets jumps to the block's address find it, until the mapping of its page(s) changes.
-    pub fn publish(&mut self, id: u32, global: bool, second_page: Option<u64>) {
-        let block = &self.blocks[id as usize];
-        let (rip, code, user) = (block.key.rip, block.entry as u64, block.key.mode.has(Mode::USER));
-        *self.jump(user, rip) = Jump { rip, code };
-        let entry = (user, (rip as usize & (JUMP_ENTRIES - 1)) as u32);
-        for page in [Some(rip & !(PAGE_SIZE - 1)), second_page].into_iter().flatten() {
-            let list = self.jump_pages[global as usize].entry(page).or_default();
-            // Rewritten entries would pile up in the list of a hot page; twice the page's bytes is more than enough.
-            if list.len() > 2 * PAGE_SIZE as usize {
-                list.sort_unstable();
-                list.dedup();
-            }
-            list.push(entry);
-        }
-    }
-
-    fn clear_entries(&mut self, entries: &[(bool, u32)]) {
-        for &(user, i) in entries {
-            // SAFETY: contract of `new`.
-            unsafe { (&mut (*self.frame).jumps)[user as usize][i as usize] = Jump::empty(i as usize) };
-        }
-    }
-
-    /// Forgets all published jumps.
-    pub fn flush_jumps(&mut self) {
-        for user in 0..2 {
-            // SAFETY: contract of `new`.
-            let jumps = unsafe { &mut (&mut (*self.frame).jumps)[user] };
-            for (i, jump) in jumps.iter_mut().enumerate() {
-                *jump = Jump::empty(i);
-            }
-        }
-        self.jump_pages = Default::default();
-    }
-    /// Forgets published jumps through pages that are not global.
-    pub fn flush_jumps_non_global(&mut self) {
-        let mut map = std::mem::take(&mut self.jump_pages[0]);
-        for entries in map.values() {
-            self.clear_entries(entries);
-        }
-        map.clear();
-        self.jump_pages[0] = map;
-    }
-    /// Forgets published jumps into one virtual page.
-    pub fn flush_jumps_page(&mut self, page: u64) {
-        for global in 0..2 {
-            if let Some(entries) = self.jump_pages[global].remove(&page) {
-                self.clear_entries(&entries);
-            }
-        }
     }
 }

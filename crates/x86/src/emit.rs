@@ -5,8 +5,10 @@
 //! Register convention of translated code: guest registers live in the host registers of the same name, but for r10, r11
 //! (scratch: addend and address) and r15 (budget), whose guest values live in the frame. RSP is the guest's: code here never uses
 //! the host stack, and `call` does not exist.
+mod second;
+
 use crate::frame::FrameAt;
-use crate::mmu::{TLB_ENTRIES, Tlb};
+use crate::mmu::first::TLB_ENTRIES;
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, VecAssembler, dynasm, x64::X64Relocation};
 use iced_x86::{Encoder, Instruction};
 
@@ -19,6 +21,8 @@ pub struct Shared {
     pub leave: i32,
     /// Leaves with [`crate::frame::exit::LOOKUP`] at the address in r11.
     pub leave_lookup: i32,
+    /// Goes on at the guest address in r11, which the jump cache does not know.
+    pub lookup: i32,
     /// Calls the memory helper of multi-instruction blocks, then jumps to `ret`, or leaves.
     pub mem: i32,
     /// Calls the memory helper of single-instruction blocks.
@@ -268,7 +272,7 @@ impl Emit {
     /// Goes on at the guest address in r11 through the jump cache. Clobbers flags.
     pub fn jump_cache(&mut self) {
         self.jump_if_cached();
-        self.jmp_abs(self.shared.leave_lookup);
+        self.jmp_abs(self.shared.lookup);
     }
     /// The same for an address that a guest computed. Whoever finds that no code can be there is told whence it came: the block, and by
     /// how much its last instruction has moved RSP.
@@ -276,7 +280,7 @@ impl Emit {
         self.jump_if_cached();
         let (exit_arg, tmp) = (self.at.exit_arg(), self.at.tmp(2));
         dynasm!(self.ops ; .arch x64 ; mov QWORD [exit_arg], block ; mov QWORD [tmp], moved);
-        self.jmp_abs(self.shared.leave_lookup);
+        self.jmp_abs(self.shared.lookup);
     }
     fn jump_if_cached(&mut self) {
         let jumps = self.at.jumps(self.user);
@@ -412,6 +416,8 @@ impl Emit {
         self.restore_all();
         dynasm!(self.ops ; .arch x64 ; jmp QWORD [tmp]);
 
+        shared.lookup = self.here() as i32;
+        self.far_jump();
         shared.leave_lookup = self.here() as i32;
         let (rip_slot, exit) = (at.rip(), at.exit());
         dynasm!(self.ops ; .arch x64
@@ -441,6 +447,9 @@ impl Emit {
         let store_ea = |emit: &mut Self| emit.store_word(at.ea(), 11);
         shared.mem = self.here() as i32;
         store_ea(&mut self);
+        let slow = self.label();
+        self.second_level(slow);
+        self.bind(slow);
         helper(&mut self, helpers.mem);
         shared.mem_alone = self.here() as i32;
         store_ea(&mut self);
@@ -450,5 +459,3 @@ impl Emit {
         (self.finish(), shared)
     }
 }
-
-const _: () = assert!(size_of::<Tlb>() == 3 * 8 * TLB_ENTRIES);

@@ -3,28 +3,9 @@
 //!
 //! Layout: [`Frame`], then the code cache. Invariant: the area never moves and is unmapped only when the engine is dropped.
 use crate::CpuState;
-use crate::mmu::Tlb;
+pub use crate::mmu::first::JUMP_ENTRIES;
+use crate::mmu::first::{First, Jump, Tlb};
 use std::mem::offset_of;
-
-/// Entries in a jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 1 << 14;
-
-/// One entry of a jump cache: guest virtual address to host code.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Jump {
-    /// Guest virtual address.
-    pub rip: u64,
-    /// Host address of the block's entry.
-    pub code: u64,
-}
-
-impl Jump {
-    /// Empty entry `i`: an address that belongs into another entry, so that no jump finds it.
-    pub fn empty(i: usize) -> Self {
-        Self { rip: (i ^ 1) as u64, code: 0 }
-    }
-}
 
 /// What translated code shares with Rust.
 #[repr(C, align(64))]
@@ -65,10 +46,10 @@ pub struct Frame {
     pub core: *mut crate::engine::Core,
     /// Stand-in for memory that an instruction cannot access in place (two pages, a device, a watched page).
     pub bounce: [u8; 768],
-    /// Soft TLBs: kernel, user.
-    pub tlb: [Tlb; 2],
-    /// Jump caches: kernel, user.
-    pub jumps: [[Jump; JUMP_ENTRIES]; 2],
+    /// Soft TLBs and jump caches.
+    pub first: First,
+    /// Scratch of the shared routines.
+    pub spill: [u64; 4],
 }
 
 /// Values of [`Frame::exit`].
@@ -150,16 +131,25 @@ impl FrameAt {
         field!(self.0, host_mxcsr)
     }
     pub fn tlb_read(self, user: bool) -> i32 {
-        field!(self.0, tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, read)) as i32
+        field!(self.0, first.tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, read)) as i32
     }
     pub fn tlb_write(self, user: bool) -> i32 {
-        field!(self.0, tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, write)) as i32
+        field!(self.0, first.tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, write)) as i32
     }
     pub fn tlb_addend(self, user: bool) -> i32 {
-        field!(self.0, tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, addend)) as i32
+        field!(self.0, first.tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, addend)) as i32
+    }
+    pub fn first(self) -> i32 {
+        field!(self.0, first)
+    }
+    pub fn cpl(self) -> i32 {
+        field!(self.0, st.cpl)
+    }
+    pub fn spill(self, n: usize) -> i32 {
+        field!(self.0, spill) + 8 * n as i32
     }
     pub fn jumps(self, user: bool) -> i32 {
-        field!(self.0, jumps) + (user as usize * JUMP_ENTRIES * size_of::<Jump>()) as i32
+        field!(self.0, first.jumps) + (user as usize * JUMP_ENTRIES * size_of::<Jump>()) as i32
     }
 }
 

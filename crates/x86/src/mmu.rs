@@ -1,57 +1,30 @@
-//! The software MMU: 4-level paging (SDM vol. 3 section 4.5), the soft TLB, and what makes the TLB invisible.
+//! The software MMU: 4-level paging (SDM vol. 3 section 4.5), what is cached of it, and what makes that invisible.
 //!
 //! **In:** virtual addresses. **Out:** host addresses of RAM bytes, or the exception the guest gets.
 //!
-//! **Invariant:** nothing the guest can see depends on what the TLB holds. Pages used as page tables carry
-//! [`PageFlags::TABLE`] and never have a write entry, so every change of an entry comes through [`Mmu::write`] (or a device), which
-//! drops what was derived from it. An entry that was never accessed (A clear) was never cached, so the common "fill in a fresh
+//! **Invariant:** nothing the guest can see depends on what is cached. Pages used as page tables carry
+//! [`PageFlags::TABLE`] and never have a write entry in the first level, so every change of an entry comes through [`Mmu::write`] (or a
+//! device), which drops what was derived from it. An entry that was never accessed (A clear) was never cached, so the common "fill in a fresh
 //! entry" costs nothing. Write entries exist only for pages whose D bit is set in the guest's tables.
+//!
+//! One submodule per idea: [`first`] (what translated code reads), [`groups`] (what is kept of each address space), [`tables`] (which
+//! pages are page tables, and what a store to one means), [`access`] (reads and writes with all of it).
+mod access;
+pub(crate) mod first;
+pub(crate) mod groups;
+mod tables;
+
+pub(crate) use access::Place;
+pub use groups::GroupStats;
+
 use crate::state::{cr0, cr4, efer, rflags};
-use crate::{Bus, CpuState, Exception, PAGE_SIZE, PageFlags, PhysMem, Position};
+use crate::{CpuState, Exception, PAGE_SIZE, PageFlags, PhysMem};
+use first::First;
+use groups::{Found, Groups, Tag};
+use tables::Tables;
 
 /// Physical address bits of every CPU model.
 pub const PHYSICAL_BITS: u32 = 40;
-
-/// Entries in each soft TLB; a power of two.
-pub const TLB_ENTRIES: usize = 512;
-
-/// One soft TLB in the layout translated code reads. An entry hits for reads if `read[i] == va & !0xfff`, likewise for writes;
-/// the host address is then `va + addend[i]`.
-#[repr(C)]
-pub struct Tlb {
-    /// Page addresses valid for reading, or that of an empty entry.
-    pub read: [u64; TLB_ENTRIES],
-    /// Page addresses valid for writing, or that of an empty entry.
-    pub write: [u64; TLB_ENTRIES],
-    /// Host address minus guest virtual address.
-    pub addend: [u64; TLB_ENTRIES],
-}
-
-impl Tlb {
-    /// The tag of an empty entry `i`: a page that belongs into another entry, so that no address, canonical or not, matches.
-    #[inline]
-    const fn empty(i: usize) -> u64 {
-        ((i ^ 1) as u64) * PAGE_SIZE
-    }
-    #[inline]
-    fn is_empty(tag: u64, i: usize) -> bool {
-        Self::index(tag) != i
-    }
-    fn clear(tags: &mut [u64; TLB_ENTRIES]) {
-        for (i, tag) in tags.iter_mut().enumerate() {
-            *tag = Self::empty(i);
-        }
-    }
-    #[inline]
-    fn index(va: u64) -> usize {
-        (va / PAGE_SIZE) as usize & (TLB_ENTRIES - 1)
-    }
-}
-
-/// Which of the two TLBs: they differ in the permission checks that their entries passed.
-pub const KERNEL: usize = 0;
-/// See [`KERNEL`].
-pub const USER: usize = 1;
 
 /// What kind of access a translation is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,8 +44,10 @@ pub struct Walk {
     pub gpa: u64,
     /// The page may be written through this translation now (permission and D bit).
     pub writable: bool,
-    /// Global page.
-    pub global: bool,
+    /// Code may be fetched from the page.
+    executable: bool,
+    /// Bits of the page's size.
+    shift: u32,
     /// Guest-physical addresses of the table entries used, from the root; 0 where unused.
     entries: [u64; 4],
 }
@@ -82,40 +57,22 @@ pub struct Walk {
 pub struct Pending {
     /// Stores to pages that hold translated code: page number, first and last byte offset.
     pub code: Vec<(usize, u16, u16)>,
-    /// Fetch translations (jump caches) are out of date: all of them, or those of one virtual page.
-    pub flush_fetch: bool,
-    /// Fetch translations through pages that are not global are out of date.
-    pub flush_fetch_non_global: bool,
-    /// See `flush_fetch`.
-    pub flush_fetch_pages: Vec<u64>,
+    /// The mapping of code was forgotten that may be running: it has to be found again.
+    pub refetch: bool,
 }
 
 impl Pending {
     /// Whether there is anything to do.
     pub fn any(&self) -> bool {
-        self.flush_fetch || self.flush_fetch_non_global || !self.code.is_empty() || !self.flush_fetch_pages.is_empty()
+        self.refetch || !self.code.is_empty()
     }
-}
-
-/// Where a page table is used: the level of its entries (0 = leaf tables) and the virtual address of its first entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct TableUse {
-    page: usize,
-    level: u8,
-    va: u64,
-    /// Used at another place as well: a change flushes everything.
-    several: bool,
 }
 
 /// The software MMU.
 pub struct Mmu {
     ram: PhysMem,
-    /// The two TLBs, in memory that translated code can address ([`KERNEL`], [`USER`]). Owned by the engine's low area.
-    tlb: *mut [Tlb; 2],
-    /// Entries of global pages, a bit each.
-    global: [[bool; TLB_ENTRIES]; 2],
-    /// Pages that carry `TABLE`, by page number.
-    tables: std::collections::HashMap<usize, TableUse, foldhash_free::Build>,
+    groups: Groups,
+    tables: Tables,
     /// What the engine must still do.
     pub pending: Pending,
     /// Counters for people.
@@ -132,6 +89,7 @@ pub struct MmuStats {
     pub page_flushes: u64,
     pub table_stores: u64,
     pub code_stores: u64,
+    pub groups: GroupStats,
 }
 
 /// A fixed, fast hasher: the standard one is seeded at random, and nothing here may depend on the host.
@@ -178,19 +136,16 @@ pub fn canonical(va: u64) -> bool {
 }
 
 impl Mmu {
-    /// A new MMU over `ram` with its TLBs at `tlb`.
+    /// A new MMU over `ram` with its first level at `first`, whose cache group has `elements` elements at most (0: nothing outlives a
+    /// CR3 write).
     ///
     /// # Safety
-    /// `tlb` must stay valid and be used by nothing but this object and the translated code of its engine.
-    pub(crate) unsafe fn new(ram: PhysMem, tlb: *mut [Tlb; 2]) -> Self {
-        let mut mmu = Self {
-            ram,
-            tlb,
-            global: [[false; TLB_ENTRIES]; 2],
-            tables: Default::default(),
-            pending: Pending::default(),
-            stats: MmuStats::default(),
-        };
+    /// `first` must stay valid and be used by nothing but this object and the translated code of its engine.
+    pub(crate) unsafe fn new(ram: PhysMem, first: *mut First, elements: usize) -> Self {
+        let tables = Tables::new(ram.flags().pages());
+        // SAFETY: contract of this function.
+        let groups = unsafe { Groups::new(first, elements) };
+        let mut mmu = Self { ram, groups, tables, pending: Pending::default(), stats: MmuStats::default() };
         mmu.flush_all();
         mmu
     }
@@ -199,94 +154,59 @@ impl Mmu {
     pub fn ram(&self) -> &PhysMem {
         &self.ram
     }
-
-    #[inline]
-    fn tlb(&mut self, user: bool) -> &mut Tlb {
-        // SAFETY: contract of `new`.
-        unsafe { &mut (*self.tlb)[user as usize] }
+    /// Counters for people.
+    pub fn counters(&self) -> MmuStats {
+        MmuStats { groups: self.groups.stats, ..self.stats }
     }
 
-    /// Forgets every translation, global ones too.
+    // ---- what is forgotten: whoever caches translations elsewhere has to hook in here and in `switch` ----
+
+    /// Forgets every translation in every element.
     pub fn flush_all(&mut self) {
         self.stats.flushes += 1;
-        for user in [false, true] {
-            let tlb = self.tlb(user);
-            Tlb::clear(&mut tlb.read);
-            Tlb::clear(&mut tlb.write);
-        }
-        for &page in self.tables.keys() {
-            self.ram.flags().clear(page, PageFlags::TABLE);
-        }
-        self.tables.clear();
-        self.pending.flush_fetch = true;
+        self.groups.clear();
+        self.forget_tables();
+        self.pending.refetch = true;
     }
 
-    /// Forgets every translation that is not global (a CR3 write).
-    pub fn flush_non_global(&mut self) {
-        self.stats.flushes += 1;
-        self.pending.flush_fetch_non_global = true;
-        for user in [KERNEL, USER] {
-            // SAFETY: contract of `new`.
-            let tlb = unsafe { &mut (*self.tlb)[user] };
-            for i in 0..TLB_ENTRIES {
-                if !self.global[user][i] {
-                    tlb.read[i] = Tlb::empty(i);
-                    tlb.write[i] = Tlb::empty(i);
-                }
-            }
-        }
-        // Tables of the lower half are used by nothing that is left, unless the guest marked user pages global.
-        let flags = self.ram.flags().clone();
-        let mut lower_half_left = false;
-        for user in [false, true] {
-            let tlb = self.tlb(user);
-            lower_half_left |= (0..TLB_ENTRIES).any(|i| !Tlb::is_empty(tlb.read[i], i) && tlb.read[i] >> 63 == 0);
-        }
-        if !lower_half_left {
-            self.tables.retain(|&page, t| {
-                let keep = t.several || t.va >> 63 != 0 || t.level == 3;
-                if !keep {
-                    flags.clear(page, PageFlags::TABLE);
-                }
-                keep
-            });
-        }
-    }
-
-    /// Forgets the translations of one virtual page (INVLPG, or a changed leaf entry).
+    /// Forgets the translations of one virtual page in the current address space (INVLPG). Nothing would be wrong without: see [`groups`].
     pub fn flush_page(&mut self, va: u64) {
         self.stats.page_flushes += 1;
-        let page = va & !(PAGE_SIZE - 1);
-        for user in [false, true] {
-            let i = Tlb::index(page);
-            let tlb = self.tlb(user);
-            if tlb.read[i] == page || tlb.write[i] == page {
-                tlb.read[i] = Tlb::empty(i);
-                tlb.write[i] = Tlb::empty(i);
-            }
-        }
-        self.pending.flush_fetch_pages.push(page);
+        let current = self.groups.current();
+        self.pending.refetch |= self.groups.forget(Some(current), va, 12);
     }
 
     /// Takes away write entries of one physical page (it now holds code or a page table).
     pub(crate) fn forbid_writes(&mut self, page: usize) {
-        let (_, host) = self.ram.page(self.ram.gpa_of_page(page)).expect("existing page");
-        for user in [false, true] {
-            let tlb = self.tlb(user);
-            for i in 0..TLB_ENTRIES {
-                if !Tlb::is_empty(tlb.write[i], i) && tlb.write[i].wrapping_add(tlb.addend[i]) == host as u64 {
-                    tlb.write[i] = Tlb::empty(i);
-                }
-            }
+        if self.ram.flags().get(page) & PageFlags::WRITE_CACHED == 0 {
+            return;
         }
+        self.ram.flags().clear(page, PageFlags::WRITE_CACHED);
+        let (_, host) = self.ram.page(self.ram.gpa_of_page(page)).expect("existing page");
+        self.groups.first().forbid_writes(host as u64);
     }
 
     /// Takes away all write entries, so that the next store to each page marks it dirty again.
     pub fn forbid_all_writes(&mut self) {
-        for user in [false, true] {
-            Tlb::clear(&mut self.tlb(user).write);
-        }
+        self.groups.first().forbid_all_writes();
     }
+
+    // ---- jumps ----
+
+    /// Lets jumps to `rip` find `code`, until the mapping of its page, or of `second_page`, changes.
+    pub(crate) fn publish(&mut self, rip: u64, code: u64, user: bool, second_page: Option<u64>) {
+        self.groups.publish(rip, code, user, second_page);
+    }
+    /// The block at `rip` is gone.
+    pub(crate) fn forget_jump(&mut self, rip: u64, user: bool) {
+        self.groups.forget_jump(rip, user);
+    }
+    /// All blocks are gone, or are no longer what jumps should find.
+    pub(crate) fn forget_jumps(&mut self) {
+        self.groups.forget_jumps();
+    }
+
+    // ---- walks ----
 
     /// Walks the page tables for one access, checks permissions, and sets A and D as the access does.
     /// On failure nothing is changed.
@@ -296,7 +216,7 @@ impl Mmu {
             return Err(Exception::gp(0));
         }
         if st.cr0 & cr0::PG == 0 {
-            return Ok(Walk { gpa: va, writable: true, global: false, entries: [0; 4] });
+            return Ok(Walk { gpa: va, writable: true, executable: true, shift: 12, entries: [0; 4] });
         }
         let nxe = st.efer & efer::NXE != 0;
         let write = access == Access::Write;
@@ -375,62 +295,53 @@ impl Mmu {
         let gpa = (leaf & 0x000f_ffff_ffff_f000 & !offset_mask) | (va & offset_mask);
         let may_write = writable || !user && st.cr0 & cr0::WP == 0;
         let dirty = write || leaf & 0x40 != 0;
-        let global = leaf & (1 << 8) != 0 && st.cr4 & cr4::PGE != 0;
-        Ok(Walk { gpa, writable: may_write && dirty, global, entries })
+        let executable = !no_exec && (!user || user_ok) && (user || !user_ok || st.cr4 & cr4::SMEP == 0);
+        Ok(Walk { gpa, writable: may_write && dirty, executable, shift: 12 + 9 * level as u32, entries })
     }
 
-    /// Remembers that a cached translation depends on the tables of `walk`. Must be called by whoever caches one.
-    pub(crate) fn note_tables(&mut self, walk: &Walk, va: u64) {
-        for (depth, &entry) in walk.entries.iter().enumerate() {
-            if entry == 0 {
-                break;
-            }
-            let Some((page, _)) = self.ram.page(entry) else { continue };
-            let level = 3 - depth as u8;
-            let span = 12 + 9 * (level as u32 + 1);
-            let va = if span >= 48 { 0 } else { va >> span << span };
-            let fresh = self.ram.flags().get(page) & PageFlags::TABLE == 0;
-            let known = self.tables.entry(page).or_insert(TableUse { page, level, va, several: false });
-            if known.level != level || known.va != va {
-                known.several = true;
-            }
-            if fresh {
-                self.ram.flags().set(page, PageFlags::TABLE);
-                self.forbid_writes(page);
-            }
-        }
-    }
-
-    /// Walks and caches: makes the next access of this kind to this page hit, if it is RAM. Returns the walk.
-    /// No write entry is made for pages whose stores must be seen ([`PageFlags::CODE`], [`PageFlags::TABLE`]).
-    pub(crate) fn fill(&mut self, st: &CpuState, va: u64, access: Access, user: bool) -> Result<Walk, Exception> {
+    /// Walks and caches in the second level, if the page is RAM.
+    fn walk_and_cache(&mut self, st: &CpuState, va: u64, access: Access, user: bool) -> Result<u64, Exception> {
         let walk = self.walk(st, va, access, user)?;
-        let Some((page, host)) = self.ram.page(walk.gpa) else { return Ok(walk) };
-        self.stats.fills += 1;
-        self.note_tables(&walk, va);
+        if self.ram.page(walk.gpa).is_some() {
+            self.stats.fills += 1;
+            self.note_tables(&walk.entries, va);
+            // A fetch says nothing of reads where supervisors may not touch user pages (not offered yet).
+            let readable = access != Access::Execute || st.cr4 & cr4::SMAP == 0;
+            let (executable, writable) = (walk.executable, walk.writable);
+            let found = Found { va, user, gpa: walk.gpa, readable, writable, executable, shift: walk.shift };
+            self.groups.insert(&found, &self.ram);
+        }
+        Ok(walk.gpa)
+    }
+
+    /// The guest-physical address code is fetched from, walked if need be; cached, if it is RAM.
+    pub(crate) fn fetch(&mut self, st: &CpuState, va: u64, user: bool) -> Result<u64, Exception> {
+        if let Some(e) = self.groups.find(va, Tag::Exec, user) {
+            return Ok(e.gpa_of(va));
+        }
+        self.walk_and_cache(st, va, Access::Execute, user)
+    }
+
+    /// Makes the next access of this kind to this page hit, if it is RAM, and says where it is.
+    /// No write entry is made for pages whose stores must be seen ([`PageFlags::CODE`], [`PageFlags::TABLE`]).
+    pub(crate) fn fill(&mut self, st: &CpuState, va: u64, access: Access, user: bool) -> Result<u64, Exception> {
+        let write = access == Access::Write;
+        let tag = if write { Tag::Write } else { Tag::Read };
+        let known = self.groups.find(va, tag, user).map(|e| e.gpa_of(va));
+        let gpa = match known {
+            Some(gpa) => gpa,
+            None => self.walk_and_cache(st, va, access, user)?,
+        };
+        let Some((page, host)) = self.ram.page(gpa) else { return Ok(gpa) };
         let flags = self.ram.flags();
-        let mut write = false;
-        if walk.writable && flags.get(page) & (PageFlags::CODE | PageFlags::TABLE) == 0 {
-            // A write entry may stand for a page that was only read so far; it counts as dirty from here on.
-            // Reads do not make one, or everything ever read would count as dirty.
-            write = access == Access::Write;
-            if write {
-                flags.set(page, PageFlags::DIRTY);
-            }
+        let plain = flags.get(page) & (PageFlags::CODE | PageFlags::TABLE) == 0;
+        if write && plain {
+            // Reads make no write entry, or everything ever read would count as dirty.
+            flags.set(page, PageFlags::DIRTY | PageFlags::WRITE_CACHED);
         }
-        let tag = va & !(PAGE_SIZE - 1);
-        let i = Tlb::index(va);
-        let kept_write = self.tlb(user).write[i] == tag && self.tlb(user).read[i] == tag;
-        self.global[user as usize][i] = walk.global;
-        let tlb = self.tlb(user);
-        tlb.read[i] = tag;
-        tlb.addend[i] = (host as u64).wrapping_sub(tag);
-        if write {
-            tlb.write[i] = tag;
-        } else if !kept_write {
-            tlb.write[i] = Tlb::empty(i);
-        }
-        Ok(walk)
+        let addend = (host as u64).wrapping_sub(va & !(PAGE_SIZE - 1));
+        self.groups.first().fill(va, user, addend, write && plain);
+        Ok(gpa)
     }
 
     /// Whether an access to the page of `va` would hit now.
@@ -439,159 +350,11 @@ impl Mmu {
     }
     /// Host address minus virtual address of a cached page.
     pub(crate) fn addend(&mut self, va: u64, user: bool) -> u64 {
-        self.tlb(user).addend[Tlb::index(va)]
+        self.groups.first().addend(va, user)
     }
-
     #[inline]
     fn hit(&mut self, va: u64, write: bool, user: bool) -> Option<*mut u8> {
-        let tlb = self.tlb(user);
-        let i = Tlb::index(va);
-        let tag = if write { tlb.write[i] } else { tlb.read[i] };
-        (tag == va & !(PAGE_SIZE - 1)).then(|| va.wrapping_add(tlb.addend[i]) as *mut u8)
-    }
-
-    /// Reads guest virtual memory; RAM or device. `user` says whose permissions count. On failure `buf` is undefined.
-    pub fn read(
-        &mut self,
-        st: &CpuState,
-        bus: &mut dyn Bus,
-        position: Position,
-        va: u64,
-        buf: &mut [u8],
-        user: bool,
-    ) -> Result<(), Exception> {
-        let mut done = 0;
-        while done < buf.len() {
-            let at = va.wrapping_add(done as u64);
-            let n = ((PAGE_SIZE - at % PAGE_SIZE) as usize).min(buf.len() - done);
-            let piece = &mut buf[done..done + n];
-            let host = match self.hit(at, false, user) {
-                Some(host) => Some(host),
-                None => {
-                    let walk = self.fill(st, at, Access::Read, user)?;
-                    match self.ram.page(walk.gpa) {
-                        // SAFETY: offset inside the page.
-                        Some((_, page)) => Some(unsafe { page.add((at % PAGE_SIZE) as usize) }),
-                        None => {
-                            bus.mmio_read(position, walk.gpa, piece);
-                            None
-                        }
-                    }
-                }
-            };
-            if let Some(host) = host {
-                // SAFETY: `n` bytes inside one page of RAM.
-                unsafe { std::ptr::copy_nonoverlapping(host, piece.as_mut_ptr(), n) };
-            }
-            done += n;
-        }
-        Ok(())
-    }
-
-    /// Checks that `len` bytes at `va` can be written, as a write would, without writing (A and D bits are set).
-    pub fn probe_write(&mut self, st: &CpuState, va: u64, len: usize, user: bool) -> Result<(), Exception> {
-        let mut done = 0;
-        while done < len {
-            let at = va.wrapping_add(done as u64);
-            if self.hit(at, true, user).is_none() {
-                self.walk(st, at, Access::Write, user)?;
-            }
-            done += ((PAGE_SIZE - at % PAGE_SIZE) as usize).min(len - done);
-        }
-        Ok(())
-    }
-
-    /// Writes guest virtual memory; RAM or device. Either all bytes are written or, on failure, none.
-    pub fn write(
-        &mut self,
-        st: &CpuState,
-        bus: &mut dyn Bus,
-        position: Position,
-        va: u64,
-        data: &[u8],
-        user: bool,
-    ) -> Result<(), Exception> {
-        if (va % PAGE_SIZE) as usize + data.len() > PAGE_SIZE as usize {
-            self.probe_write(st, va, data.len(), user)?;
-        }
-        let mut done = 0;
-        while done < data.len() {
-            let at = va.wrapping_add(done as u64);
-            let n = ((PAGE_SIZE - at % PAGE_SIZE) as usize).min(data.len() - done);
-            let piece = &data[done..done + n];
-            match self.hit(at, true, user) {
-                // SAFETY: `n` bytes inside one page of RAM without special flags.
-                Some(host) => unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), host, n) },
-                None => {
-                    let walk = self.fill(st, at, Access::Write, user)?;
-                    if self.ram.page(walk.gpa).is_some() {
-                        self.write_ram(walk.gpa, piece);
-                    } else {
-                        bus.mmio_write(position, walk.gpa, piece);
-                    }
-                }
-            }
-            done += n;
-        }
-        Ok(())
-    }
-
-    /// Writes RAM by physical address inside one page, with all the care that code and table pages want.
-    ///
-    /// # Panics
-    /// If there is no RAM at `gpa` or the piece leaves its page.
-    pub fn write_ram(&mut self, gpa: u64, data: &[u8]) {
-        let (page, host) = self.ram.page(gpa).expect("RAM");
-        let offset = (gpa % PAGE_SIZE) as usize;
-        assert!(offset + data.len() <= PAGE_SIZE as usize);
-        let flags = self.ram.flags().get(page);
-        // SAFETY: inside the page.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(host.add(offset), data.len()) };
-        if flags & PageFlags::DIRTY == 0 {
-            self.ram.flags().set(page, PageFlags::DIRTY);
-        }
-        if flags & PageFlags::CODE != 0 && bytes != data {
-            self.stats.code_stores += 1;
-            self.pending.code.push((page, offset as u16, (offset + data.len() - 1) as u16));
-        }
-        if flags & PageFlags::TABLE == 0 {
-            bytes.copy_from_slice(data);
-            return;
-        }
-        self.stats.table_stores += 1;
-        let first = offset / 8;
-        let last = (offset + data.len() - 1) / 8;
-        // SAFETY: a page of RAM, as 512 words.
-        let words = unsafe { std::slice::from_raw_parts(host.cast::<u64>(), 512) };
-        let mut old = [0u64; 512];
-        old[first..=last].copy_from_slice(&words[first..=last]);
-        // SAFETY: as above; the shared view of the words is not used across this store.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host.add(offset), data.len()) };
-        for (i, &was) in old.iter().enumerate().take(last + 1).skip(first) {
-            // SAFETY: inside the page.
-            let now = unsafe { host.cast::<u64>().add(i).read() };
-            // Only a present entry whose A bit is set can be cached. Setting A or D, and giving more permission to a
-            // writable-but-clean page, changes nothing that is cached either, but those are rare and flushed all the same.
-            if was != now && was & 0x21 == 0x21 {
-                self.table_entry_changed(page, i, was);
-            }
-        }
-    }
-
-    fn table_entry_changed(&mut self, page: usize, index: usize, was: u64) {
-        let Some(&table) = self.tables.get(&page) else { return };
-        let va = table.va | (index as u64) << (12 + 9 * table.level as u32);
-        let va = ((va as i64) << 16 >> 16) as u64;
-        let large = was & (1 << 7) != 0;
-        if table.level == 0 && !table.several {
-            self.flush_page(va);
-        } else if table.level == 1 && large && !table.several {
-            for i in 0..512 {
-                self.flush_page(va + i * PAGE_SIZE);
-            }
-        } else {
-            self.flush_all();
-        }
+        self.groups.first().hit(va, write, user)
     }
 
     /// Acts upon what devices wrote to pages that things were derived from.
@@ -600,56 +363,13 @@ impl Mmu {
             return;
         }
         let flags = self.ram.flags().clone();
-        let mut tables = false;
         for page in flags.take_stale() {
-            tables |= flags.get(page) & PageFlags::TABLE != 0;
+            if flags.get(page) & PageFlags::TABLE != 0 {
+                self.table_page_changed(page);
+            }
             if flags.get(page) & PageFlags::CODE != 0 {
                 self.pending.code.push((page, 0, PAGE_SIZE as u16 - 1));
             }
         }
-        if tables {
-            self.flush_all();
-        }
-    }
-}
-
-/// Where the bytes behind a virtual address are (used by `sys`).
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Place {
-    /// RAM that may be accessed at this host address, up to the end of the page.
-    Plain(*mut u8),
-    /// RAM at this guest-physical address whose stores must go through [`Mmu::write_ram`].
-    Special(u64),
-    /// Not RAM.
-    Device,
-}
-
-// Used by `sys`.
-impl Mmu {
-    /// Translates for reading: the result is good for the rest of the page, until the next call of any method.
-    #[inline]
-    pub(crate) fn place_for_read(&mut self, st: &CpuState, va: u64, user: bool) -> Result<Place, Exception> {
-        if let Some(host) = self.hit(va, false, user) {
-            return Ok(Place::Plain(host));
-        }
-        let walk = self.fill(st, va, Access::Read, user)?;
-        Ok(match self.ram.page(walk.gpa) {
-            Some((_, page)) => Place::Plain(page.wrapping_add((va % PAGE_SIZE) as usize)),
-            None => Place::Device,
-        })
-    }
-
-    /// Translates for writing: as [`Mmu::place_for_read`], and the page counts as written.
-    #[inline]
-    pub(crate) fn place_for_write(&mut self, st: &CpuState, va: u64, user: bool) -> Result<Place, Exception> {
-        if let Some(host) = self.hit(va, true, user) {
-            return Ok(Place::Plain(host));
-        }
-        let walk = self.fill(st, va, Access::Write, user)?;
-        let Some((page, host)) = self.ram.page(walk.gpa) else { return Ok(Place::Device) };
-        if self.ram.flags().get(page) & (PageFlags::CODE | PageFlags::TABLE) != 0 {
-            return Ok(Place::Special(walk.gpa));
-        }
-        Ok(Place::Plain(host.wrapping_add((va % PAGE_SIZE) as usize)))
     }
 }

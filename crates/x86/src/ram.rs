@@ -41,6 +41,8 @@ impl PageFlags {
     pub const TABLE: u8 = 4;
     /// A device wrote to it while it was `CODE` or `TABLE`.
     pub const STALE: u8 = 8;
+    /// May have a write entry in a first-level TLB.
+    pub const WRITE_CACHED: u8 = 16;
 
     /// Flags for `pages` pages, all dirty (nothing is known of them yet).
     pub fn new(pages: usize) -> Arc<Self> {
@@ -62,6 +64,10 @@ impl PageFlags {
     /// Clears bits.
     pub fn clear(&self, page: usize, bits: u8) {
         self.flags[page].store(self.get(page) & !bits, Relaxed);
+    }
+    /// Host address of a page's flags, for translated code; those of the following pages follow.
+    pub(crate) fn address(&self, page: usize) -> u64 {
+        (&raw const self.flags[page]) as u64
     }
     /// To be called by whoever writes guest RAM other than through the CPU (devices, boot loader, snapshot
     /// restore), after the write and before the next instruction. `page` is counted through all regions.

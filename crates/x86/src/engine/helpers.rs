@@ -27,10 +27,7 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
         let st = unsafe { &(*frame).st };
         let user = st.cpl == 3;
         let access = if write { Access::Write } else { Access::Read };
-        if let Ok(walk) = core.mmu.fill(st, ea, access, user)
-            && core.mmu.is_cached(ea, write, user)
-        {
-            let _ = walk;
+        if core.mmu.fill(st, ea, access, user).is_ok() && core.mmu.is_cached(ea, write, user) {
             return 0;
         }
     }

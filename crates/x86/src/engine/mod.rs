@@ -14,7 +14,7 @@ use crate::classify::{Kind, classify, needs_fpu};
 use crate::emit::{Emit, Helpers, Shared};
 use crate::exception::Vector;
 use crate::frame::{Frame, FrameAt, LowArea, exit};
-use crate::mmu::{Access, Mmu, MmuStats, canonical};
+use crate::mmu::{Mmu, MmuStats, canonical};
 use crate::priority;
 use crate::signals::Running;
 use crate::state::{cr0, cr4, efer, gpr, rflags};
@@ -32,12 +32,14 @@ pub struct CpuConfig {
     pub code_cache_bytes: usize,
     /// Guest instructions in a block at most (1..=64); 1 runs everything one instruction a block.
     pub max_block_instructions: u32,
+    /// Address spaces whose caches are kept while another one is current (0: none, 64 at most).
+    pub cache_groups: usize,
 }
 
 impl CpuConfig {
     /// Sensible sizes for a model.
     pub fn new(model: CpuModel) -> Self {
-        Self { model, code_cache_bytes: 64 << 20, max_block_instructions: 64 }
+        Self { model, code_cache_bytes: 64 << 20, max_block_instructions: 64, cache_groups: 16 }
     }
 }
 
@@ -83,8 +85,10 @@ impl Cpu {
     }
     /// Replaces the architectural state (boot, snapshot restore); everything derived from the old one is dropped.
     pub fn set_state(&mut self, state: CpuState) {
+        let cr3 = state.cr3;
         *self.core.st() = state;
         self.core.mmu.flush_all();
+        self.core.mmu.switch(cr3);
     }
     /// Instructions retired since power-on.
     pub fn position(&self) -> Position {
@@ -139,10 +143,11 @@ impl Cpu {
         let flags = self.core.mmu.ram().flags().clone();
         self.core.mmu.flush_all();
         self.core.cache.flush(&flags);
+        self.core.mmu.forget_jumps();
     }
     /// Counters since power-on of this process.
     pub fn stats(&self) -> CpuStats {
-        CpuStats { mmu: self.core.mmu.stats, cache: self.core.cache.stats, ..self.core.stats }
+        CpuStats { mmu: self.core.mmu.counters(), cache: self.core.cache.stats, ..self.core.stats }
     }
 }
 
@@ -198,8 +203,8 @@ impl Core {
             (&raw mut (*frame).st).write(CpuState::reset());
             Box::new(Self {
                 frame,
-                mmu: Mmu::new(ram, &raw mut (*frame).tlb),
-                cache: Cache::new(frame, start + SHARED_BYTES, start + len),
+                mmu: Mmu::new(ram, &raw mut (*frame).first, config.cache_groups),
+                cache: Cache::new(start + SHARED_BYTES, start + len),
                 shared,
                 model: config.model,
                 max: config.max_block_instructions.clamp(1, 64),
@@ -357,27 +362,19 @@ impl Core {
             return;
         }
         let mut pending = std::mem::take(&mut self.mmu.pending);
-        if pending.flush_fetch {
-            self.cache.flush_jumps();
-        } else {
-            if pending.flush_fetch_non_global {
-                self.cache.flush_jumps_non_global();
-            }
-            for &page in &pending.flush_fetch_pages {
-                self.cache.flush_jumps_page(page);
-            }
-        }
         for &(page, first, last) in &pending.code {
             let gpa = self.mmu.ram().gpa_of_page(page);
             if self.cache.bytes_changed(page, gpa, first, last) {
                 self.mmu.ram().flags().clear(page, PageFlags::CODE);
             }
         }
-        // Keep the allocations.
+        for (rip, user) in self.cache.dead.drain(..) {
+            self.mmu.forget_jump(rip, user);
+        }
+        // Code that may be running is found again by whoever called.
+        pending.refetch = false;
+        // Keep the allocation.
         pending.code.clear();
-        pending.flush_fetch_pages.clear();
-        pending.flush_fetch = false;
-        pending.flush_fetch_non_global = false;
         self.mmu.pending = pending;
     }
 
@@ -477,32 +474,29 @@ impl Core {
         let mode = self.mode();
         let fpu = mode.0 & Mode::FPU_OFF;
         if fpu != self.jumps_for {
-            self.cache.flush_jumps();
+            self.mmu.forget_jumps();
             self.jumps_for = fpu;
         }
-        let (rip, fetch) = self.fetch(mode.has(Mode::USER))?;
-        let key = Key { gpa: fetch.gpa, rip, mode };
+        let user = mode.has(Mode::USER);
+        let (rip, gpa) = self.fetch(user)?;
+        let key = Key { gpa, rip, mode };
         let known = self.cache.find(key);
-        if let Some(id) = known
-            && self.cache.block(id).second.is_none()
-        {
-            self.cache.publish(id, fetch.global, None);
-            return Ok(id);
-        }
-        let bytes = self.bytes(rip, &fetch)?;
-        if let Some(id) = known
-            && self.cache.block(id).second == bytes.second
-        {
-            self.cache.publish(id, fetch.global && bytes.global, bytes.second_va);
-            return Ok(id);
-        }
-        let id = self.translate(key, &bytes, self.max);
-        self.cache.publish(id, fetch.global && bytes.global, bytes.second_va);
+        let (id, second) = match known {
+            Some(id) if self.cache.block(id).second.is_none() => (id, None),
+            _ => {
+                let bytes = self.bytes(rip, gpa)?;
+                match known {
+                    Some(id) if self.cache.block(id).second == bytes.second => (id, bytes.second_va),
+                    _ => (self.translate(key, &bytes, self.max), bytes.second_va),
+                }
+            }
+        };
+        self.mmu.publish(rip, self.cache.block(id).entry as u64, user, second);
         Ok(id)
     }
 
-    /// Walks for the instruction at RIP.
-    fn fetch(&mut self, user: bool) -> Result<(u64, crate::mmu::Walk), Stop> {
+    /// RIP and where its bytes are.
+    fn fetch(&mut self, user: bool) -> Result<(u64, u64), Stop> {
         let st = self.st();
         if !st.is_64_bit_code() || st.efer & efer::LMA == 0 {
             // A user program that jumps to a 32-bit segment hurts only itself.
@@ -517,21 +511,19 @@ impl Core {
         }
         // SAFETY: the state is not part of the MMU.
         let st = unsafe { &(*self.frame).st };
-        let walk = self.mmu.walk(st, rip, Access::Execute, user)?;
-        self.mmu.note_tables(&walk, rip);
-        Ok((rip, walk))
+        Ok((rip, self.mmu.fetch(st, rip, user)?))
     }
 
     /// The guest bytes at RIP: to the end of the page, and beyond if the first instruction needs it.
-    fn bytes(&mut self, rip: u64, fetch: &crate::mmu::Walk) -> Result<Bytes, Stop> {
-        let Some((page, host)) = self.mmu.ram().page(fetch.gpa) else {
+    fn bytes(&mut self, rip: u64, gpa: u64) -> Result<Bytes, Stop> {
+        let Some((page, host)) = self.mmu.ram().page(gpa) else {
             return Err(Stop::Unsupported("code outside RAM"));
         };
         let offset = (rip % PAGE_SIZE) as usize;
         let here = PAGE_SIZE as usize - offset;
         // SAFETY: the rest of a page of RAM; nothing writes it while the slice lives.
         let slice = unsafe { std::slice::from_raw_parts(host.add(offset), here) };
-        let mut bytes = Bytes { joined: [0; 16], slice, page, second: None, second_va: None, second_page: None, global: true };
+        let mut bytes = Bytes { joined: [0; 16], slice, page, second: None, second_va: None, second_page: None };
         if here >= 15 || !decode(slice, rip).is_invalid() {
             return Ok(bytes);
         }
@@ -545,18 +537,16 @@ impl Core {
         let user = self.mode().has(Mode::USER);
         // SAFETY: the state is not part of the MMU.
         let st = unsafe { &(*self.frame).st };
-        let walk = self.mmu.walk(st, next, Access::Execute, user)?;
-        self.mmu.note_tables(&walk, next);
-        let Some((second_page, host)) = self.mmu.ram().page(walk.gpa) else {
+        let second = self.mmu.fetch(st, next, user)?;
+        let Some((second_page, host)) = self.mmu.ram().page(second) else {
             return Err(Stop::Unsupported("code outside RAM"));
         };
         bytes.joined[..here].copy_from_slice(slice);
         // SAFETY: the first bytes of a page of RAM.
         bytes.joined[here..15].copy_from_slice(unsafe { std::slice::from_raw_parts(host, 15 - here) });
-        bytes.second = Some(walk.gpa);
+        bytes.second = Some(second);
         bytes.second_va = Some(next);
         bytes.second_page = Some(second_page);
-        bytes.global = walk.global;
         Ok(bytes)
     }
 
@@ -564,6 +554,7 @@ impl Core {
         let flags = self.mmu.ram().flags().clone();
         if self.cache.is_full() {
             self.cache.flush(&flags);
+            self.mmu.forget_jumps();
         }
         let (host, block, first_link) = self.cache.next_place();
         let straddles = bytes.second.is_some();
@@ -595,8 +586,8 @@ impl Core {
     fn step_alone(&mut self) -> Result<(), Stop> {
         self.stats.alone += 1;
         let mut mode = self.mode();
-        let (rip, fetch) = self.fetch(mode.has(Mode::USER))?;
-        let bytes = self.bytes(rip, &fetch)?;
+        let (rip, gpa) = self.fetch(mode.has(Mode::USER))?;
+        let bytes = self.bytes(rip, gpa)?;
         let insn = decode(if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice }, rip);
         let trap = self.st().rflags & rflags::TF != 0;
         match classify(&insn, mode.has(Mode::FPU_OFF)) {
@@ -607,7 +598,7 @@ impl Core {
             }
             _ => {
                 mode.0 |= Mode::ALONE;
-                let key = Key { gpa: fetch.gpa, rip, mode };
+                let key = Key { gpa, rip, mode };
                 let id = match self.cache.find(key) {
                     Some(id) if self.cache.block(id).second == bytes.second => id,
                     _ => self.translate(key, &bytes, 1),
@@ -703,7 +694,6 @@ struct Bytes {
     second: Option<u64>,
     second_va: Option<u64>,
     second_page: Option<usize>,
-    global: bool,
 }
 
 /// Why an instruction did not retire.

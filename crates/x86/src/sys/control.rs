@@ -22,7 +22,8 @@ pub(crate) const CR4_ALLOWED: u64 =
     cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
 
 /// CR4 bits that translations depend on.
-const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP | cr4::SMAP;
+/// (What is cached depends on the tables alone, so global pages and process-context identifiers have no part in it.)
+const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::SMEP | cr4::SMAP;
 /// CR0 bits that translations depend on.
 const CR0_PAGING: u64 = cr0::PG | cr0::WP | cr0::PE;
 /// CR3 bits that are kept: the root's address, PCD, PWT.
@@ -189,7 +190,7 @@ fn write_cr(cx: &mut Cx, n: usize, value: u64) -> Result<Flow, Exception> {
                 return Err(Exception::gp(0));
             }
             cx.st.cr3 = value & CR3_KEPT;
-            cx.mmu.flush_non_global();
+            cx.mmu.switch(value);
         }
         4 => {
             let leaves_pae = value & cr4::PAE == 0 && cx.st.efer & efer::LMA != 0;

@@ -3,7 +3,8 @@
 //! Virtual addresses equal physical ones. The first 2 MiB belong to the supervisor, the next 2 MiB to everybody; what lies above
 //! 4 MiB is not mapped, but for one page of device memory at [`DEVICE`].
 use super::{Cx, Flow, execute, handles};
-use crate::mmu::{Mmu, Tlb};
+use crate::mmu::Mmu;
+use crate::mmu::first::First;
 use crate::state::{CpuState, TableRegister, cr0, cr4, efer, gpr, rflags, seg};
 use crate::{Bus, CpuModel, Exception, PageFlags, PhysMem, Position, RamRegion, UnknownMsr};
 use iced_x86::{Decoder, DecoderOptions};
@@ -96,7 +97,7 @@ pub struct World {
     pub model: CpuModel,
     host: *mut u8,
     /// What `host` and the MMU's TLB point into.
-    _owned: (Box<[[u64; 512]]>, Box<[Tlb; 2]>),
+    _owned: (Box<[[u64; 512]]>, Box<First>),
 }
 
 /// A GDT code or data descriptor, flat.
@@ -114,16 +115,17 @@ impl World {
         let region = RamRegion { gpa: 0, len: 1 << 22, host };
         // SAFETY: memory that lives as long as the world, used by nothing else.
         let ram = unsafe { PhysMem::new(vec![region], PageFlags::new(1024)) };
-        let mut tlb = Box::new([(); 2].map(|_| Tlb { read: [0; _], write: [0; _], addend: [0; _] }));
+        // SAFETY: numbers and pointers that nobody follows before the MMU has set them.
+        let mut first: Box<First> = unsafe { Box::new_zeroed().assume_init() };
         // SAFETY: as above.
-        let mmu = unsafe { Mmu::new(ram, &raw mut *tlb) };
+        let mmu = unsafe { Mmu::new(ram, &raw mut *first, 4) };
         let mut w = Self {
             st: CpuState::reset(),
             mmu,
             bus: FakeBus::default(),
             model: CpuModel::x86_64_v2(),
             host,
-            _owned: (pages, tlb),
+            _owned: (pages, first),
         };
         w.put(ROOT, 0x2007);
         w.put(0x2000, 0x3007);

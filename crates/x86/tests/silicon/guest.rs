@@ -36,7 +36,12 @@ impl Guest {
         }
         system::install(&mut ram, &mut tables);
         let cr3 = tables.root();
-        let config = CpuConfig { model: CpuModel::x86_64_v2(), code_cache_bytes: 8 << 20, max_block_instructions: max_block };
+        let config = CpuConfig {
+            model: CpuModel::x86_64_v2(),
+            code_cache_bytes: 8 << 20,
+            max_block_instructions: max_block,
+            cache_groups: 4,
+        };
         let cpu = Cpu::new(config, ram.phys().clone());
         Self { cpu, bus: QuietBus, ram, cr3, max_block }
     }
