@@ -148,7 +148,7 @@ impl Session {
             let status = self.group.0.wait().what("cannot wait for the engine")?;
             if !status.success() {
                 let said = std::fs::read_to_string(&self.errors).unwrap_or_default();
-                run.problem = Some(format!("ended with {status} {doing}: {}", last_line(&said)));
+                run.problem = Some(format!("ended with {status} {doing}: {}", in_short(&said)));
             } else if !self.state.done {
                 run.problem = Some(format!("ended {doing}, without a word"));
             }
@@ -246,8 +246,14 @@ impl State {
     }
 }
 
-fn last_line(text: &str) -> &str {
-    text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("it gave no reason")
+/// What it said, in one line of bearable length.
+fn in_short(text: &str) -> String {
+    let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match words.chars().count() {
+        0 => "it gave no reason".to_owned(),
+        n if n > 400 => format!("... {}", words.chars().skip(n - 400).collect::<String>()),
+        _ => words,
+    }
 }
 
 /// Where a run's console is kept.
@@ -299,6 +305,8 @@ mod tests {
     fn ends_that_are_none_are_told_with_their_place() {
         assert!(run("echo BENCH begin a; echo why >&2; exit 3").problem.unwrap().contains("during a: why"));
         assert!(run("echo BENCH begin a; echo BENCH end a 0").problem.unwrap().contains("between two workloads, without a word"));
+        let long = run("yes | head -n 1000 >&2; exit 1").problem.unwrap();
+        assert!(long.len() < 500 && long.contains(": ... "), "{long}");
         assert!(run("true").problem.unwrap().contains("before the first workload"));
     }
 }

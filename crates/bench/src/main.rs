@@ -55,7 +55,7 @@ struct Bench {
     /// A second twinstep, in columns of its own called "against"
     #[arg(long, value_name = "PATH")]
     against: Option<PathBuf>,
-    /// The same twinstep with these variables and arguments, in columns of its own (several times)
+    /// The same twinstep with these variables, and these arguments for `run` and `replay`, in columns of its own (several times)
     #[arg(long, value_name = "NAME='VARIABLE=VALUE --ARGUMENTS'")]
     variant: Vec<String>,
     /// RAM of the guests, in MiB
