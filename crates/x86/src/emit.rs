@@ -6,6 +6,7 @@
 //! (scratch: addend and address) and r15 (budget), whose guest values live in the frame. RSP is the guest's: code here never uses
 //! the host stack, and `call` does not exist.
 mod second;
+mod system;
 
 use crate::frame::FrameAt;
 use crate::mmu::first::TLB_ENTRIES;
@@ -267,6 +268,12 @@ impl Emit {
         let (ret, argument) = (self.at.ret(), self.at.arg());
         dynasm!(self.ops ; .arch x64 ; mov QWORD [argument], arg ; lea r10, [=>resume] ; mov [ret], r10);
         self.jmp_abs(helper);
+    }
+
+    /// Tells a helper which block calls it.
+    pub fn note_block(&mut self, block: i32) {
+        let exit_arg = self.at.exit_arg();
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [exit_arg], block);
     }
 
     /// Goes on at the guest address in r11 through the jump cache. Clobbers flags.

@@ -48,6 +48,8 @@ pub struct Frame {
     pub bounce: [u8; 768],
     /// Soft TLBs and jump caches.
     pub first: First,
+    /// An interrupt waits for a place where it can be taken (0 or 1).
+    pub window: u64,
     /// Scratch of the shared routines.
     pub spill: [u64; 4],
 }
@@ -138,6 +140,12 @@ impl FrameAt {
     }
     pub fn tlb_addend(self, user: bool) -> i32 {
         field!(self.0, first.tlb) + (user as usize * size_of::<Tlb>() + offset_of!(Tlb, addend)) as i32
+    }
+    pub fn state(self) -> i32 {
+        field!(self.0, st)
+    }
+    pub fn window(self) -> i32 {
+        field!(self.0, window)
     }
     pub fn first(self) -> i32 {
         field!(self.0, first)

@@ -197,6 +197,10 @@ impl Mmu {
     pub(crate) fn publish(&mut self, rip: u64, code: u64, user: bool, second_page: Option<u64>) {
         self.groups.publish(rip, code, user, second_page);
     }
+    /// What jumps to `rip` find.
+    pub(crate) fn published(&mut self, rip: u64, user: bool) -> Option<u64> {
+        self.groups.published(rip, user)
+    }
     /// The block at `rip` is gone.
     pub(crate) fn forget_jump(&mut self, rip: u64, user: bool) {
         self.groups.forget_jump(rip, user);

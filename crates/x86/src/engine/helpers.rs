@@ -109,12 +109,12 @@ pub(super) extern "sysv64" fn write_back_helper(frame: *mut Frame) -> u32 {
     }
 }
 
-/// A system instruction inside a block: 0 = go on behind it, 1 = leave.
+/// A system instruction inside a block: 0 = go on at `ret`, 1 = leave.
 pub(super) extern "sysv64" fn sys_helper(frame: *mut Frame) -> u32 {
     let core = core_of(frame);
     // SAFETY: the frame is the core's.
-    let (k, ret) = unsafe { ((*frame).arg as usize, (*frame).ret as usize) };
-    let block = core.cache.block_at(ret).expect("called from a block");
+    let (k, id) = unsafe { ((*frame).arg as usize, (*frame).exit_arg as u32) };
+    let block = core.cache.block(id);
     let insn = block.sys[block.sys.partition_point(|s| (s.0 as usize) < k)].1;
     let unused = block.len() - k as u64;
     // SAFETY: as above.
@@ -122,24 +122,28 @@ pub(super) extern "sysv64" fn sys_helper(frame: *mut Frame) -> u32 {
     core.position = core.limit - budget;
     core.join_flags();
     core.st().rip = insn.ip();
-    let (retired, go_on) = match core.execute_sys(&insn) {
-        Ok(flow) => {
-            let quiet = !core.mmu.pending.any() && !core.mmu.ram().flags().any_stale() && !core.bus().attention();
-            (1, flow == Flow::Next && quiet)
+    let mut retired = 0;
+    let mut code = None;
+    match core.execute_sys(&insn) {
+        Ok(Flow::Next) if !core.mmu.pending.any() && !core.mmu.ram().flags().any_stale() && !core.bus().attention() => {
+            core.split_flags();
+            return 0;
         }
-        Err(Stop::Fault(e)) => {
-            core.fault = Some(e);
-            (0, false)
+        Ok(_) => {
+            retired = 1;
+            code = core.next_code();
         }
+        Err(Stop::Fault(e)) => core.fault = Some(e),
         Err(_) => unreachable!("system instructions fault or retire"),
-    };
-    core.split_flags();
-    if go_on {
-        return 0;
     }
+    core.split_flags();
     // SAFETY: as above.
     unsafe {
         (*frame).budget = budget - retired;
+        if let Some(code) = code {
+            (*frame).ret = code;
+            return 0;
+        }
         // A fault is raised by running the instruction again, alone, where it faults again: one place delivers.
         (*frame).exit = if retired == 1 { exit::HELPER } else { exit::BAIL };
     }

@@ -124,7 +124,8 @@ impl Cpu {
     }
     /// Asks [`Cpu::run`] to return [`Exit::Window`] as soon as [`Cpu::can_interrupt`] holds.
     pub fn want_interrupt_window(&mut self, wanted: bool) {
-        self.core.window = wanted;
+        // SAFETY: the frame is mapped as long as the core lives.
+        unsafe { (*self.core.frame).window = wanted as u64 };
     }
     /// Clears the dirty flags of all pages and makes the next store to each set it again.
     /// Calls `each` with every page that was dirty.
@@ -173,7 +174,6 @@ pub struct Core {
     limit: Position,
     /// The position, while no code runs.
     position: Position,
-    window: bool,
     /// The exception that ended an instruction run alone.
     fault: Option<Exception>,
     bounce: Bounce,
@@ -211,7 +211,6 @@ impl Core {
                 bus: None,
                 limit: 0,
                 position: 0,
-                window: false,
                 fault: None,
                 bounce: Bounce::default(),
                 jumps_for: 0,
@@ -238,6 +237,12 @@ impl Core {
         // SAFETY: set by `run` for its duration, and everything that calls this runs inside it; the machine does not touch the bus
         // meanwhile. The lifetime is shortened to that by never being stored.
         unsafe { &mut *self.bus.expect("only during run") }
+    }
+
+    /// Whether an interrupt waits for a place where it can be taken.
+    fn window(&self) -> bool {
+        // SAFETY: the frame is ours.
+        unsafe { (*self.frame).window != 0 }
     }
 
     fn mode(&mut self) -> Mode {
@@ -313,7 +318,7 @@ impl Core {
         let mut alone_until = 0;
         loop {
             self.settle();
-            let window = self.window;
+            let window = self.window();
             let st = self.st();
             if window && st.rflags & rflags::IF != 0 && !st.interrupt_shadow {
                 return Exit::Window;
@@ -321,7 +326,8 @@ impl Core {
             if st.halted {
                 return Exit::Halted;
             }
-            let careful = st.interrupt_shadow || st.rflags & (rflags::TF | rflags::RF) != 0;
+            // Code of privilege levels 1 and 2 goes alone as well: blocks know kernel and user only.
+            let careful = st.interrupt_shadow || st.rflags & (rflags::TF | rflags::RF) != 0 || matches!(st.cpl, 1 | 2);
             if self.bus().attention() {
                 return Exit::Attention;
             }
@@ -353,6 +359,24 @@ impl Core {
                 Err(Stop::Shutdown) => return Exit::TripleFault,
             }
         }
+    }
+
+    /// The code at RIP, if it may be entered without a look at the loop: nothing waits, and it was found before.
+    fn next_code(&mut self) -> Option<u64> {
+        let wanted = self.window();
+        if self.mmu.pending.any() || self.mmu.ram().flags().any_stale() || self.bus().attention() {
+            return None;
+        }
+        let mode = self.mode();
+        let stale = mode.0 & Mode::FPU_OFF != self.jumps_for;
+        let st = self.st();
+        let careful = st.interrupt_shadow || st.rflags & (rflags::TF | rflags::RF) != 0 || matches!(st.cpl, 1 | 2);
+        let interrupt = wanted && st.rflags & rflags::IF != 0;
+        if careful || interrupt || stale || st.halted || !st.is_64_bit_code() {
+            return None;
+        }
+        let rip = st.rip;
+        self.mmu.published(rip, mode.has(Mode::USER))
     }
 
     /// Acts upon what the last instruction, or a device, changed under the caches.

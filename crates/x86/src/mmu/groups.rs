@@ -15,7 +15,7 @@
 //!
 //! The roots decide, not process-context identifiers: two identifiers of one root see the same tables. Replacement is of the least
 //! recently used element.
-use super::first::{First, Jump, half};
+use super::first::{First, JUMP_ENTRIES, Jump, half};
 use crate::{PAGE_SIZE, PhysMem};
 
 /// What is known of one page (4 KiB or 2 MiB). A tag is the page's address, plus [`USER`] if user permissions were checked; [`NONE`] where
@@ -499,6 +499,19 @@ impl Groups {
         if user && half(rip) == 0 && second_page.is_none() {
             self.elements[self.current].far[far_index(rip)] = Jump { rip, code };
         }
+    }
+    /// What jumps to `rip` find.
+    pub(super) fn published(&mut self, rip: u64, user: bool) -> Option<u64> {
+        let near = self.first().jumps[user as usize][rip as usize & (JUMP_ENTRIES - 1)];
+        if near.rip == rip {
+            return Some(near.code);
+        }
+        let far = self.elements[self.current].far[far_index(rip)];
+        if !user || half(rip) != 0 || far.rip != rip {
+            return None;
+        }
+        self.first().publish(rip, far.code, user);
+        Some(far.code)
     }
     /// A block is gone.
     pub(super) fn forget_jump(&mut self, rip: u64, user: bool) {

@@ -6,14 +6,6 @@ use super::{Ea, FlagsIn, T0, T1, Translator, full_number, in_frame, is_high_byte
 use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 impl Translator<'_> {
-    pub(super) fn sys_insn(&mut self, k: usize, insn: &Instruction) {
-        self.clobber_flags();
-        self.sys.push((k as u16, *insn));
-        let resume = self.emit.label();
-        self.emit.call_helper(self.shared.sys, k as i32, resume);
-        self.emit.bind(resume);
-    }
-
     pub(super) fn silicon(&mut self, insn: &Instruction) {
         match insn.mnemonic() {
             Mnemonic::Push => return self.push(insn),

@@ -12,6 +12,7 @@
 //! Flags are kept lazily: in the host, in the frame, or both ([`FlagsIn`]); at block borders the frame's copy is valid.
 mod branch;
 mod insn;
+mod system;
 
 use crate::classify::{Kind, classify};
 use crate::emit::{Emit, Shared};
@@ -254,7 +255,7 @@ impl Translator<'_> {
             next = insn.next_ip();
             match kind {
                 Kind::Nop => {}
-                Kind::Sys => self.sys_insn(k, insn),
+                Kind::Sys => self.sys_insn(k, insn, k + 1 == insns.len()),
                 Kind::Direction => {
                     self.clobber_flags();
                     self.emit.direction(insn.mnemonic() == Mnemonic::Std);

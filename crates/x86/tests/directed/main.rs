@@ -6,6 +6,7 @@ mod code;
 #[path = "../silicon/memory.rs"]
 mod memory;
 mod paging;
+mod privileged;
 mod stops;
 mod strings;
 #[path = "../silicon/system.rs"]

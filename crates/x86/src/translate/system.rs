@@ -1,0 +1,60 @@
+//! System instructions inside a block: the common cases in code, the rest by the helper.
+//!
+//! **In:** an instruction that `sys` executes. **Out:** code for it; status flags are in the frame behind it. Invariant: whether the short
+//! way was taken makes no difference to the state.
+use super::{Ea, Mode, T0, T1, Translator};
+use iced_x86::{Code, Instruction};
+
+impl Translator<'_> {
+    /// Instruction `k`, which is the block's last or not.
+    pub(super) fn sys_insn(&mut self, k: usize, insn: &Instruction, last: bool) {
+        self.clobber_flags();
+        let user = self.src.mode.has(Mode::USER);
+        let slow = self.emit.label();
+        match insn.code() {
+            Code::Cli if !user => return self.emit.interrupts_off(),
+            Code::Swapgs if !user => return self.emit.swap_gs(),
+            Code::Sti if !user && !last => self.emit.interrupts_on(slow),
+            Code::Pushfq => {
+                self.emit.flags_image();
+                self.emit.store_word(self.at.tmp(2), T0);
+                self.access(Ea::Plain(4, -8), 8, true);
+                self.emit.load_word(T0, self.at.tmp(2));
+                self.emit.store_sum(T0, 4, T1, -8);
+                self.emit.lea(4, 4, -8);
+                return;
+            }
+            Code::Popfq => {
+                self.access(Ea::Plain(4, 0), 8, false);
+                self.emit.load_sum(T0, 4, T1, 0);
+                self.emit.load_flags(user, slow);
+                self.emit.lea(4, 4, 8);
+            }
+            Code::Syscall if user => {
+                self.emit.syscall(insn.next_ip(), slow);
+                self.emit.bind(slow);
+                return self.call_sys(k, insn);
+            }
+            Code::Sysretq if !user => {
+                self.emit.sysret(slow);
+                self.emit.bind(slow);
+                return self.call_sys(k, insn);
+            }
+            _ => return self.call_sys(k, insn),
+        }
+        let done = self.emit.label();
+        self.emit.jmp(done);
+        self.emit.bind(slow);
+        self.call_sys(k, insn);
+        self.emit.bind(done);
+    }
+
+    /// Leaves the instruction to the helper.
+    fn call_sys(&mut self, k: usize, insn: &Instruction) {
+        self.sys.push((k as u16, *insn));
+        let resume = self.emit.label();
+        self.emit.note_block(self.src.block as i32);
+        self.emit.call_helper(self.shared.sys, k as i32, resume);
+        self.emit.bind(resume);
+    }
+}
