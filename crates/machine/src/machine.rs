@@ -242,8 +242,10 @@ impl Machine {
             }
             let Some(vector) = self.board.lapic.pending().filter(|_| self.cpu.0.can_interrupt()) else { return };
             self.board.lapic.take(vector);
-            if !self.cpu.0.interrupt(&mut self.board, vector) {
-                self.board.power.crash("triple fault while taking an interrupt");
+            match self.cpu.0.interrupt(&mut self.board, vector) {
+                Ok(()) => {}
+                Err(Exit::Unsupported(what)) => self.board.power.crash(what),
+                Err(_) => self.board.power.crash("triple fault while taking an interrupt"),
             }
         }
         self.board.power.crash("interrupts without end at one instruction");

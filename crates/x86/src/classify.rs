@@ -90,5 +90,5 @@ fn is_near_branch(insn: &Instruction) -> bool {
         || insn.is_loop()
         || insn.is_loopcc()
         || insn.is_jcx_short()
-        || matches!(insn.code(), Code::Retnq | Code::Retnq_imm16 | Code::Retnw | Code::Retnw_imm16)
+        || insn.mnemonic() == Mnemonic::Ret
 }

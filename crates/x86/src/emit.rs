@@ -368,6 +368,22 @@ impl Emit {
     pub fn store_at16(&mut self, from: u8, base: u8) {
         dynasm!(self.ops ; .arch x64 ; mov [Rq(base)], Rw(from));
     }
+    /// lea to, [base + disp], cut off at 32 bits; no flags.
+    pub fn lea32(&mut self, to: u8, base: u8, disp: i32) {
+        dynasm!(self.ops ; .arch x64 ; lea Rd(to), [Rq(base) + disp]);
+    }
+    /// 32 bits at [base] = from.
+    pub fn store_at32(&mut self, from: u8, base: u8) {
+        dynasm!(self.ops ; .arch x64 ; mov [Rq(base)], Rd(from));
+    }
+    /// to = zero-extended 32 bits at [base].
+    pub fn load_at32(&mut self, to: u8, base: u8) {
+        dynasm!(self.ops ; .arch x64 ; mov Rd(to), [Rq(base)]);
+    }
+    /// to = zero-extended 16 bits at [base].
+    pub fn load_at16(&mut self, to: u8, base: u8) {
+        dynasm!(self.ops ; .arch x64 ; movzx Rd(to), WORD [Rq(base)]);
+    }
     /// Sets or clears DF in the frame. Clobbers flags.
     pub fn direction(&mut self, set: bool) {
         let rflags = self.at.rflags();

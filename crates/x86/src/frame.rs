@@ -50,6 +50,8 @@ pub struct Frame {
     pub first: First,
     /// An interrupt waits for a place where it can be taken (0 or 1).
     pub window: u64,
+    /// The mode, but for USER, of the blocks that each of the jump caches is for: kernel, user.
+    pub jump_kinds: [u8; 8],
     /// Scratch of the shared routines.
     pub spill: [u64; 4],
 }
@@ -143,6 +145,9 @@ impl FrameAt {
     }
     pub fn state(self) -> i32 {
         field!(self.0, st)
+    }
+    pub fn jump_kind(self, user: bool) -> i32 {
+        field!(self.0, jump_kinds) + user as i32
     }
     pub fn window(self) -> i32 {
         field!(self.0, window)

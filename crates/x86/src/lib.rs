@@ -25,6 +25,7 @@ pub mod mmu;
 mod model;
 mod priority;
 mod ram;
+mod segmentation;
 mod signals;
 mod snapshot;
 pub mod state;

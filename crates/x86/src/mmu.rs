@@ -1,4 +1,5 @@
-//! The software MMU: 4-level paging (SDM vol. 3 section 4.5), what is cached of it, and what makes that invisible.
+//! The software MMU: 4-level paging (SDM vol. 3 section 4.5), what is cached of it, and what makes that invisible. Paging outside long mode is
+//! in [`legacy`].
 //!
 //! **In:** virtual addresses. **Out:** host addresses of RAM bytes, or the exception the guest gets.
 //!
@@ -12,6 +13,7 @@
 mod access;
 pub(crate) mod first;
 pub(crate) mod groups;
+mod legacy;
 mod tables;
 
 pub(crate) use access::Place;
@@ -50,6 +52,8 @@ pub struct Walk {
     shift: u32,
     /// Guest-physical addresses of the table entries used, from the root; 0 where unused.
     entries: [u64; 4],
+    /// Through tables of another kind than long mode's.
+    legacy: bool,
 }
 
 /// What stores did that the engine has to act on before the next instruction.
@@ -220,7 +224,10 @@ impl Mmu {
             return Err(Exception::gp(0));
         }
         if st.cr0 & cr0::PG == 0 {
-            return Ok(Walk { gpa: va, writable: true, executable: true, shift: 12, entries: [0; 4] });
+            return Ok(Walk { gpa: va, writable: true, executable: true, shift: 12, entries: [0; 4], legacy: false });
+        }
+        if st.efer & efer::LMA == 0 {
+            return self.walk_legacy(st, va, access, user);
         }
         let nxe = st.efer & efer::NXE != 0;
         let write = access == Access::Write;
@@ -300,7 +307,7 @@ impl Mmu {
         let may_write = writable || !user && st.cr0 & cr0::WP == 0;
         let dirty = write || leaf & 0x40 != 0;
         let executable = !no_exec && (!user || user_ok) && (user || !user_ok || st.cr4 & cr4::SMEP == 0);
-        Ok(Walk { gpa, writable: may_write && dirty, executable, shift: 12 + 9 * level as u32, entries })
+        Ok(Walk { gpa, writable: may_write && dirty, executable, shift: 12 + 9 * level as u32, entries, legacy: false })
     }
 
     /// Walks and caches in the second level, if the page is RAM.
@@ -308,7 +315,11 @@ impl Mmu {
         let walk = self.walk(st, va, access, user)?;
         if self.ram.page(walk.gpa).is_some() {
             self.stats.fills += 1;
-            self.note_tables(&walk.entries, va);
+            if walk.legacy {
+                self.note_legacy_tables(&walk.entries);
+            } else {
+                self.note_tables(&walk.entries, va);
+            }
             // A fetch says nothing of reads where supervisors may not touch user pages (not offered yet).
             let readable = access != Access::Execute || st.cr4 & cr4::SMAP == 0;
             let (executable, writable) = (walk.executable, walk.writable);

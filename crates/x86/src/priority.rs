@@ -19,7 +19,8 @@ pub fn resolve(insn: &Instruction, st: &CpuState, ea: u64, pending: bool, raised
     if needs_alignment(insn) && !ea.is_multiple_of(16) {
         return Exception::gp(0);
     }
-    if raised == Exception::gp(0) && in_stack_segment(insn, st, ea) {
+    // Outside 64-bit code the check of the segment has said which it is.
+    if st.is_64_bit_code() && raised == Exception::gp(0) && in_stack_segment(insn, st, ea) {
         return Exception::ss(0);
     }
     raised

@@ -13,7 +13,7 @@ use minicbor::{Decoder, Encoder};
 use std::convert::Infallible;
 
 /// The version [`encode_state`] writes.
-pub const STATE_VERSION: u16 = 1;
+pub const STATE_VERSION: u16 = 2;
 
 /// Why bytes are no processor state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -77,9 +77,11 @@ struct Wide {
 }
 
 /// Number of fields; they are numbered from 0 and written in order.
-const FIELDS: u8 = 34;
+const FIELDS: u8 = 35;
+/// Number of fields in each version, from version 1 on. A field that a version does not have is as after reset.
+const FIELDS_OF: [u8; 2] = [34, FIELDS];
 
-/// The fields of version 1. Segments are ES, CS, SS, DS, FS, GS, TR, LDTR; tables GDTR, IDTR.
+/// The fields. Segments are ES, CS, SS, DS, FS, GS, TR, LDTR; tables GDTR, IDTR.
 fn field<C: Coder>(c: &mut C, number: u8, st: &mut CpuState, wide: &mut Wide) -> Result<(), C::Error> {
     match number {
         0 => c.words(&mut st.gpr),
@@ -107,7 +109,9 @@ fn field<C: Coder>(c: &mut C, number: u8, st: &mut CpuState, wide: &mut Wide) ->
         30 => c.words(&mut st.mtrr_fixed),
         31 => c.words(&mut st.mtrr_var),
         32 => c.words(&mut wide.mode),
-        _ => c.bytes(&mut st.fx.0),
+        33 => c.bytes(&mut st.fx.0),
+        // Since version 2.
+        _ => c.words(&mut st.pdpte),
     }
 }
 
@@ -192,13 +196,12 @@ pub fn decode_state(bytes: &[u8]) -> Result<CpuState, SnapshotError> {
     let mut reader = Reader(Decoder::new(bytes));
     Reader::length(reader.0.array()?, 2)?;
     let version = reader.0.u16()?;
-    if version != STATE_VERSION {
-        return Err(SnapshotError::Version(version));
-    }
-    Reader::length(reader.0.map()?, FIELDS as u64)?;
+    let fields = usize::from(version).checked_sub(1).and_then(|v| FIELDS_OF.get(v)).copied();
+    let fields = fields.ok_or(SnapshotError::Version(version))?;
+    Reader::length(reader.0.map()?, fields as u64)?;
     let mut st = CpuState::reset();
     let mut wide = Wide::default();
-    for expected in 0..FIELDS {
+    for expected in 0..fields {
         let found = reader.0.u8()?;
         if found != expected {
             return Err(SnapshotError::Field { expected, found });
@@ -248,14 +251,14 @@ fn check(st: &CpuState) -> Result<(), SnapshotError> {
     sys::settle_fx(&mut fx);
     let mxcsr = u32::from_le_bytes([fx.0[24], fx.0[25], fx.0[26], fx.0[27]]);
     let rules = [
-        ("RIP", canonical(st.rip)),
+        ("RIP", canonical(st.rip) && (st.is_64_bit_code() || st.rip >> 32 == 0)),
         ("RFLAGS", st.rflags & !flags == 0 && st.rflags & rflags::ONE != 0),
         ("CR0", st.cr0 & !sys::CR0_ALLOWED == 0 && st.cr0 & cr0::ET != 0),
         ("CR0", !paging || st.cr0 & cr0::PE != 0),
         ("CR0", st.cr0 & cr0::NW == 0 || st.cr0 & cr0::CD != 0),
-        ("CR3", st.cr3 & !sys::CR3_KEPT == 0),
+        ("CR3", st.cr3 & !if lma { sys::CR3_KEPT } else { sys::CR3_KEPT_LEGACY } == 0),
         ("CR4", st.cr4 & !sys::CR4_ALLOWED == 0),
-        ("EFER", st.efer & !sys::EFER_ALLOWED == 0 && lma == paging),
+        ("EFER", st.efer & !sys::EFER_ALLOWED == 0 && lma == (paging && st.efer & efer::LME != 0)),
         ("EFER", !lma || st.efer & efer::LME != 0 && st.cr4 & cr4::PAE != 0),
         ("a debug register", st.dr[4] == 0 && st.dr[5] == 0),
         ("DR6", st.dr[6] & !sys::DR6_WRITABLE == sys::DR6_FIXED),
@@ -323,12 +326,18 @@ mod tests {
         }
     }
 
-    /// The bytes of version 1 never change: snapshots outlive programs.
+    /// The bytes of a version never change: snapshots outlive programs.
     #[test]
-    fn version_1_is_what_it_was() {
+    fn versions_are_what_they_were() {
+        let fnv =
+            |bytes: &[u8]| bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, &b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3));
         let bytes = encode_state(&CpuState::reset());
-        let fnv = bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, &b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3));
-        assert_eq!((bytes.len(), fnv), (760, 4150948963227879511));
+        assert_eq!((bytes.len(), fnv(&bytes)), (767, 11613863948946843165));
+        // Version 1 is the same without its last field, the page-directory pointers.
+        let mut first = bytes[..760].to_vec();
+        (first[1], first[3]) = (1, 34);
+        assert_eq!((first.len(), fnv(&first)), (760, 4150948963227879511));
+        assert_eq!(decode_state(&first), Ok(CpuState::reset()));
     }
 
     #[test]
@@ -346,6 +355,7 @@ mod tests {
         st.sysenter = [0x10, 1, 2];
         st.interrupt_shadow = true;
         st.dr[0] = 99;
+        st.pdpte = [1, 2, 3, 4];
         st.fx.0[0x20] = 5;
         st.fx.0[160 + 255] = 6;
         assert_eq!(decode_state(&encode_state(&st)), Ok(st));
@@ -361,8 +371,8 @@ mod tests {
         longer.push(0);
         assert_eq!(decode_state(&longer), Err(SnapshotError::LeftOver(1)));
         let mut version = good.clone();
-        version[1] = 2;
-        assert_eq!(decode_state(&version), Err(SnapshotError::Version(2)));
+        version[1] = 9;
+        assert_eq!(decode_state(&version), Err(SnapshotError::Version(9)));
         let mut number = good.clone();
         assert_eq!(number[4], 0);
         number[4] = 1;

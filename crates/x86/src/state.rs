@@ -230,6 +230,8 @@ pub struct CpuState {
     pub halted: bool,
     /// The next instruction boundary is no place to take an interrupt (after STI that set IF, after MOV SS / POP SS).
     pub interrupt_shadow: bool,
+    /// The page-directory pointers of PAE paging outside long mode, as last loaded (SDM vol. 3 section 4.4.1).
+    pub pdpte: [u64; 4],
     /// x87, MMX and SSE registers and control words. FIP, FDP and FOP are zero by definition here (docs/positions.md).
     pub fx: FxImage,
 }
@@ -272,6 +274,7 @@ impl CpuState {
             cpl: 0,
             halted: false,
             interrupt_shadow: false,
+            pdpte: [0; 4],
             fx: FxImage::RESET,
         }
     }

@@ -8,21 +8,25 @@
 //! Reading and checking therefore comes first in every function here, changing the state last.
 //!
 //! One submodule per idea: [`string`] (REP and friends), [`stack`] (flags, ENTER, segment pushes), [`segments`] (descriptors
-//! and what looks at them), [`transfer`] (far jumps, IRET, SYSCALL), [`delivery`] (the IDT), [`control`] (control and debug
-//! registers), [`msr`], [`io`], [`fpu`] (images of the FPU), [`offered`] (which instructions exist at all).
+//! and what looks at them), [`transfer`] (far jumps, IRET, SYSCALL), [`near`] (near branches and the stack, where 32-bit segments have
+//! limits), [`decimal`] (what exists outside 64-bit code only), [`delivery`] (the IDT), [`legacy`] (the IDT and the gates of protected mode), [`control`] (control and debug registers), [`msr`], [`io`], [`fpu`] (images of the FPU), [`offered`] (which instructions exist at all).
 //!
 //! References: APM vol. 2 and 3, SDM vol. 2. Where the makers differ, the CPU models here are AMD's, with the exceptions noted at the
 //! functions.
 use crate::mmu::{Mmu, Place};
+use crate::segmentation;
 use crate::state::{Segment, gpr, seg};
 use crate::{Bus, CpuState, Exception, PAGE_SIZE, Position};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 mod control;
+mod decimal;
 mod delivery;
 mod fpu;
 mod io;
+mod legacy;
 mod msr;
+mod near;
 mod offered;
 mod segments;
 mod stack;
@@ -34,10 +38,11 @@ mod hostile;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub(crate) use control::{CR0_ALLOWED, CR3_KEPT, CR4_ALLOWED, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_WRITABLE};
+pub(crate) use control::{CR0_ALLOWED, CR3_KEPT, CR3_KEPT_LEGACY, CR4_ALLOWED, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_WRITABLE};
 pub use delivery::{Delivery, deliver_exception, deliver_interrupt};
 pub(crate) use fpu::{MXCSR_MASK, settle as settle_fx};
 pub(crate) use msr::{EFER_ALLOWED, MISC_ENABLE_ALLOWED, mtrr_def_type_ok, mtrr_fixed_ok, mtrr_var_ok, pat_ok};
+pub use near::handles as handles_near;
 
 /// What an instruction or a delivery works on.
 pub struct Cx<'a> {
@@ -51,6 +56,8 @@ pub struct Cx<'a> {
     pub position: Position,
     /// The CPU model.
     pub model: &'a crate::CpuModel,
+    /// Set by what this engine does not do: the machine ends with this as its reason, whatever else was answered.
+    pub unsupported: Option<&'static str>,
 }
 
 /// How execution goes on after an instruction that retired.
@@ -88,6 +95,8 @@ enum Kind {
     Control,
     Fpu,
     Io,
+    Near,
+    Decimal,
 }
 
 fn kind(insn: &Instruction) -> Option<Kind> {
@@ -110,6 +119,8 @@ fn kind(insn: &Instruction) -> Option<Kind> {
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Fnstenv | M::Fnsave | M::Fstenv | M::Fsave => Kind::Fpu,
         M::Fldenv | M::Frstor | M::Ldmxcsr | M::Maskmovq | M::Maskmovdqu => Kind::Fpu,
         M::In | M::Out => Kind::Io,
+        M::Pusha | M::Pushad | M::Popa | M::Popad => Kind::Near,
+        M::Daa | M::Das | M::Aaa | M::Aas | M::Aam | M::Aad | M::Salc | M::Bound | M::Arpl => Kind::Decimal,
         _ => return None,
     })
 }
@@ -137,8 +148,8 @@ fn dispatch(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
                 control::mov(cx, to, from)
             }
         }
-        Mnemonic::Push | Mnemonic::Pop => segments::push_pop(cx, insn),
-        Mnemonic::Call | Mnemonic::Jmp => transfer::execute(cx, insn),
+        Mnemonic::Push | Mnemonic::Pop if insn.op0_register().is_segment_register() => segments::push_pop(cx, insn),
+        Mnemonic::Call | Mnemonic::Jmp if transfer::is_far(insn) => transfer::execute(cx, insn),
         _ => match kind(insn) {
             Some(Kind::String) => string::execute(cx, insn),
             Some(Kind::Stack) => stack::execute(cx, insn),
@@ -147,6 +158,9 @@ fn dispatch(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
             Some(Kind::Control) => control::execute(cx, insn),
             Some(Kind::Fpu) => fpu::execute(cx, insn),
             Some(Kind::Io) => io::execute(cx, insn),
+            Some(Kind::Near) => near::execute(cx, insn),
+            Some(Kind::Decimal) => decimal::execute(cx, insn),
+            None if near::handles(insn) => near::execute(cx, insn),
             // Claimed because the models do not have it.
             None => Err(Exception::UD),
         },
@@ -156,10 +170,18 @@ fn dispatch(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
 /// An address with what its segment says of faults.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Ea {
-    /// Linear address.
+    /// Linear address. Outside 64-bit code only its low 32 bits count.
     pub va: u64,
-    /// Relative to SS: a non-canonical address gives #SS instead of #GP.
-    pub stack: bool,
+    /// Number of the segment register: outside 64-bit code its limit and type are checked, and an address that is not canonical gives
+    /// #SS instead of #GP if it is SS.
+    pub segment: usize,
+}
+
+impl Ea {
+    /// The exception that counts for an access here.
+    fn fault(&self, e: Exception) -> Exception {
+        if self.segment == seg::SS { as_stack_fault(e) } else { e }
+    }
 }
 
 /// A non-canonical address in a stack access is a stack fault (APM vol. 2 section 8.2.13).
@@ -233,8 +255,7 @@ impl Cx<'_> {
     /// Reads a little-endian value of `size` bytes (at most 8) with the current privilege.
     fn read_value(&mut self, at: Ea, size: usize) -> Result<u64, Exception> {
         let mut buf = [0; 8];
-        let result = self.read(at.va, &mut buf[..size]);
-        result.map_err(|e| if at.stack { as_stack_fault(e) } else { e })?;
+        self.read_bytes(at, &mut buf[..size])?;
         Ok(u64::from_le_bytes(buf))
     }
     /// Writes the low `size` bytes (at most 8) of a value with the current privilege.
@@ -243,11 +264,40 @@ impl Cx<'_> {
     }
     /// Reads any number of bytes with the current privilege.
     fn read_bytes(&mut self, at: Ea, buf: &mut [u8]) -> Result<(), Exception> {
-        self.read(at.va, buf).map_err(|e| if at.stack { as_stack_fault(e) } else { e })
+        let (va, first) = self.checked(at, buf.len(), false)?;
+        let (low, wrapped) = buf.split_at_mut(first);
+        self.read(va, low).map_err(|e| at.fault(e))?;
+        if wrapped.is_empty() { Ok(()) } else { self.read(0, wrapped) }
     }
     /// Writes any number of bytes with the current privilege.
     fn write_bytes(&mut self, at: Ea, data: &[u8]) -> Result<(), Exception> {
-        self.write(at.va, data).map_err(|e| if at.stack { as_stack_fault(e) } else { e })
+        let (va, first) = self.checked(at, data.len(), true)?;
+        let (low, wrapped) = data.split_at(first);
+        if !wrapped.is_empty() {
+            let user = self.user();
+            self.mmu.probe_write(self.st, va, first, user)?;
+            self.mmu.probe_write(self.st, 0, wrapped.len(), user)?;
+        }
+        self.write(va, low).map_err(|e| at.fault(e))?;
+        if wrapped.is_empty() { Ok(()) } else { self.write(0, wrapped) }
+    }
+    /// Checks that the bytes can be written, as a write would.
+    fn probe_bytes(&mut self, at: Ea, len: usize) -> Result<(), Exception> {
+        let (va, first) = self.checked(at, len, true)?;
+        let user = self.user();
+        self.mmu.probe_write(self.st, va, first, user).map_err(|e| at.fault(e))?;
+        if first == len { Ok(()) } else { self.mmu.probe_write(self.st, 0, len - first, user) }
+    }
+    /// Checks an access against its segment. Says where it really is, and how many of its bytes lie before the end of the address space of
+    /// code that is not 64-bit: a segment whose base is not 0 may wrap there.
+    fn checked(&self, at: Ea, len: usize, write: bool) -> Result<(u64, usize), Exception> {
+        if self.st.is_64_bit_code() {
+            return Ok((at.va, len));
+        }
+        let va = at.va as u32;
+        let offset = va.wrapping_sub(self.st.seg[at.segment].base as u32);
+        segmentation::check(self.st, at.segment, offset, len.max(1), write)?;
+        Ok((va.into(), len.min(((1u64 << 32) - u64::from(va)) as usize)))
     }
 
     /// The value of a general register of any size.
@@ -277,7 +327,7 @@ impl Cx<'_> {
     fn linear(&self, s: usize, offset: u64) -> Ea {
         let va = self.segment_base(s).wrapping_add(offset);
         let va = if self.st.is_64_bit_code() { va } else { va as u32 as u64 };
-        Ea { va, stack: s == seg::SS }
+        Ea { va, segment: s }
     }
     /// The address of the instruction's memory operand.
     fn ea(&self, insn: &Instruction) -> Ea {
@@ -304,6 +354,12 @@ impl Cx<'_> {
         }
         let at = self.ea(insn);
         self.write_value(at, 2, value)
+    }
+
+    /// The address of the instruction after `insn`, as wide as the instruction pointer is.
+    pub fn next_ip(&self, insn: &Instruction) -> u64 {
+        let next = insn.next_ip();
+        if self.st.is_64_bit_code() { next } else { next & 0xffff_ffff }
     }
 
     /// The part of RSP that addresses the stack.

@@ -6,6 +6,7 @@ use super::{Bounce, Core, Stop};
 use crate::PAGE_SIZE;
 use crate::frame::{Frame, exit};
 use crate::mmu::Access;
+use crate::segmentation;
 use crate::sys::Flow;
 
 /// What a helper works on. Rust's own state is sound here: the shared routine saved all guest registers and loaded Rust's MXCSR.
@@ -13,6 +14,11 @@ fn core_of(frame: *mut Frame) -> &'static mut Core {
     // SAFETY: translated code passes its own frame, whose core is alive and runs it; `enter` holds no other borrow that is used
     // before the helper returns.
     unsafe { &mut *(*frame).core }
+}
+
+/// How many of the bytes at `ea` lie before the end of a 32-bit address space: a segment whose base is not 0 may wrap there.
+fn before_wrap(ea: u64, size: usize) -> usize {
+    size.min(((1u64 << 32).wrapping_sub(ea)) as usize)
 }
 
 /// A TLB check of a block of many instructions failed: 0 = repeat it, 1 = the instruction must run alone.
@@ -52,7 +58,14 @@ pub(super) extern "sysv64" fn mem_alone_helper(frame: *mut Frame) -> u32 {
     let write = arg >> 16 & 1 != 0;
     let user = st.cpl == 3;
     core.bounce = Bounce { ea, len: size, active: false };
+    // The segment register, where there are checks: in code that is not 64-bit.
+    let segment = (arg >> 17 & 7) as usize;
+    let mut first = size;
     let result = (|| {
+        if let Some(s) = segment.checked_sub(1) {
+            segmentation::check(st, s, (ea as u32).wrapping_sub(st.seg[s].base as u32), size, write)?;
+            first = before_wrap(ea, size);
+        }
         if ea % PAGE_SIZE + size as u64 <= PAGE_SIZE {
             let access = if write { Access::Write } else { Access::Read };
             core.mmu.fill(st, ea, access, user)?;
@@ -60,13 +73,15 @@ pub(super) extern "sysv64" fn mem_alone_helper(frame: *mut Frame) -> u32 {
                 return Ok(core.mmu.addend(ea, user));
             }
         } else if write {
-            core.mmu.probe_write(st, ea, size, user)?;
+            core.mmu.probe_write(st, ea, first, user)?;
+            core.mmu.probe_write(st, 0, size - first, user)?;
         }
         // Two pages, a device, or a watched page: the instruction works on a copy at the same alignment.
         let at = (ea % 64) as usize;
         let copy = &mut buffer[at..at + size];
         let position = core.position;
-        core.mmu.read(st, core.bus(), position, ea, copy, user)?;
+        core.mmu.read(st, core.bus(), position, ea, &mut copy[..first], user)?;
+        core.mmu.read(st, core.bus(), position, 0, &mut copy[first..], user)?;
         core.bounce.active = write;
         Ok((copy.as_ptr() as u64).wrapping_sub(ea))
     })();
@@ -97,7 +112,10 @@ pub(super) extern "sysv64" fn write_back_helper(frame: *mut Frame) -> u32 {
     let at = (bounce.ea % 64) as usize;
     let position = core.position;
     let user = st.cpl == 3;
-    match core.mmu.write(st, core.bus(), position, bounce.ea, &buffer[at..at + bounce.len], user) {
+    let first = if st.is_64_bit_code() { bounce.len } else { before_wrap(bounce.ea, bounce.len) };
+    let (low, wrapped) = buffer[at..at + bounce.len].split_at(first);
+    let result = core.mmu.write(st, core.bus(), position, bounce.ea, low, user);
+    match result.and_then(|()| core.mmu.write(st, core.bus(), position, 0, wrapped, user)) {
         Ok(()) => 0,
         // Cannot happen: the write was probed. If it does, the guest gets the fault after a half-done instruction.
         Err(e) => {
@@ -133,8 +151,9 @@ pub(super) extern "sysv64" fn sys_helper(frame: *mut Frame) -> u32 {
             retired = 1;
             code = core.next_code();
         }
-        Err(Stop::Fault(e)) => core.fault = Some(e),
-        Err(_) => unreachable!("system instructions fault or retire"),
+        // What is not supported comes up again when it runs alone, like a fault.
+        Err(Stop::Fault(_) | Stop::Unsupported(_)) => {}
+        Err(Stop::Shutdown) => unreachable!("system instructions fault or retire"),
     }
     core.split_flags();
     // SAFETY: as above.

@@ -16,11 +16,12 @@ use crate::exception::Vector;
 use crate::frame::{Frame, FrameAt, LowArea, exit};
 use crate::mmu::{Mmu, MmuStats, canonical};
 use crate::priority;
+use crate::segmentation;
 use crate::signals::Running;
-use crate::state::{cr0, cr4, efer, gpr, rflags};
+use crate::state::{cr0, cr4, gpr, rflags, seg};
 use crate::sys::{self, Cx, Delivery, Flow};
 use crate::translate::{Mode, Source, decode, translate};
-use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position};
+use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position, Segment};
 use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
 
 /// How an engine is built. None of it but the model is visible to the guest.
@@ -112,15 +113,18 @@ impl Cpu {
         st.rflags & rflags::IF != 0 && !st.interrupt_shadow
     }
     /// Delivers external interrupt `vector` at the current position. Wakes a halted processor.
-    /// Returns false if that ended in a triple fault.
+    /// An error is how that ended the run.
     ///
     /// # Panics
     /// If [`Cpu::can_interrupt`] is false.
-    pub fn interrupt(&mut self, bus: &mut dyn Bus, vector: u8) -> bool {
+    pub fn interrupt(&mut self, bus: &mut dyn Bus, vector: u8) -> Result<(), Exit> {
         assert!(self.can_interrupt(), "interrupt {vector} at a place that takes none");
         self.core.stats.interrupts += 1;
-        let delivery = sys::deliver_interrupt(&mut self.core.cx(bus), vector);
-        delivery == Delivery::Done
+        match sys::deliver_interrupt(&mut self.core.cx(bus), vector) {
+            Delivery::Done => Ok(()),
+            Delivery::TripleFault => Err(Exit::TripleFault),
+            Delivery::Unsupported(what) => Err(Exit::Unsupported(what)),
+        }
     }
     /// Asks [`Cpu::run`] to return [`Exit::Window`] as soon as [`Cpu::can_interrupt`] holds.
     pub fn want_interrupt_window(&mut self, wanted: bool) {
@@ -177,8 +181,6 @@ pub struct Core {
     /// The exception that ended an instruction run alone.
     fault: Option<Exception>,
     bounce: Bounce,
-    /// FPU_OFF bit of the mode that the jump caches are for.
-    jumps_for: u8,
     code: (usize, usize),
     stats: CpuStats,
     // Last: unmapped after everything that points into it is gone.
@@ -213,7 +215,6 @@ impl Core {
                 position: 0,
                 fault: None,
                 bounce: Bounce::default(),
-                jumps_for: 0,
                 code: (start, len),
                 stats: CpuStats::default(),
                 _area: area,
@@ -230,7 +231,7 @@ impl Core {
     fn cx<'a>(&'a mut self, bus: &'a mut dyn Bus) -> Cx<'a> {
         // SAFETY: the frame's state is not part of any other field of `self`.
         let st = unsafe { &mut (*self.frame).st };
-        Cx { st, mmu: &mut self.mmu, bus, position: self.position, model: &self.model }
+        Cx { st, mmu: &mut self.mmu, bus, position: self.position, model: &self.model, unsupported: None }
     }
 
     fn bus(&self) -> &'static mut dyn Bus {
@@ -245,11 +246,28 @@ impl Core {
         unsafe { (*self.frame).window != 0 }
     }
 
+    /// What kind of blocks one of the jump caches is for: their mode, but for USER.
+    fn jump_kind(&mut self, user: bool) -> &mut u8 {
+        // SAFETY: the frame is ours.
+        unsafe { &mut (*self.frame).jump_kinds[user as usize] }
+    }
+
     fn mode(&mut self) -> Mode {
         let st = self.st();
         let user = (st.cpl == 3) as u8 * Mode::USER;
         let fpu_off = (st.cr0 & (cr0::TS | cr0::EM) != 0) as u8 * Mode::FPU_OFF;
-        Mode(user | fpu_off)
+        let mut legacy = 0;
+        if !st.is_64_bit_code() {
+            let open = |s: usize, bit: u8| segmentation::is_open(&st.seg[s]) as u8 * bit;
+            legacy = Mode::CODE_32 | open(seg::FS, Mode::FS_OPEN) | open(seg::GS, Mode::GS_OPEN);
+        }
+        Mode(user | fpu_off | legacy)
+    }
+
+    /// Whether code can run in blocks of many instructions: they have no segment checks but for FS and GS.
+    fn is_flat(&mut self) -> bool {
+        let st = self.st();
+        st.is_64_bit_code() || segmentation::is_flat(st)
     }
 
     // ---- flags between the frame's two forms ----
@@ -334,7 +352,7 @@ impl Core {
             if self.position >= until {
                 return Exit::Position;
             }
-            let step = if careful || self.position < alone_until {
+            let step = if careful || self.position < alone_until || !self.is_flat() {
                 self.step_alone()
             } else {
                 match self.find_block() {
@@ -348,15 +366,14 @@ impl Core {
                     Err(stop) => Err(stop),
                 }
             };
+            let step = match step {
+                Err(Stop::Fault(e)) => self.deliver(e),
+                other => other,
+            };
             match step {
                 Ok(()) => {}
-                Err(Stop::Fault(e)) => {
-                    if !self.deliver(e) {
-                        return Exit::TripleFault;
-                    }
-                }
                 Err(Stop::Unsupported(what)) => return Exit::Unsupported(what),
-                Err(Stop::Shutdown) => return Exit::TripleFault,
+                Err(Stop::Shutdown | Stop::Fault(_)) => return Exit::TripleFault,
             }
         }
     }
@@ -368,7 +385,7 @@ impl Core {
             return None;
         }
         let mode = self.mode();
-        let stale = mode.0 & Mode::FPU_OFF != self.jumps_for;
+        let stale = mode.0 & !Mode::USER != *self.jump_kind(mode.has(Mode::USER));
         let st = self.st();
         let careful = st.interrupt_shadow || st.rflags & (rflags::TF | rflags::RF) != 0 || matches!(st.cpl, 1 | 2);
         let interrupt = wanted && st.rflags & rflags::IF != 0;
@@ -402,10 +419,14 @@ impl Core {
         self.mmu.pending = pending;
     }
 
-    fn deliver(&mut self, e: Exception) -> bool {
+    fn deliver(&mut self, e: Exception) -> Result<(), Stop> {
         self.stats.exceptions += 1;
         let bus = self.bus();
-        sys::deliver_exception(&mut self.cx(bus), e) == Delivery::Done
+        match sys::deliver_exception(&mut self.cx(bus), e) {
+            Delivery::Done => Ok(()),
+            Delivery::TripleFault => Err(Stop::Shutdown),
+            Delivery::Unsupported(what) => Err(Stop::Unsupported(what)),
+        }
     }
 
     fn enter(&mut self, entry: u32, budget: u64) {
@@ -496,13 +517,13 @@ impl Core {
     fn find_block(&mut self) -> Result<u32, Stop> {
         self.stats.lookups += 1;
         let mode = self.mode();
-        let fpu = mode.0 & Mode::FPU_OFF;
-        if fpu != self.jumps_for {
-            self.mmu.forget_jumps();
-            self.jumps_for = fpu;
-        }
         let user = mode.has(Mode::USER);
-        let (rip, gpa) = self.fetch(user)?;
+        let kind = mode.0 & !Mode::USER;
+        if kind != *self.jump_kind(user) {
+            self.mmu.forget_jumps();
+            *self.jump_kind(user) = kind;
+        }
+        let (rip, gpa) = self.fetch(mode)?;
         let key = Key { gpa, rip, mode };
         let known = self.cache.find(key);
         let (id, second) = match known {
@@ -520,22 +541,30 @@ impl Core {
     }
 
     /// RIP and where its bytes are.
-    fn fetch(&mut self, user: bool) -> Result<(u64, u64), Stop> {
+    fn fetch(&mut self, mode: Mode) -> Result<(u64, u64), Stop> {
+        let user = mode.has(Mode::USER);
         let st = self.st();
-        if !st.is_64_bit_code() || st.efer & efer::LMA == 0 {
-            // A user program that jumps to a 32-bit segment hurts only itself.
-            if user {
-                return Err(Stop::Fault(Exception::UD));
-            }
-            return Err(Stop::Unsupported("code that is not 64-bit"));
-        }
         let rip = st.rip;
-        if !canonical(rip) {
+        let mut va = rip;
+        if mode.has(Mode::CODE_32) {
+            if st.cr0 & cr0::PE == 0 {
+                return Err(Stop::Unsupported("real mode"));
+            }
+            let cs = &st.seg[seg::CS];
+            if cs.attributes & Segment::BIG == 0 {
+                // A user program that jumps to a 16-bit segment hurts only itself.
+                return Err(if user { Stop::Fault(Exception::UD) } else { Stop::Unsupported("16-bit code") });
+            }
+            va = (cs.base as u32).wrapping_add(rip as u32).into();
+            if !segmentation::holds_code(st, rip as u32, 1) {
+                return Err(Stop::Fault(Exception::gp(0)));
+            }
+        } else if !canonical(rip) {
             return Err(Stop::Fault(Exception::gp(0)));
         }
         // SAFETY: the state is not part of the MMU.
         let st = unsafe { &(*self.frame).st };
-        Ok((rip, self.mmu.fetch(st, rip, user)?))
+        Ok((rip, self.mmu.fetch(st, va, user)?))
     }
 
     /// The guest bytes at RIP: to the end of the page, and beyond if the first instruction needs it.
@@ -543,22 +572,32 @@ impl Core {
         let Some((page, host)) = self.mmu.ram().page(gpa) else {
             return Err(Stop::Unsupported("code outside RAM"));
         };
-        let offset = (rip % PAGE_SIZE) as usize;
+        let mode = self.mode();
+        // In 32-bit code the linear address is another than RIP where the code segment has a base.
+        let narrow = mode.has(Mode::CODE_32);
+        let va = if narrow { (self.st().seg[seg::CS].base as u32).wrapping_add(rip as u32).into() } else { rip };
+        let offset = (va % PAGE_SIZE) as usize;
         let here = PAGE_SIZE as usize - offset;
         // SAFETY: the rest of a page of RAM; nothing writes it while the slice lives.
         let slice = unsafe { std::slice::from_raw_parts(host.add(offset), here) };
         let mut bytes = Bytes { joined: [0; 16], slice, page, second: None, second_va: None, second_page: None };
-        if here >= 15 || !decode(slice, rip).is_invalid() {
+        if here >= 15 || !decode(slice, rip, mode).is_invalid() {
             return Ok(bytes);
         }
         // Cut off by the end of the page, or invalid. If more bytes could make it an instruction, they are fetched.
-        let mut decoder = iced_x86::Decoder::with_ip(64, slice, rip, crate::translate::DECODER_OPTIONS);
+        let mut decoder = crate::translate::decoder(slice, rip, mode);
         let _ = decoder.decode();
         if decoder.last_error() != iced_x86::DecoderError::NoMoreBytes {
             return Ok(bytes);
         }
-        let next = (rip | (PAGE_SIZE - 1)).wrapping_add(1);
-        let user = self.mode().has(Mode::USER);
+        let mut next = (va | (PAGE_SIZE - 1)).wrapping_add(1);
+        if narrow {
+            next &= 0xffff_ffff;
+            if !segmentation::holds_code(self.st(), rip as u32, here + 1) {
+                return Err(Stop::Fault(Exception::gp(0)));
+            }
+        }
+        let user = mode.has(Mode::USER);
         // SAFETY: the state is not part of the MMU.
         let st = unsafe { &(*self.frame).st };
         let second = self.mmu.fetch(st, next, user)?;
@@ -610,14 +649,22 @@ impl Core {
     fn step_alone(&mut self) -> Result<(), Stop> {
         self.stats.alone += 1;
         let mut mode = self.mode();
-        let (rip, gpa) = self.fetch(mode.has(Mode::USER))?;
+        let (rip, gpa) = self.fetch(mode)?;
         let bytes = self.bytes(rip, gpa)?;
-        let insn = decode(if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice }, rip);
+        let insn = decode(if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice }, rip, mode);
+        let narrow = mode.has(Mode::CODE_32);
+        if narrow && !insn.is_invalid() && !segmentation::holds_code(self.st(), rip as u32, insn.len()) {
+            return Err(Stop::Fault(Exception::gp(0)));
+        }
         let trap = self.st().rflags & rflags::TF != 0;
         match classify(&insn, mode.has(Mode::FPU_OFF)) {
             Kind::Invalid => return Err(Stop::Fault(Exception::UD)),
             Kind::NoFpu => return Err(Stop::Fault(Exception::NM)),
             Kind::Sys => {
+                self.execute_sys(&insn)?;
+            }
+            // Where segments are not flat; blocks of many instructions have code of their own for these.
+            _ if narrow && sys::handles_near(&insn) => {
                 self.execute_sys(&insn)?;
             }
             _ => {
@@ -662,8 +709,8 @@ impl Core {
             st.rflags &= !rflags::RF;
         }
         // The trap comes after the instruction, unless that was the one that left the mode (a gate or SYSCALL cleared TF).
-        if trap && st.rflags & rflags::TF != 0 && !self.deliver(Exception::plain(Vector::Debug)) {
-            return Err(Stop::Shutdown);
+        if trap && st.rflags & rflags::TF != 0 {
+            self.deliver(Exception::plain(Vector::Debug))?;
         }
         Ok(())
     }
@@ -676,13 +723,19 @@ impl Core {
             self.save_x87();
         }
         let bus = self.bus();
-        let result = sys::execute(&mut self.cx(bus), insn);
+        let mut cx = self.cx(bus);
+        let next = cx.next_ip(insn);
+        let result = sys::execute(&mut cx, insn);
+        let unsupported = cx.unsupported;
         if fpu {
             self.load_x87();
         }
+        if let Some(what) = unsupported {
+            return Err(Stop::Unsupported(what));
+        }
         let flow = result?;
         if flow != Flow::Jump {
-            self.st().rip = insn.next_ip();
+            self.st().rip = next;
         }
         Ok(flow)
     }

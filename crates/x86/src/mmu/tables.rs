@@ -33,6 +33,8 @@ impl Note {
         let va = (va & ((1 << 48) - 1)) >> span << span;
         Self(1 | (level as u64) << 1 | who << 8 | va)
     }
+    /// A table of another kind than long mode's: whatever changes in it, everything is forgotten.
+    const LEGACY: Self = Self(1 | Self::SEVERAL | MANY << 8);
     fn level(self) -> u32 {
         (self.0 >> 1) as u32 & 3
     }
@@ -83,6 +85,13 @@ impl Mmu {
             if let Some(value) = self.ram.word(entries[0]).map(|w| unsafe { w.read() }) {
                 self.groups.note_upper_root(index, value);
             }
+        }
+    }
+
+    /// The same for tables of another kind than long mode's.
+    pub(super) fn note_legacy_tables(&mut self, entries: &[u64; 4]) {
+        for &entry in entries.iter().filter(|&&e| e != 0) {
+            self.note_table(entry, Note::LEGACY);
         }
     }
 
@@ -186,15 +195,20 @@ impl Mmu {
     pub(super) fn table_entry_changed(&mut self, page: usize, index: usize, was: u64) {
         // Only a present entry whose A bit is set can be cached. Setting D, and giving more permission to a page, changes
         // nothing that is cached either, but those are rare and forgotten all the same.
-        if was & USED != USED {
-            return;
-        }
+        let used = |entry: u64| entry & USED == USED;
         let note = self.tables.notes[page];
         if note == Note(0) {
             return;
         }
         if note.several() {
-            return self.flush_all();
+            // Perhaps it is two entries of four bytes.
+            if used(was) || used(was >> 32) {
+                self.flush_all();
+            }
+            return;
+        }
+        if !used(was) {
+            return;
         }
         let level = note.level();
         if level == 3 && index >= 256 {

@@ -2,8 +2,9 @@
 //!
 //! **In:** the instruction. **Out:** a state all of whose control bits are ones the CPU models have.
 //!
-//! **Invariant:** EFER.LMA is set exactly if paging is on; then CR4.PAE and CR0.PE are set too. Every change that could make a
-//! cached translation wrong flushes it before this module returns. Paging without long mode is not offered (#GP).
+//! **Invariant:** EFER.LMA is set exactly if paging is on and EFER.LME is set; then CR4.PAE and CR0.PE are set too. Every change that could
+//! make a cached translation wrong flushes it before this module returns. The page-directory pointers of PAE paging outside long mode
+//! are registers: they are loaded here and nowhere else (SDM vol. 3 section 4.4.1).
 //!
 //! References: APM vol. 2 sections 3.1 (CR0, CR3, CR4), 13.1.1 (debug registers), 14.4 to 14.6 (entering long mode).
 use super::{Cx, Flow, msr};
@@ -28,6 +29,11 @@ const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::SMEP | cr4::SMAP;
 const CR0_PAGING: u64 = cr0::PG | cr0::WP | cr0::PE;
 /// CR3 bits that are kept: the root's address, PCD, PWT.
 pub(crate) const CR3_KEPT: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff | 0x18;
+/// CR3 bits that are kept outside long mode: PAE's table of page-directory pointers has 32 bytes and lies anywhere.
+pub(crate) const CR3_KEPT_LEGACY: u64 = 0xffff_fff8;
+
+/// Reserved bits of a page-directory pointer of PAE paging.
+const PDPTE_RESERVED: u64 = !((1 << PHYSICAL_BITS) - 1) | 0x1e6;
 
 /// DR6: bits that read as one.
 pub(crate) const DR6_FIXED: u64 = 0xffff_0ff0;
@@ -189,8 +195,17 @@ fn write_cr(cx: &mut Cx, n: usize, value: u64) -> Result<Flow, Exception> {
             if value >> PHYSICAL_BITS != 0 {
                 return Err(Exception::gp(0));
             }
-            cx.st.cr3 = value & CR3_KEPT;
+            let legacy = !cx.long_mode();
+            let value = value & if legacy { CR3_KEPT_LEGACY } else { CR3_KEPT };
+            if legacy && cx.st.cr0 & cr0::PG != 0 && cx.st.cr4 & cr4::PAE != 0 {
+                cx.st.pdpte = directory_pointers(cx, value)?;
+            }
+            cx.st.cr3 = value;
             cx.mmu.switch(value);
+            // What is kept of an address space is long mode's.
+            if legacy {
+                cx.mmu.flush_all();
+            }
         }
         4 => {
             let leaves_pae = value & cr4::PAE == 0 && cx.st.efer & efer::LMA != 0;
@@ -198,6 +213,10 @@ fn write_cr(cx: &mut Cx, n: usize, value: u64) -> Result<Flow, Exception> {
                 return Err(Exception::gp(0));
             }
             let changed = cx.st.cr4 ^ value;
+            let reloads = changed & CR4_PAGING != 0 && value & cr4::PAE != 0;
+            if reloads && cx.st.cr0 & cr0::PG != 0 && !cx.long_mode() {
+                cx.st.pdpte = directory_pointers(cx, cx.st.cr3)?;
+            }
             cx.st.cr4 = value;
             if changed & CR4_PAGING != 0 {
                 cx.mmu.flush_all();
@@ -221,13 +240,14 @@ fn set_cr0(cx: &mut Cx, value: u64) -> Result<Flow, Exception> {
     let was_paging = cx.st.cr0 & cr0::PG != 0;
     let long_code = cx.st.seg[seg::CS].attributes & Segment::LONG != 0;
     let mut new_efer = cx.st.efer;
-    if bit(cr0::PG) && !was_paging {
-        // Into long mode; the other kinds of paging are not offered.
-        if cx.st.efer & efer::LME == 0 || cx.st.cr4 & cr4::PAE == 0 || long_code {
+    if bit(cr0::PG) && !was_paging && cx.st.efer & efer::LME != 0 {
+        // Into long mode, which has no 16-bit TSS.
+        let narrow_tss = cx.st.tr.attributes & Segment::PRESENT != 0 && cx.st.tr.attributes & 8 == 0;
+        if cx.st.cr4 & cr4::PAE == 0 || long_code || narrow_tss {
             return Err(Exception::gp(0));
         }
         new_efer |= efer::LMA;
-    } else if !bit(cr0::PG) && was_paging {
+    } else if !bit(cr0::PG) && was_paging && cx.long_mode() {
         // Out of it: from compatibility mode only.
         if long_code {
             return Err(Exception::gp(0));
@@ -236,12 +256,33 @@ fn set_cr0(cx: &mut Cx, value: u64) -> Result<Flow, Exception> {
     }
     let new = value & CR0_ALLOWED | cr0::ET;
     let changed = cx.st.cr0 ^ new;
+    let reloads = changed & (cr0::PG | cr0::CD | cr0::NW) != 0 && bit(cr0::PG) && cx.st.cr4 & cr4::PAE != 0;
+    if reloads && new_efer & efer::LMA == 0 {
+        cx.st.pdpte = directory_pointers(cx, cx.st.cr3)?;
+    }
+    if new_efer & efer::LMA != 0 {
+        cx.st.cr3 &= CR3_KEPT;
+    }
     cx.st.cr0 = new;
     cx.st.efer = new_efer;
     if changed & CR0_PAGING != 0 {
         cx.mmu.flush_all();
     }
     Ok(Flow::Sync)
+}
+
+/// The page-directory pointers of PAE paging in memory at `cr3`; a present one with reserved bits is #GP(0).
+fn directory_pointers(cx: &Cx, cr3: u64) -> Result<[u64; 4], Exception> {
+    let mut pointers = [0; 4];
+    for (i, pointer) in (0..).zip(&mut pointers) {
+        // What is not RAM reads as all ones.
+        // SAFETY: a word of mapped RAM.
+        *pointer = cx.mmu.ram().word((cr3 & 0xffff_ffe0) + i * 8).map_or(u64::MAX, |word| unsafe { word.read() });
+        if *pointer & 1 != 0 && *pointer & PDPTE_RESERVED != 0 {
+            return Err(Exception::gp(0));
+        }
+    }
+    Ok(pointers)
 }
 
 /// The number a debug register really has, after the checks both directions share.
@@ -330,10 +371,13 @@ mod tests {
         w.st.cr4 |= cr4::PAE;
         assert_eq!(write(&mut w, 0, cr0), Ok(Flow::Sync));
         assert_ne!(w.st.efer & efer::LMA, 0);
-        // Without long mode no paging.
+        // PAE paging without long mode: the first words of the root are no page-directory pointers (writable, user).
         assert_eq!(write(&mut w, 0, cr0 & !cr0::PG), Ok(Flow::Sync));
         w.st.efer &= !efer::LME;
         assert_eq!(write(&mut w, 0, cr0), Err(Exception::gp(0)));
+        w.put(ROOT, 0x2001);
+        assert_eq!(write(&mut w, 0, cr0), Ok(Flow::Sync));
+        assert_eq!((w.st.pdpte, w.st.efer & efer::LMA), ([0x2001, 0, 0, 0], 0));
     }
 
     #[test]

@@ -1,18 +1,16 @@
-//! Delivery of exceptions and interrupts through the 64-bit IDT.
+//! Delivery of exceptions and interrupts; through the 64-bit IDT, and what is the same for that of protected mode ([`super::legacy`]).
 //!
 //! **In:** a vector with its error code, and whether software asked for it. **Out:** the handler's first instruction in `st.rip` and the
 //! frame on its stack; or a double fault instead; or shutdown.
 //!
 //! **Invariant:** one delivery ([`enter`]) either happens completely or changes nothing; its own faults are combined with what was being
 //! delivered by the table of SDM vol. 3 section 6.15 (APM vol. 2 section 8.2.9).
-//!
-//! Gates outside long mode are not offered: the engine runs long mode only, so a delivery there is a shutdown.
 use super::segments::{error_code, is_null, null, system};
 use super::{Cx, as_stack_fault};
 use crate::Exception;
 use crate::exception::Vector;
 use crate::mmu::canonical;
-use crate::state::{Segment, efer, gpr, rflags, seg};
+use crate::state::{Segment, gpr, rflags, seg};
 
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +19,8 @@ pub enum Delivery {
     Done,
     /// A fault while a double fault was delivered: the processor shuts down. The state is that before the delivery, CR2 and DR6 apart.
     TripleFault,
+    /// It would take something this engine does not do.
+    Unsupported(&'static str),
 }
 
 /// Who asks for a vector.
@@ -50,6 +50,7 @@ pub fn deliver_exception(cx: &mut Cx, exception: Exception) -> Delivery {
         let rip = cx.st.rip;
         match enter(cx, current.vector as u8, current.error, Source::Hardware, rip, frame_flags) {
             Ok(()) => return Delivery::Done,
+            Err(_) if cx.unsupported.is_some() => return unsupported(cx),
             Err(next) => {
                 note_address(cx, &next);
                 match combine(current.vector, next) {
@@ -73,9 +74,14 @@ pub fn deliver_interrupt(cx: &mut Cx, vector: u8) -> Delivery {
     let (rip, flags) = (cx.st.rip, cx.st.rflags);
     match enter(cx, vector, None, Source::Hardware, rip, flags) {
         Ok(()) => Delivery::Done,
+        Err(_) if cx.unsupported.is_some() => unsupported(cx),
         // A fault of the delivery stands for itself; the interrupt counts as benign.
         Err(fault) => deliver_exception(cx, fault),
     }
+}
+
+fn unsupported(cx: &mut Cx) -> Delivery {
+    Delivery::Unsupported(cx.unsupported.take().unwrap_or("an unknown kind of delivery"))
 }
 
 /// DR6: single step.
@@ -114,10 +120,13 @@ pub(super) fn enter(
     rip: u64,
     frame_flags: u64,
 ) -> Result<(), Exception> {
+    if !cx.long_mode() {
+        return super::legacy::enter(cx, vector, error, source, rip, frame_flags);
+    }
     let ext = (source == Source::Hardware) as u32;
     let gate_error = (vector as u32) << 3 | 2 | ext;
     let offset = vector as u64 * 16;
-    if cx.st.efer & efer::LMA == 0 || offset + 15 > cx.st.idtr.limit as u64 {
+    if offset + 15 > cx.st.idtr.limit as u64 {
         return Err(Exception::gp(gate_error));
     }
     let gate: [u8; 16] = cx.read_system(cx.st.idtr.base.wrapping_add(offset))?;

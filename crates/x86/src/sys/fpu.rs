@@ -311,10 +311,9 @@ fn masked_move(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
         _ => rdi,
     };
     let to = cx.linear(super::segment_number(insn.memory_segment()), offset);
-    let user = cx.user();
     let stored: Vec<usize> = (0..len).filter(|&i| fx.0[mask + i] & 0x80 != 0).collect();
     for &i in &stored {
-        cx.mmu.probe_write(cx.st, to.va.wrapping_add(i as u64), 1, user)?;
+        cx.probe_bytes(Ea { va: to.va.wrapping_add(i as u64), ..to }, 1)?;
     }
     for &i in &stored {
         let at = Ea { va: to.va.wrapping_add(i as u64), ..to };

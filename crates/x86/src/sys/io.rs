@@ -8,7 +8,7 @@ use crate::Exception;
 use crate::state::{Segment, gpr, rflags};
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-/// Offset of the I/O map base in a 64-bit TSS.
+/// Offset of the I/O map base in a 64-bit TSS, and in a 32-bit one.
 const IO_MAP_BASE: u32 = 0x66;
 
 /// #GP(0) unless the current code may access `size` ports from `port` on.
@@ -18,7 +18,8 @@ pub(super) fn check(cx: &mut Cx, port: u16, size: usize) -> Result<(), Exception
         return Ok(());
     }
     let tr = cx.st.tr;
-    if tr.attributes & Segment::PRESENT == 0 || tr.limit < IO_MAP_BASE + 1 {
+    // A 16-bit TSS has no map.
+    if tr.attributes & Segment::PRESENT == 0 || tr.attributes & 8 == 0 || tr.limit < IO_MAP_BASE + 1 {
         return Err(Exception::gp(0));
     }
     let base = u16::from_le_bytes(cx.read_system(tr.base.wrapping_add(IO_MAP_BASE as u64))?) as u32;

@@ -9,13 +9,19 @@
 use super::{Cx, Ea, Flow, segment_number};
 use crate::Exception;
 use crate::mmu::canonical;
-use crate::state::{Segment, TableRegister, gpr, seg};
-use iced_x86::{Instruction, Mnemonic as M, OpKind};
+use crate::state::{Segment, TableRegister, efer, gpr, seg};
+use iced_x86::{Code, Instruction, Mnemonic as M, OpKind};
 
-/// System descriptor types of long mode.
+/// System descriptor types. Those below 8, but for the LDT's, exist outside long mode only.
 #[allow(missing_docs)]
 pub(super) mod system {
+    pub const TSS_16: u16 = 1;
     pub const LDT: u16 = 2;
+    pub const BUSY_TSS_16: u16 = 3;
+    pub const CALL_GATE_16: u16 = 4;
+    pub const TASK_GATE: u16 = 5;
+    pub const INTERRUPT_GATE_16: u16 = 6;
+    pub const TRAP_GATE_16: u16 = 7;
     pub const TSS: u16 = 9;
     pub const BUSY_TSS: u16 = 11;
     pub const CALL_GATE: u16 = 12;
@@ -129,10 +135,17 @@ impl Cx<'_> {
     pub(super) fn descriptor(&mut self, selector: u16) -> Result<Descriptor, Exception> {
         self.find_descriptor(selector)?.ok_or(Exception::gp(error_code(selector)))
     }
-    /// Reads a 16-byte system descriptor: its first half and the upper one.
+    /// Whether long mode is active (64-bit code or compatibility mode): its system descriptors and gates have 16 bytes.
+    pub(super) fn long_mode(&self) -> bool {
+        self.st.efer & efer::LMA != 0
+    }
+    /// Reads a system descriptor: its first half and the upper one, which is zero outside long mode.
     pub(super) fn system_descriptor(&mut self, selector: u16) -> Result<(Descriptor, u64), Exception> {
         let gp = Exception::gp(error_code(selector));
         let descriptor = self.descriptor(selector)?;
+        if !self.long_mode() {
+            return Ok((descriptor, 0));
+        }
         let va = self.descriptor_address(selector, 16).ok_or(gp)?;
         let upper = u64::from_le_bytes(self.read_system(va.wrapping_add(8))?);
         Ok((descriptor, upper))
@@ -294,9 +307,12 @@ fn look(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
         if !d.is_conforming() && (cx.st.cpl > d.dpl() || rpl > d.dpl()) {
             return None;
         }
-        let tss = matches!(d.kind(), system::LDT | system::TSS | system::BUSY_TSS);
+        let legacy = !cx.long_mode();
+        let tss = matches!(d.kind(), system::LDT | system::TSS | system::BUSY_TSS)
+            || legacy && matches!(d.kind(), system::TSS_16 | system::BUSY_TSS_16);
+        let gate = d.kind() == system::CALL_GATE || legacy && matches!(d.kind(), system::CALL_GATE_16 | system::TASK_GATE);
         match insn.mnemonic() {
-            M::Lar => (!d.is_system() || tss || d.kind() == system::CALL_GATE).then_some(d.raw >> 32 & 0x00ff_ff00),
+            M::Lar => (!d.is_system() || tss || gate).then_some(d.raw >> 32 & 0x00ff_ff00),
             M::Lsl => (!d.is_system() || tss).then_some(d.limit() as u64),
             M::Verr => d.is_readable().then_some(0),
             _ => d.is_writable_data().then_some(0),
@@ -347,7 +363,8 @@ fn ltr(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
         return Err(bad);
     }
     let (d, upper) = cx.system_descriptor(selector)?;
-    if !d.is_system() || d.kind() != system::TSS {
+    let available = d.kind() == system::TSS || !cx.long_mode() && d.kind() == system::TSS_16;
+    if !d.is_system() || !available {
         return Err(bad);
     }
     if !d.is_present() {
@@ -373,6 +390,8 @@ fn load_table(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     let limit = cx.read_value(at, 2)? as u16;
     let wide = cx.st.is_64_bit_code();
     let base = cx.read_value(Ea { va: at.va.wrapping_add(2), ..at }, if wide { 8 } else { 4 })?;
+    // With 16-bit operands only 24 bits of it count.
+    let base = if matches!(insn.code(), Code::Lgdt_m1632_16 | Code::Lidt_m1632_16) { base & 0xff_ffff } else { base };
     if !canonical(base) {
         return Err(Exception::gp(0));
     }

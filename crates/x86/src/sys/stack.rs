@@ -98,8 +98,7 @@ fn enter(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     }
     // The final stack pointer must be writable (APM: "as if by a write").
     let last = cx.stack_at(cx.moved_rsp(-(pushed + locals)));
-    let user = cx.user();
-    cx.mmu.probe_write(cx.st, last.va, size, user).map_err(super::as_stack_fault)?;
+    cx.probe_bytes(last, size)?;
     let at = cx.stack_at(cx.moved_rsp(-pushed));
     cx.write_bytes(at, &image[..count * size])?;
     cx.st.gpr[gpr::RSP] = cx.moved_rsp(-(pushed + locals));

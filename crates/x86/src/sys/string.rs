@@ -11,6 +11,7 @@
 //! References: APM vol. 3 ("MOVS" etc., section 1.2.6), docs/positions.md.
 use super::{Cx, Flow, segment_number};
 use crate::mmu::Place;
+use crate::segmentation;
 use crate::state::{gpr, rflags, seg};
 use crate::{Exception, PAGE_SIZE};
 use iced_x86::{Instruction, Mnemonic, OpKind};
@@ -152,17 +153,21 @@ impl Run {
     }
 
     /// Elements from `va` on, in the direction of travel, that lie in the same page completely; 0 if the first one straddles.
-    fn in_page(&self, va: u64, register: u64) -> u64 {
+    fn in_page(&self, cx: &Cx, s: usize, va: u64, register: u64) -> u64 {
+        // Whatever a segment's limit may forbid is checked one by one.
+        if !cx.st.is_64_bit_code() && !segmentation::is_open(&cx.st.seg[s]) {
+            return 0;
+        }
         let offset = va % PAGE_SIZE;
         let size = self.size as u64;
         let room = PAGE_SIZE - offset;
         if room < size {
             return 0;
         }
-        if self.down {
-            return offset / size + 1;
-        }
         // An address register narrower than the address space wraps, also inside a page.
+        if self.down {
+            return (offset / size + 1).min(((register & self.mask) / size).saturating_add(1));
+        }
         let wrap = (self.mask - (register & self.mask)) / size;
         (room / size).min(wrap.saturating_add(1))
     }
@@ -186,14 +191,13 @@ impl Run {
     }
 
     fn read_element(&self, cx: &mut Cx, at: u64) -> Result<u64, Exception> {
-        let stack = self.source == seg::SS;
-        cx.read_value(super::Ea { va: at, stack }, self.size)
+        cx.read_value(super::Ea { va: at, segment: self.source }, self.size)
     }
 
     fn movs(&self, cx: &mut Cx, budget: u64) -> Result<u64, Exception> {
         let (from, to) = (self.rsi(cx), self.rdi(cx));
         let (rsi, rdi) = (cx.st.gpr[gpr::RSI], cx.st.gpr[gpr::RDI]);
-        let mut done = budget.min(self.in_page(from, rsi)).min(self.in_page(to, rdi));
+        let mut done = budget.min(self.in_page(cx, self.source, from, rsi)).min(self.in_page(cx, seg::ES, to, rdi));
         let user = cx.user();
         let mut fast = done > 0;
         if fast {
@@ -225,7 +229,7 @@ impl Run {
         }
         if !fast {
             let value = self.read_element(cx, from)?;
-            cx.write_value(super::Ea { va: to, stack: false }, self.size, value)?;
+            cx.write_value(super::Ea { va: to, segment: seg::ES }, self.size, value)?;
             done = 1;
         }
         self.advance(cx, gpr::RSI, done);
@@ -261,7 +265,7 @@ impl Run {
     fn stos(&self, cx: &mut Cx, budget: u64) -> Result<u64, Exception> {
         let to = self.rdi(cx);
         let value = cx.st.gpr[gpr::RAX];
-        let mut done = budget.min(self.in_page(to, cx.st.gpr[gpr::RDI]));
+        let mut done = budget.min(self.in_page(cx, seg::ES, to, cx.st.gpr[gpr::RDI]));
         let user = cx.user();
         let place = if done == 0 { Place::Device } else { cx.mmu.place_for_write(cx.st, to, user)? };
         match place {
@@ -279,7 +283,7 @@ impl Run {
                 cx.mmu.write_ram(low, &copy[..bytes]);
             }
             Place::Device => {
-                cx.write_value(super::Ea { va: to, stack: false }, self.size, value)?;
+                cx.write_value(super::Ea { va: to, segment: seg::ES }, self.size, value)?;
                 done = 1;
             }
         }
@@ -324,7 +328,7 @@ impl Run {
     fn cmps(&mut self, cx: &mut Cx, budget: u64) -> Result<(u64, bool), Exception> {
         let (first, second) = (self.rsi(cx), self.rdi(cx));
         let (rsi, rdi) = (cx.st.gpr[gpr::RSI], cx.st.gpr[gpr::RDI]);
-        let room = budget.min(self.in_page(first, rsi)).min(self.in_page(second, rdi));
+        let room = budget.min(self.in_page(cx, self.source, first, rsi)).min(self.in_page(cx, seg::ES, second, rdi));
         let user = cx.user();
         let mut places = None;
         if room > 0 {
@@ -338,7 +342,7 @@ impl Run {
             Some((a, b)) => self.scan(room, |i| unsafe { (self.element(a, i), self.element(b, i)) }),
             None => {
                 let a = self.read_element(cx, first)?;
-                let b = cx.read_value(super::Ea { va: second, stack: false }, self.size)?;
+                let b = cx.read_value(super::Ea { va: second, segment: seg::ES }, self.size)?;
                 self.scan(1, |_| (a, b))
             }
         };
@@ -351,14 +355,14 @@ impl Run {
     fn scas(&mut self, cx: &mut Cx, budget: u64) -> Result<(u64, bool), Exception> {
         let at = self.rdi(cx);
         let wanted = cx.st.gpr[gpr::RAX] & self.element_mask();
-        let room = budget.min(self.in_page(at, cx.st.gpr[gpr::RDI]));
+        let room = budget.min(self.in_page(cx, seg::ES, at, cx.st.gpr[gpr::RDI]));
         let user = cx.user();
         let place = if room == 0 { Place::Device } else { cx.mmu.place_for_read(cx.st, at, user)? };
         let (done, stop) = match place {
             // SAFETY: `room` elements lie in one page of RAM.
             Place::Plain(host) => self.scan(room, |i| (wanted, unsafe { self.element(host, i) })),
             _ => {
-                let value = cx.read_value(super::Ea { va: at, stack: false }, self.size)?;
+                let value = cx.read_value(super::Ea { va: at, segment: seg::ES }, self.size)?;
                 self.scan(1, |_| (wanted, value))
             }
         };
@@ -429,12 +433,11 @@ impl Run {
 
     fn ins(&self, cx: &mut Cx) -> Result<u64, Exception> {
         let to = self.rdi(cx);
-        let user = cx.user();
         // Reading a port has effects: only when nothing can fail any more.
-        cx.mmu.probe_write(cx.st, to, self.size, user)?;
+        cx.probe_bytes(super::Ea { va: to, segment: seg::ES }, self.size)?;
         let port = cx.st.gpr[gpr::RDX] as u16;
         let value = cx.bus.pio_read(cx.position, port, self.size as u8);
-        cx.write_value(super::Ea { va: to, stack: false }, self.size, value as u64)?;
+        cx.write_value(super::Ea { va: to, segment: seg::ES }, self.size, value as u64)?;
         self.advance(cx, gpr::RDI, 1);
         Ok(1)
     }

@@ -188,7 +188,7 @@ impl World {
     }
 
     pub fn cx(&mut self) -> Cx<'_> {
-        Cx { st: &mut self.st, mmu: &mut self.mmu, bus: &mut self.bus, position: 7, model: &self.model }
+        Cx { st: &mut self.st, mmu: &mut self.mmu, bus: &mut self.bus, position: 7, model: &self.model, unsupported: None }
     }
 
     /// Writes RAM behind the MMU's back.
@@ -225,7 +225,7 @@ impl World {
         let before = self.st.clone();
         let flow = execute(&mut self.cx(), &insn);
         match flow {
-            Ok(Flow::Next | Flow::Sync) => self.st.rip = insn.next_ip(),
+            Ok(Flow::Next | Flow::Sync) => self.st.rip = insn.next_ip() & if bits == 64 { u64::MAX } else { 0xffff_ffff },
             Ok(Flow::Jump) => {}
             // Only a string step may leave something behind.
             Err(_) => {

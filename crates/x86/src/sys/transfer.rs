@@ -9,7 +9,7 @@
 use super::delivery::{self, Source};
 use super::segments::{Descriptor, error_code, flat_code, flat_data, is_null, null, system};
 use super::stack::loaded_flags;
-use super::{Cx, Ea, Flow, as_stack_fault};
+use super::{Cx, Ea, Flow, as_stack_fault, legacy};
 use crate::Exception;
 use crate::exception::Vector;
 use crate::mmu::canonical;
@@ -58,8 +58,8 @@ pub(super) fn execute(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception
         M::Syscall => syscall(cx, insn),
         M::Sysret => sysret(cx, false),
         M::Sysretq => sysret(cx, true),
-        // Not in long mode on the makers' processors these models follow (APM vol. 3 "SYSENTER"), and there is no other mode here.
-        M::Sysenter | M::Sysexit | M::Sysexitq => Err(Exception::UD),
+        M::Sysenter => legacy::sysenter(cx),
+        M::Sysexit | M::Sysexitq => legacy::sysexit(cx),
         M::Call => far(cx, insn, true),
         M::Jmp => far(cx, insn, false),
         _ => Err(Exception::UD),
@@ -68,19 +68,25 @@ pub(super) fn execute(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception
 
 fn interrupt(cx: &mut Cx, insn: &Instruction, vector: u8, source: Source) -> Result<Flow, Exception> {
     let flags = cx.st.rflags;
-    delivery::enter(cx, vector, None, source, insn.next_ip(), flags)?;
+    let next = cx.next_ip(insn);
+    delivery::enter(cx, vector, None, source, next, flags)?;
     Ok(Flow::Jump)
 }
 
+/// Whether a descriptor is that of 64-bit code. Outside long mode none is.
+fn is_long(cx: &Cx, code: &Descriptor) -> bool {
+    code.is_long() && cx.long_mode()
+}
+
 /// The offset a code segment can be entered at, or #GP(0).
-fn checked_target(code: &Descriptor, offset: u64) -> Result<u64, Exception> {
-    let ok = if code.is_long() { canonical(offset) } else { offset <= code.limit() as u64 };
+fn checked_target(cx: &Cx, code: &Descriptor, offset: u64) -> Result<u64, Exception> {
+    let ok = if is_long(cx, code) { canonical(offset) } else { offset <= code.limit() as u64 };
     if ok { Ok(offset) } else { Err(Exception::gp(0)) }
 }
 
 /// Long mode's two kinds of code segment: 64-bit, or the default sizes of compatibility mode; not both bits.
-fn is_sane_code(d: &Descriptor) -> bool {
-    d.is_code() && !(d.is_long() && d.is_big())
+fn is_sane_code(cx: &Cx, d: &Descriptor) -> bool {
+    d.is_code() && !(is_long(cx, d) && d.is_big())
 }
 
 /// IRET (`release` is `None`) and RETF, which have all but the flags in common. `size` is that of a stack word.
@@ -88,13 +94,17 @@ fn return_from(cx: &mut Cx, size: usize, release: Option<u16>) -> Result<Flow, E
     let iret = release.is_none();
     if iret && cx.st.rflags & rflags::NT != 0 {
         // Task returns do not exist in long mode.
-        return Err(Exception::gp(0));
+        return if cx.long_mode() { Err(Exception::gp(0)) } else { legacy::task_return(cx) };
     }
     let from_long = cx.st.is_64_bit_code();
     let rip = cx.peek(size, 0)?;
     let selector = cx.peek(size, 1)? as u16;
     let image = if iret { cx.peek(size, 2)? } else { 0 };
     let words = if iret { 3 } else { 2 };
+    if image & rflags::VM != 0 && size == 4 && cx.st.cpl == 0 && !cx.long_mode() {
+        cx.unsupported = Some("virtual-8086 mode");
+        return Err(Exception::gp(0));
+    }
 
     let cpl = (selector & 3) as u8;
     if is_null(selector) {
@@ -103,13 +113,13 @@ fn return_from(cx: &mut Cx, size: usize, release: Option<u16>) -> Result<Flow, E
     let bad = Exception::gp(error_code(selector));
     let code = cx.descriptor(selector)?;
     let dpl_ok = if code.is_conforming() { code.dpl() <= cpl } else { code.dpl() == cpl };
-    if !is_sane_code(&code) || cpl < cx.st.cpl || !dpl_ok {
+    if !is_sane_code(cx, &code) || cpl < cx.st.cpl || !dpl_ok {
         return Err(bad);
     }
     if !code.is_present() {
         return Err(Exception::np(error_code(selector)));
     }
-    let rip = checked_target(&code, rip)?;
+    let rip = checked_target(cx, &code, rip)?;
     let outer = cpl != cx.st.cpl;
 
     // IRET in 64-bit code pops SS:RSP always.
@@ -120,13 +130,13 @@ fn return_from(cx: &mut Cx, size: usize, release: Option<u16>) -> Result<Flow, E
         let rsp = cx.read_value(at, size)?;
         let next = cx.stack_at(cx.st.gpr[gpr::RSP].wrapping_add(popped as u64 + size as u64));
         let ss_selector = cx.read_value(next, size)? as u16;
-        let (ss, descriptor) = cx.checked_ss(ss_selector, cpl, code.is_long(), Exception::gp)?;
+        let (ss, descriptor) = cx.checked_ss(ss_selector, cpl, is_long(cx, &code), Exception::gp)?;
         if let Some(d) = descriptor {
             cx.mark_accessed(&d)?;
         }
         // RETF with an operand releases its bytes on the outer stack, too.
         let rsp = rsp.wrapping_add(release as u64);
-        let narrow = !code.is_long() && ss.attributes & Segment::BIG == 0;
+        let narrow = !is_long(cx, &code) && ss.attributes & Segment::BIG == 0;
         let old = cx.st.gpr[gpr::RSP];
         (if narrow { old & !0xffff | rsp & 0xffff } else { rsp }, Some(ss))
     } else {
@@ -159,12 +169,16 @@ fn return_from(cx: &mut Cx, size: usize, release: Option<u16>) -> Result<Flow, E
 }
 
 fn syscall(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
-    if cx.st.efer & efer::SCE == 0 || cx.st.efer & efer::LMA == 0 {
+    if cx.st.efer & efer::SCE == 0 {
         return Err(Exception::UD);
     }
+    if !cx.long_mode() {
+        return Ok(legacy::syscall(cx, insn));
+    }
+    let next = cx.next_ip(insn);
     let target = if cx.st.is_64_bit_code() { cx.st.lstar } else { cx.st.cstar };
     let st = &mut cx.st;
-    st.gpr[gpr::RCX] = insn.next_ip();
+    st.gpr[gpr::RCX] = next;
     st.gpr[gpr::R11] = st.rflags & !rflags::RF;
     let selector = (st.star >> 32) as u16 & !3;
     st.seg[seg::CS] = flat_code(selector, 0, true);
@@ -176,10 +190,13 @@ fn syscall(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
 }
 
 fn sysret(cx: &mut Cx, long: bool) -> Result<Flow, Exception> {
-    if cx.st.efer & efer::SCE == 0 || !cx.st.is_64_bit_code() {
+    if cx.st.efer & efer::SCE == 0 {
         return Err(Exception::UD);
     }
     cx.require_cpl0()?;
+    if !cx.st.is_64_bit_code() {
+        return Ok(legacy::sysret(cx));
+    }
     let st = &mut cx.st;
     let rcx = st.gpr[gpr::RCX];
     let rip = if long { rcx } else { rcx as u32 as u64 };
@@ -218,18 +235,21 @@ fn far(cx: &mut Cx, insn: &Instruction, call: bool) -> Result<Flow, Exception> {
     }
     let bad = Exception::gp(error_code(selector));
     let target = cx.descriptor(selector)?;
+    if target.is_system() && !cx.long_mode() {
+        return legacy::far_to_system(cx, insn, selector, target, call);
+    }
     if target.is_system() {
         return gate(cx, insn, selector, call);
     }
     let rpl = (selector & 3) as u8;
     let allowed = if target.is_conforming() { target.dpl() <= cx.st.cpl } else { rpl <= cx.st.cpl && target.dpl() == cx.st.cpl };
-    if !is_sane_code(&target) || !allowed {
+    if !is_sane_code(cx, &target) || !allowed {
         return Err(bad);
     }
     if !target.is_present() {
         return Err(Exception::np(error_code(selector)));
     }
-    let rip = checked_target(&target, offset)?;
+    let rip = checked_target(cx, &target, offset)?;
     cx.mark_accessed(&target)?;
     if call {
         push_return(cx, insn, size)?;
@@ -242,7 +262,7 @@ fn far(cx: &mut Cx, insn: &Instruction, call: bool) -> Result<Flow, Exception> {
 /// Pushes CS and the next instruction's address, both or none.
 fn push_return(cx: &mut Cx, insn: &Instruction, size: usize) -> Result<(), Exception> {
     let mut frame = [0; 16];
-    frame[..size].copy_from_slice(&insn.next_ip().to_le_bytes()[..size]);
+    frame[..size].copy_from_slice(&cx.next_ip(insn).to_le_bytes()[..size]);
     let cs = cx.st.seg[seg::CS].selector as u64;
     frame[size..2 * size].copy_from_slice(&cs.to_le_bytes()[..size]);
     let rsp = cx.moved_rsp(-(2 * size as i64));
@@ -282,13 +302,14 @@ fn gate(cx: &mut Cx, insn: &Instruction, gate_selector: u16, call: bool) -> Resu
     if !code.is_present() {
         return Err(Exception::np(error_code(selector)));
     }
-    let rip = checked_target(&code, offset)?;
+    let rip = checked_target(cx, &code, offset)?;
     cx.mark_accessed(&code)?;
     if inner {
         let cpl = code.dpl();
         let rsp = cx.tss_stack(4 + cpl as u32 * 8, 0)?.wrapping_sub(32);
         let mut frame = [0; 32];
-        let words = [insn.next_ip(), cx.st.seg[seg::CS].selector as u64, cx.st.gpr[gpr::RSP], cx.st.seg[seg::SS].selector as u64];
+        let words =
+            [cx.next_ip(insn), cx.st.seg[seg::CS].selector as u64, cx.st.gpr[gpr::RSP], cx.st.seg[seg::SS].selector as u64];
         for (to, word) in frame.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }

@@ -35,7 +35,7 @@ impl Translator<'_> {
 
     /// Goes on at the address in r11, which may be any. `moved` is by how much the branch has changed RSP: if there can be no code,
     /// the branch is what faults, and [`crate::engine`] takes it back.
-    fn go_to_register(&mut self, moved: i32) {
+    pub(super) fn go_to_register(&mut self, moved: i32) {
         self.settle_flags();
         if self.alone() {
             self.emit.leave_lookup();
@@ -45,7 +45,7 @@ impl Translator<'_> {
     }
 
     /// A label that, when jumped to, goes on at `target`. To be called right after the jump was emitted with that label.
-    fn taken(&mut self, label: DynamicLabel, target: u64) {
+    pub(super) fn taken(&mut self, label: DynamicLabel, target: u64) {
         if self.same_page(target) && !self.alone() {
             self.link(label, target);
         } else {

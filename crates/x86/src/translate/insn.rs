@@ -2,7 +2,7 @@
 //!
 //! **In:** a decoded instruction. **Out:** the same instruction on the host, its memory operand through the soft TLB, guest registers that
 //! live in the frame through scratch registers. Invariant: what can fault comes before anything that changes guest state.
-use super::{Ea, FlagsIn, T0, T1, Translator, full_number, in_frame, is_high_byte, is_narrow, same_width, writes};
+use super::{Ea, FlagsIn, T0, T1, Translator, full_number, in_frame, is_high_byte, same_width, writes};
 use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 impl Translator<'_> {
@@ -325,8 +325,8 @@ impl Translator<'_> {
             self.emit.lea(T0, T0, size);
         }
         self.emit.store_word(self.at.tmp(1), T0);
-        self.access(Ea::Kept, size as usize, true);
-        self.address(Ea::Kept);
+        self.access(Ea::Kept(*insn), size as usize, true);
+        self.address(Ea::Kept(*insn));
         self.emit.add_no_flags(T0, T1);
         self.emit.load_word(T1, self.at.tmp(2));
         if size == 2 {
@@ -348,14 +348,12 @@ impl Translator<'_> {
         self.operand_address(insn, false);
         self.emit.bit_word_index(n, bits);
         self.emit.lea_index(T0, T0, T1, bits / 8, 0);
-        if is_narrow(insn) {
-            self.emit.zero_extend(T0);
-        }
+        self.wrap_address(insn);
         self.add_segment(insn);
         self.emit.store_word(self.at.tmp(1), T0);
         let write = insn.mnemonic() != Mnemonic::Bt;
-        self.access(Ea::Kept, bits as usize / 8, write);
-        self.address(Ea::Kept);
+        self.access(Ea::Kept(*insn), bits as usize / 8, write);
+        self.address(Ea::Kept(*insn));
         self.emit.add_no_flags(T0, T1);
         self.emit.bit_in_word(n, bits);
         self.need_flags();

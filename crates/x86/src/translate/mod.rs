@@ -12,6 +12,7 @@
 //! Flags are kept lazily: in the host, in the frame, or both ([`FlagsIn`]); at block borders the frame's copy is valid.
 mod branch;
 mod insn;
+mod legacy;
 mod system;
 
 use crate::classify::{Kind, classify};
@@ -31,6 +32,12 @@ impl Mode {
     pub const FPU_OFF: u8 = 2;
     /// One instruction, all accesses through helpers.
     pub const ALONE: u8 = 4;
+    /// GS can be accessed up to 4 GiB without a check ([`crate::segmentation::is_open`]). In 32-bit code only.
+    pub const GS_OPEN: u8 = 1 << 5;
+    /// The same for FS.
+    pub const FS_OPEN: u8 = 1 << 6;
+    /// Code that is not 64-bit: 32-bit code, with flat segments unless it runs alone.
+    pub const CODE_32: u8 = 1 << 7;
     /// Whether a bit is set.
     pub fn has(self, bit: u8) -> bool {
         self.0 & bit != 0
@@ -105,9 +112,14 @@ pub struct Source<'a> {
 /// 0F0D, 0F18..0F1F is nothing but NOPs).
 pub const DECODER_OPTIONS: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::FORCE_RESERVED_NOP;
 
+/// A decoder for code of a mode.
+pub fn decoder(bytes: &[u8], rip: u64, mode: Mode) -> Decoder<'_> {
+    Decoder::with_ip(if mode.has(Mode::CODE_32) { 32 } else { 64 }, bytes, rip, DECODER_OPTIONS)
+}
+
 /// Decodes one instruction.
-pub fn decode(bytes: &[u8], rip: u64) -> Instruction {
-    Decoder::with_ip(64, bytes, rip, DECODER_OPTIONS).decode()
+pub fn decode(bytes: &[u8], rip: u64, mode: Mode) -> Instruction {
+    decoder(bytes, rip, mode).decode()
 }
 
 /// Scratch registers of translated code.
@@ -121,8 +133,10 @@ enum Ea {
     Operand(Instruction),
     /// A register that holds itself, plus a displacement (stack).
     Plain(u8, i32),
-    /// Kept in a scratch word of the frame.
-    Kept,
+    /// The same in 32-bit code.
+    Plain32(u8, i32),
+    /// Kept in a scratch word of the frame; the memory operand of the instruction.
+    Kept(Instruction),
 }
 
 enum Cold {
@@ -222,7 +236,7 @@ impl Translator<'_> {
 
     fn block(&mut self) -> Translation {
         // Decode first: the budget is paid for all at entry.
-        let mut decoder = Decoder::with_ip(64, self.src.bytes, self.src.rip, DECODER_OPTIONS);
+        let mut decoder = decoder(self.src.bytes, self.src.rip, self.src.mode);
         let mut insns = Vec::new();
         let mut ended = false;
         while !ended && (insns.len() as u32) < self.src.max && decoder.can_decode() {
@@ -230,6 +244,9 @@ impl Translator<'_> {
             let kind = classify(&insn, self.src.mode.has(Mode::FPU_OFF));
             if matches!(kind, Kind::Invalid | Kind::NoFpu) {
                 // Runs alone, where it raises its exception. (Also bytes cut at the end of the page.)
+                break;
+            }
+            if self.code_32() && !self.alone() && self.needs_checks(&insn) {
                 break;
             }
             ended = kind == Kind::Branch || kind == Kind::Sys && insn.flow_control() != iced_x86::FlowControl::Next;
@@ -260,6 +277,8 @@ impl Translator<'_> {
                     self.clobber_flags();
                     self.emit.direction(insn.mnemonic() == Mnemonic::Std);
                 }
+                Kind::Branch if self.code_32() => self.branch_32(insn),
+                Kind::Silicon if self.code_32() => self.silicon_32(insn),
                 Kind::Branch => self.branch(insn),
                 Kind::Silicon => self.silicon(insn),
                 Kind::Invalid | Kind::NoFpu => unreachable!("never put into a block"),
@@ -272,7 +291,7 @@ impl Translator<'_> {
             self.emit.leave(exit::ALONE, 0);
         } else if !matches!(insns.last(), Some((_, Kind::Branch))) {
             self.settle_flags();
-            self.go_to(next);
+            self.go_to(self.wrapped(next));
         }
         if !self.alone() {
             self.emit.bind(short);
@@ -365,7 +384,8 @@ impl Translator<'_> {
         match ea {
             Ea::Operand(insn) => self.operand_address(&insn, true),
             Ea::Plain(reg, disp) => self.emit.lea(T0, reg, disp),
-            Ea::Kept => self.emit.load_word(T0, self.at.tmp(1)),
+            Ea::Plain32(reg, disp) => self.emit.lea32(T0, reg, disp),
+            Ea::Kept(_) => self.emit.load_word(T0, self.at.tmp(1)),
         }
     }
 
@@ -396,16 +416,26 @@ impl Translator<'_> {
             let i = host(self, index, T1);
             self.emit.lea_index(T0, b, i, insn.memory_index_scale(), disp32);
         }
-        if is_narrow(insn) {
-            self.emit.zero_extend(T0);
-        }
+        self.wrap_address(insn);
         if segment {
             self.add_segment(insn);
         }
     }
 
+    /// Cuts r11 off at the width of the operand's address.
+    fn wrap_address(&mut self, insn: &Instruction) {
+        if self.code_32() {
+            self.wrap_address_32(insn);
+        } else if is_narrow(insn) {
+            self.emit.zero_extend(T0);
+        }
+    }
+
     /// r11 += the base of the operand's segment.
     fn add_segment(&mut self, insn: &Instruction) {
+        if self.code_32() {
+            return self.add_segment_32(insn);
+        }
         match insn.memory_segment() {
             Register::FS => self.emit.add_word(T0, self.at.seg_base(crate::state::seg::FS)),
             Register::GS => self.emit.add_word(T0, self.at.seg_base(crate::state::seg::GS)),
@@ -416,7 +446,7 @@ impl Translator<'_> {
     /// Makes `size` bytes at `ea` accessible: afterwards r10 is the addend. Flags are in the frame.
     fn access(&mut self, ea: Ea, size: usize, write: bool) {
         self.clobber_flags();
-        let arg = size as i32 | (write as i32) << 16;
+        let arg = size as i32 | (write as i32) << 16 | self.checked_segment(ea);
         self.address(ea);
         if self.alone() {
             let resume = self.emit.label();

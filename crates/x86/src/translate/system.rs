@@ -11,9 +11,10 @@ impl Translator<'_> {
         self.clobber_flags();
         let user = self.src.mode.has(Mode::USER);
         let slow = self.emit.label();
+        let kind = self.src.mode.0 & !Mode::USER;
         match insn.code() {
             Code::Cli if !user => return self.emit.interrupts_off(),
-            Code::Swapgs if !user => return self.emit.swap_gs(),
+            Code::Swapgs if !user && !self.code_32() => return self.emit.swap_gs(),
             Code::Sti if !user && !last => self.emit.interrupts_on(slow),
             Code::Pushfq => {
                 self.emit.flags_image();
@@ -30,12 +31,14 @@ impl Translator<'_> {
                 self.emit.load_flags(user, slow);
                 self.emit.lea(4, 4, 8);
             }
-            Code::Syscall if user => {
+            Code::Syscall if user && !self.code_32() => {
+                self.emit.needs_jumps_of(false, kind, slow);
                 self.emit.syscall(insn.next_ip(), slow);
                 self.emit.bind(slow);
                 return self.call_sys(k, insn);
             }
             Code::Sysretq if !user => {
+                self.emit.needs_jumps_of(true, kind, slow);
                 self.emit.sysret(slow);
                 self.emit.bind(slow);
                 return self.call_sys(k, insn);

@@ -108,7 +108,7 @@ fn sti_casts_a_shadow_of_one_instruction() {
         let mut w = World::new(max, &[0xfb, 0x90, 0x90, 0xfb, 0x90, 0xf4]);
         w.cpu.want_interrupt_window(true);
         assert_eq!((w.run(100), w.cpu.position()), (Exit::Window, 2), "blocks of {max}");
-        assert!(w.cpu.interrupt(&mut w.bus, 0x41));
+        assert!(w.cpu.interrupt(&mut w.bus, 0x41).is_ok());
         w.cpu.want_interrupt_window(false);
         let frame = w.fault();
         assert_eq!((frame.vector, frame.rip, frame.rflags & rflags::IF), (0x41, CODE + 2, rflags::IF));
@@ -137,7 +137,7 @@ fn hlt_counts_and_wakes() {
         let mut w = World::new(max, &[0xfb, 0xf4, 0x90, 0xf4]);
         assert_eq!((w.run(100), w.cpu.position()), (Exit::Halted, 2));
         assert_eq!((w.run(100), w.cpu.position()), (Exit::Halted, 2));
-        assert!(w.cpu.can_interrupt() && w.cpu.interrupt(&mut w.bus, 0x21));
+        assert!(w.cpu.can_interrupt() && w.cpu.interrupt(&mut w.bus, 0x21).is_ok());
         let frame = w.fault();
         assert_eq!((frame.vector, frame.rip, w.cpu.position()), (0x21, CODE + 2, 3), "blocks of {max}");
     }

@@ -109,7 +109,7 @@ impl Guest {
         if !self.cpu.can_interrupt() || self.cpu.state().rflags & NT != 0 {
             return false;
         }
-        self.cpu.interrupt(&mut self.bus, system::TRANSPARENT as u8)
+        self.cpu.interrupt(&mut self.bus, system::TRANSPARENT as u8).is_ok()
     }
     /// Drops everything derived from the state, as a restored snapshot would.
     pub fn go_cold(&mut self) {
