@@ -143,6 +143,7 @@ fn cpu_parts(state: &CpuState) -> Vec<Part> {
         cpl,
         halted,
         interrupt_shadow,
+        pdpte,
         fx,
     } = state;
     let mut parts = Vec::with_capacity(64);
@@ -192,6 +193,10 @@ fn cpu_parts(state: &CpuState) -> Vec<Part> {
     }
     add("dr", dr);
     add("mtrr", &[&mtrr_fixed[..], &mtrr_var[..]].concat());
+    // Older recordings know of none; only PAE paging outside long mode has any.
+    if *pdpte != [0; 4] {
+        add("pdpte", pdpte);
+    }
     parts.push(Part { name: "cpu.fx".into(), hash: xxh3_128(&fx.0).into() });
     parts
 }

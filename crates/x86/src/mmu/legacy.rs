@@ -44,7 +44,7 @@ impl Mmu {
         let Some(word) = self.ram.word(gpa & !7) else { return if narrow { u32::MAX.into() } else { u64::MAX } };
         // SAFETY: a word of mapped RAM.
         let word = unsafe { word.read() };
-        if narrow { word >> (gpa & 4) * 8 & 0xffff_ffff } else { word }
+        if narrow { word >> ((gpa & 4) * 8) & 0xffff_ffff } else { word }
     }
 
     /// Sets bits of an entry.

@@ -32,7 +32,7 @@ pub(super) fn execute(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception
         M::Aas => adjust_unpacked(ax, flags, true),
         M::Aam => {
             let (al, base) = (ax & 0xff, u16::from(insn.immediate8()));
-            let ax = al / base << 8 | al % base;
+            let ax = ((al / base) << 8) | (al % base);
             (ax, result_flags(ax as u8))
         }
         M::Aad => {
