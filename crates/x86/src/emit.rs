@@ -372,6 +372,17 @@ impl Emit {
     pub fn lea32(&mut self, to: u8, base: u8, disp: i32) {
         dynasm!(self.ops ; .arch x64 ; lea Rd(to), [Rq(base) + disp]);
     }
+    /// Makes the address in r11 impossible if `size` bytes from its offset on, which is what it has beyond the 32-bit word at `base`, reach
+    /// beyond 4 GiB. Clobbers r10 and flags.
+    pub fn spoil_if_wrapped(&mut self, base: i32, size: i32) {
+        dynasm!(self.ops ; .arch x64
+            ; mov r10d, r11d
+            ; sub r10d, [base]
+            ; add r10, size - 1
+            ; shr r10, 32
+            ; shl r10, 62
+            ; or r11, r10);
+    }
     /// 32 bits at [base] = from.
     pub fn store_at32(&mut self, from: u8, base: u8) {
         dynasm!(self.ops ; .arch x64 ; mov [Rq(base)], Rd(from));

@@ -2,8 +2,8 @@
 //!
 //! **In:** a segment register with its hidden part, an offset and a length. **Out:** whether the access is allowed, or the exception.
 //!
-//! **Invariant:** [`is_flat`] and [`is_open`] say yes only where [`check`] refuses nothing but an access that reaches beyond 4 GiB, so that
-//! translated code may leave the checks out (an access beyond 4 GiB crosses a page, and so never stays in translated code).
+//! **Invariant:** [`is_flat`] and [`is_open`] say yes only where [`check`] refuses nothing but an access that reaches beyond 4 GiB. In a segment
+//! that begins at 0 such an access crosses a page, and so never stays in translated code; for the others translated code looks.
 //!
 //! References: APM vol. 2 sections 4.7 (descriptors), 4.12 (checks); SDM vol. 3 section 5.3 (limits). An access that wraps at 4 GiB faults,
 //! as on AMD's silicon.

@@ -2,8 +2,8 @@
 //!
 //! **In:** the instruction. **Out:** registers and flags.
 //!
-//! Flags the manuals leave undefined are those of AMD's silicon (tests/silicon): OF after DAA, DAS, AAM and AAD as after the addition or
-//! subtraction it is made of.
+//! Flags the manuals leave undefined are those of AMD's silicon (tests/silicon): as after the addition or subtraction that the instruction is
+//! made of (for AAA and AAS one of 16 bits); AAM clears CF, AF and OF.
 //!
 //! References: APM vol. 3 and SDM vol. 2, pages of the instructions.
 use super::{Cx, Ea, Flow};
@@ -35,10 +35,7 @@ pub(super) fn execute(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception
             let ax = ((al / base) << 8) | (al % base);
             (ax, result_flags(ax as u8))
         }
-        M::Aad => {
-            let al = ((ax >> 8) * u16::from(insn.immediate8())).wrapping_add(ax) & 0xff;
-            (al, result_flags(al as u8))
-        }
+        M::Aad => from_digits(ax, insn.immediate8()),
         // SALC: no flags.
         _ => (ax & 0xff00 | if flags & rflags::CF != 0 { 0xff } else { 0 }, flags & rflags::STATUS),
     };
@@ -63,6 +60,12 @@ fn result_flags(value: u8) -> u64 {
     flags
 }
 
+/// OF after the addition (or subtraction) of `b` to `a` that gave `result`; `sign` is the sign bit.
+fn overflow(a: u16, b: u16, result: u16, sign: u16, subtract: bool) -> u64 {
+    let signs = if subtract { (a ^ b) & (a ^ result) } else { !(a ^ b) & (a ^ result) };
+    if signs & sign != 0 { rflags::OF } else { 0 }
+}
+
 /// DAA (or DAS): AX and the status flags after it.
 fn adjust_packed(ax: u16, flags: u64, subtract: bool) -> (u16, u64) {
     let al = ax as u8;
@@ -79,19 +82,40 @@ fn adjust_packed(ax: u16, flags: u64, subtract: bool) -> (u16, u64) {
         new |= rflags::CF;
     }
     let result = if subtract { al.wrapping_sub(adjust) } else { al.wrapping_add(adjust) };
-    (ax & 0xff00 | u16::from(result), new | result_flags(result))
+    new |= result_flags(result) | overflow(al.into(), adjust.into(), result.into(), 0x80, subtract);
+    (ax & 0xff00 | u16::from(result), new)
 }
 
 /// AAA (or AAS): AX and the status flags after it.
 fn adjust_unpacked(ax: u16, flags: u64, subtract: bool) -> (u16, u64) {
-    let mut new = 0;
-    let mut result = ax;
+    let (mut adjust, mut new) = (0, 0);
     if ax & 15 > 9 || flags & rflags::AF != 0 {
-        result = if subtract { ax.wrapping_sub(0x106) } else { ax.wrapping_add(0x106) };
-        new = rflags::AF | rflags::CF;
+        (adjust, new) = (0x106, rflags::AF | rflags::CF);
     }
-    result &= 0xff0f;
-    (result, new | result_flags(result as u8))
+    let result = if subtract { ax.wrapping_sub(adjust) } else { ax.wrapping_add(adjust) };
+    new |= result_flags(result as u8) & rflags::PF | overflow(ax, adjust, result, 0x8000, subtract);
+    if result & 0x8000 != 0 {
+        new |= rflags::SF;
+    }
+    if result == 0 {
+        new |= rflags::ZF;
+    }
+    (result & 0xff0f, new)
+}
+
+/// AAD: AX and the status flags after it.
+fn from_digits(ax: u16, base: u8) -> (u16, u64) {
+    let (high, low) = ((ax >> 8) as u8, ax as u8);
+    let product = high.wrapping_mul(base);
+    let (result, carry) = product.overflowing_add(low);
+    let mut flags = result_flags(result) | overflow(product.into(), low.into(), result.into(), 0x80, false);
+    if carry {
+        flags |= rflags::CF;
+    }
+    if (product ^ low ^ result) & 0x10 != 0 {
+        flags |= rflags::AF;
+    }
+    (result.into(), flags)
 }
 
 /// BOUND: an array index against its signed limits in memory.

@@ -87,6 +87,21 @@ impl Translator<'_> {
         }
     }
 
+    /// r11 = the address, or one that no page can have if `size` bytes there reach beyond 4 GiB in a segment with a base: they
+    /// need not cross a page, and the access must run alone. May clobber r10 and flags.
+    pub(super) fn checked_address(&mut self, ea: Ea, size: usize) {
+        self.address(ea);
+        if let Ea::Operand(insn) | Ea::Kept(insn) = ea
+            && self.code_32()
+            && !self.alone()
+            && number(insn.memory_segment()) >= seg::FS
+            && size > 1
+        {
+            let base = self.at.seg_base(number(insn.memory_segment()));
+            self.emit.spoil_if_wrapped(base, size as i32);
+        }
+    }
+
     /// Cuts r11 off at the width of the operand's address.
     pub(super) fn wrap_address_32(&mut self, insn: &Instruction) {
         if is_16_bit(insn) {

@@ -313,7 +313,7 @@ impl Translator<'_> {
             match cold {
                 Cold::Slow { label, resume, ea, arg } => {
                     self.emit.bind(label);
-                    self.address(ea);
+                    self.checked_address(ea, arg as usize & 0xffff);
                     self.emit.call_helper(self.shared.mem, arg, resume);
                 }
                 Cold::Stub { label, link } => {
@@ -447,7 +447,7 @@ impl Translator<'_> {
     fn access(&mut self, ea: Ea, size: usize, write: bool) {
         self.clobber_flags();
         let arg = size as i32 | (write as i32) << 16 | self.checked_segment(ea);
-        self.address(ea);
+        self.checked_address(ea, size);
         if self.alone() {
             let resume = self.emit.label();
             self.emit.call_helper(self.shared.mem_alone, arg, resume);

@@ -1,6 +1,7 @@
 //! One case: a short program, what it starts with, and how it becomes bytes.
 use crate::layout::{CODE, CODE_AT, Regs};
-use iced_x86::{Code, Encoder, FastFormatter, Instruction};
+use crate::segments::{CS, Segments};
+use iced_x86::{Code, Encoder, FastFormatter, Instruction, OpKind};
 
 /// One instruction of a case.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +36,8 @@ pub struct Case {
     pub init: Regs,
     /// The privilege the guest runs it with. The silicon always uses 3.
     pub cpl: u8,
+    /// Its segments, if it is 32-bit code.
+    pub segments: Segments,
     /// Offset of the code in the image.
     pub code_at: usize,
     /// Bytes to put into the image.
@@ -56,18 +59,27 @@ pub struct Program {
     /// Address of each item, and of the end.
     pub at: Vec<u64>,
     pub init: Regs,
+    pub segments: Segments,
     pub pokes: Vec<(usize, Vec<u8>)>,
+}
+
+/// Sets the target of a near branch, however wide it is.
+fn set_target(instruction: &mut Instruction, target: u64) {
+    match instruction.op0_kind() {
+        OpKind::NearBranch32 => instruction.set_near_branch32(target as u32),
+        _ => instruction.set_near_branch64(target),
+    }
 }
 
 impl Case {
     /// Encodes it. `None` if some instruction cannot be encoded that way.
     pub fn assemble(&self) -> Option<Program> {
-        let start = CODE + (self.code_at - CODE_AT) as u64;
+        let start = CODE + (self.code_at - CODE_AT) as u64 - self.segments.base(CS);
         let mut at = vec![start; self.items.len() + 1];
         let mut bytes = Vec::new();
         for pass in 0..2 {
             bytes.clear();
-            let mut encoder = Encoder::new(64);
+            let mut encoder = Encoder::new(if self.segments.narrow { 32 } else { 64 });
             for (i, item) in self.items.iter().enumerate() {
                 let address = start + bytes.len() as u64;
                 if pass == 0 {
@@ -79,7 +91,7 @@ impl Case {
                 let rip = start + bytes.len() as u64;
                 let mut instruction = item.instruction;
                 if let Some(target) = item.target {
-                    instruction.set_near_branch64(if pass == 0 { rip } else { at[target] });
+                    set_target(&mut instruction, if pass == 0 { rip } else { at[target] });
                 }
                 if let Some(item) = item.patches {
                     instruction.set_memory_displacement64(if pass == 0 { rip } else { at[item + 1] - 1 });
@@ -99,7 +111,7 @@ impl Case {
                 Place::Memory(offset) => pokes.push((offset, at[item].to_le_bytes().to_vec())),
             }
         }
-        Some(Program { bytes, at, init, pokes })
+        Some(Program { bytes, at, init, segments: self.segments, pokes })
     }
     /// The case without item `i` (and what is glued to it). `None` if nothing would be left.
     pub fn without(&self, i: usize) -> Option<Self> {
@@ -142,7 +154,7 @@ pub fn listing(case: &Case, program: &Program) -> String {
     for (i, item) in case.items.iter().enumerate() {
         let mut instruction = item.instruction;
         if let Some(target) = item.target {
-            instruction.set_near_branch64(program.at[target]);
+            set_target(&mut instruction, program.at[target]);
         }
         if let Some(patched) = item.patches {
             instruction.set_memory_displacement64(program.at[patched + 1] - 1);

@@ -4,14 +4,15 @@
 //! Some general registers are *pinned*: they start with a known value (a pointer into a window, a small index, a count), and other
 //! instructions mostly leave them alone.
 use crate::case::{Case, Item, Place};
-use crate::forms::{self, FLAG_READERS, Form};
+use crate::forms::{self, FLAG_READERS, Form, NARROW_FLAG_READERS};
 use crate::layout::{
     CODE_AT, DATA, DATA_AT, DATA_BYTES, DATA_HIGH, DF, Fx, IF, IMAGE, PAGE, Regs, STACK, STACK_AT, STACK_PAGES, STATUS_FLAGS,
     image_offset,
 };
-use crate::operands::{Memory, gpr, gpr_number, operand_size};
+use crate::operands::{Memory, gpr, gpr_number, gpr_part, operand_size};
 use crate::prng::Rng;
 use crate::rep;
+use crate::segments::{self, Segments};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, MemorySize, OpAccess};
 
 /// What a pinned register holds.
@@ -50,6 +51,8 @@ pub struct Builder<'a> {
     pub pins: Vec<Pin>,
     /// Whether the next choice between register and memory is already made.
     pub force_memory: Option<bool>,
+    /// 32-bit code.
+    pub narrow: bool,
     /// String instructions use 32-bit addresses.
     pub narrow_strings: bool,
     /// Implicit memory operands may point anywhere.
@@ -79,9 +82,9 @@ pub fn template(rng: &mut Rng) -> Box<[u8; IMAGE]> {
 }
 
 /// A random case about `focus`.
-pub fn case(rng: &mut Rng, forms: &[Form], focus: Form) -> Case {
+pub fn case(rng: &mut Rng, forms: &[Form], focus: Form, narrow: bool) -> Case {
     for _ in 0..10_000 {
-        if let Some(case) = attempt(rng, forms, focus)
+        if let Some(case) = attempt(rng, forms, focus, narrow)
             && let Some(program) = case.assemble()
             && program.bytes.len() <= crate::native::CODE_BYTES
             && case.code_at + program.bytes.len() <= CODE_AT + crate::layout::CODE_PAGES * PAGE
@@ -92,10 +95,10 @@ pub fn case(rng: &mut Rng, forms: &[Form], focus: Form) -> Case {
     panic!("cannot build a case of {:?}", focus.code);
 }
 
-fn attempt(rng: &mut Rng, forms: &[Form], focus: Form) -> Option<Case> {
+fn attempt(rng: &mut Rng, forms: &[Form], focus: Form, narrow: bool) -> Option<Case> {
     let single = rng.chance(35);
     let (before, after) = if single { (0, 0) } else { (rng.below(5), rng.below(5)) };
-    let mut b = Builder::new(rng, forms, focus);
+    let mut b = Builder::new(rng, forms, focus, narrow);
     // A counted loop inside another would start its second round with a count of zero, which is 2^64 rounds.
     let counted = focus.code.is_loop() || focus.code.is_loopcc();
     let looping = !single && !focus.faulting && !focus.last && !counted && b.rng.chance(8);
@@ -103,7 +106,7 @@ fn attempt(rng: &mut Rng, forms: &[Form], focus: Form) -> Option<Case> {
     b.require(focus.code)?;
     b.random_pins();
     let start = b.case.items.len();
-    let patcher = !single && !focus.last && b.rng.chance(6);
+    let patcher = !single && !focus.last && b.case.segments.is_flat() && b.rng.chance(6);
     if patcher {
         b.patcher();
     }
@@ -119,17 +122,17 @@ fn attempt(rng: &mut Rng, forms: &[Form], focus: Form) -> Option<Case> {
     }
     if let Some(counter) = counter {
         let mut step = Instruction::default();
-        step.set_code(Code::Dec_rm64);
-        step.set_op0_register(gpr(counter));
+        step.set_code(if narrow { Code::Dec_rm32 } else { Code::Dec_rm64 });
+        step.set_op0_register(b.whole(counter));
         b.push(step, None, false);
         let mut back = Instruction::default();
-        back.set_code(Code::Jne_rel32_64);
-        back.set_op0_kind(iced_x86::OpKind::NearBranch64);
+        back.set_code(if narrow { Code::Jne_rel32_32 } else { Code::Jne_rel32_64 });
+        back.set_op0_kind(if narrow { iced_x86::OpKind::NearBranch32 } else { iced_x86::OpKind::NearBranch64 });
         b.push(back, Some(start), true);
     }
     if !single && b.rng.chance(70) {
         for _ in 0..1 + b.rng.below(3) {
-            let code = b.rng.pick(FLAG_READERS);
+            let code = b.flag_reader();
             b.ordinary(code)?;
         }
     }
@@ -140,7 +143,7 @@ fn attempt(rng: &mut Rng, forms: &[Form], focus: Form) -> Option<Case> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(rng: &'a mut Rng, forms: &'a [Form], focus: Form) -> Self {
+    fn new(rng: &'a mut Rng, forms: &'a [Form], focus: Form, narrow: bool) -> Self {
         let mut init = Regs::ZERO;
         for value in &mut init.gpr {
             *value = rng.value();
@@ -160,13 +163,15 @@ impl<'a> Builder<'a> {
             _ => DATA_HIGH + rng.below(DATA_BYTES as u64),
         };
         init.fx = fx(rng);
-        let cpl = if focus.privileged || needs_user(focus.code) || rng.chance(70) { 3 } else { 0 };
+        let cpl = if narrow || focus.privileged || needs_user(focus.code) || rng.chance(70) { 3 } else { 0 };
         let code_at = CODE_AT + if rng.chance(25) { PAGE - 1 - rng.below(60) as usize } else { rng.below(1500) as usize };
+        let segments = if narrow { segments(rng, &mut init, code_at) } else { Segments::WIDE };
         let case = Case {
             items: Vec::new(),
             focus: focus.code,
             init,
             cpl,
+            segments,
             code_at,
             pokes: Vec::new(),
             addresses: Vec::new(),
@@ -174,12 +179,13 @@ impl<'a> Builder<'a> {
             stepping: true,
             rep_mask: None,
         };
-        let narrow_strings = rng.chance(15);
+        let narrow_strings = narrow || rng.chance(15);
         let mut builder = Self {
             rng,
             case,
             pins: Vec::new(),
             force_memory: None,
+            narrow,
             narrow_strings,
             allow_wild: false,
             waiting: Vec::new(),
@@ -190,11 +196,28 @@ impl<'a> Builder<'a> {
         builder
     }
 
+    /// General registers there are.
+    pub fn registers(&self) -> u64 {
+        if self.narrow { 8 } else { 16 }
+    }
+    /// A whole general register.
+    fn whole(&self, number: usize) -> iced_x86::Register {
+        if self.narrow { gpr_part(number, 32) } else { gpr(number) }
+    }
+    /// A random value of a register.
+    fn value(&mut self) -> u64 {
+        let value = self.rng.value();
+        if self.narrow { value & 0xffff_ffff } else { value }
+    }
+    fn flag_reader(&mut self) -> Code {
+        self.rng.pick(if self.narrow { NARROW_FLAG_READERS } else { FLAG_READERS })
+    }
+
     /// Pins a register (`number`, or any) to a value of `kind`.
     fn pin_new(&mut self, kind: Kind, number: Option<usize>) -> usize {
         let number = number.unwrap_or_else(|| {
             loop {
-                let n = self.rng.below(16) as usize;
+                let n = self.rng.below(self.registers()) as usize;
                 if self.pins.iter().all(|p| p.number != n) {
                     return n;
                 }
@@ -208,6 +231,14 @@ impl<'a> Builder<'a> {
             Kind::Count => 1 + self.rng.below(20),
             Kind::Stack => STACK + (STACK_PAGES * PAGE / 2) as u64 - 600 + self.rng.below(1200),
             Kind::Address => 0,
+        };
+        // In 32-bit code it is an offset, and there is no high window.
+        let base = |s: usize| self.case.segments.base(s);
+        let value = match kind {
+            Kind::High | Kind::Low if self.narrow => (DATA + inside).wrapping_sub(base(segments::DS)) & 0xffff_ffff,
+            Kind::Stack => value.wrapping_sub(base(segments::SS)),
+            Kind::Index if self.narrow => value & 0xffff_ffff,
+            _ => value,
         };
         // The stack is mostly aligned, as in real programs.
         let value = if kind == Kind::Stack && self.rng.chance(80) { value & !7 } else { value };
@@ -236,7 +267,7 @@ impl<'a> Builder<'a> {
     fn random_pins(&mut self) {
         self.pin_new(Kind::Low, None);
         self.pin_new(Kind::Index, None);
-        if self.rng.chance(60) {
+        if !self.narrow && self.rng.chance(60) {
             self.pin_new(Kind::High, None);
         }
         if self.rng.chance(30) {
@@ -254,8 +285,10 @@ impl<'a> Builder<'a> {
         let mut store = Instruction::default();
         store.set_code(Code::Mov_rm8_imm8);
         store.set_op0_kind(iced_x86::OpKind::Memory);
-        store.set_memory_base(iced_x86::Register::RIP);
-        store.set_memory_displ_size(8);
+        if !self.narrow {
+            store.set_memory_base(iced_x86::Register::RIP);
+        }
+        store.set_memory_displ_size(if self.narrow { 4 } else { 8 });
         store.set_op1_kind(iced_x86::OpKind::Immediate8);
         store.set_immediate8(self.rng.next() as u8);
         self.push(store, None, false);
@@ -288,7 +321,7 @@ impl<'a> Builder<'a> {
     fn filler(&mut self) -> Option<()> {
         for _ in 0..200 {
             let form = if self.rng.chance(15) {
-                let code = self.rng.pick(FLAG_READERS);
+                let code = self.flag_reader();
                 *self.forms.iter().find(|f| f.code == code)?
             } else {
                 self.rng.pick(self.forms)
@@ -318,7 +351,7 @@ impl<'a> Builder<'a> {
         let length = self.case.items.len();
         self.add(code)?;
         let item = *self.case.items.last().expect("just added");
-        if item.instruction.op0_kind() == iced_x86::OpKind::NearBranch64 {
+        if is_branch(&item.instruction) {
             self.branch_forward();
         }
         if self.spoils(&item.instruction) {
@@ -362,12 +395,19 @@ impl<'a> Builder<'a> {
     /// Encodes and adds an instruction of form `code` with random operands.
     fn add(&mut self, code: Code) -> Option<Memory> {
         let (mut item, memory) = self.instruction(code)?;
-        if matches!(code, Code::Popfw | Code::Popfq) {
+        if matches!(code, Code::Popfw | Code::Popfd | Code::Popfq) {
             let mut image = Instruction::default();
-            image.set_code(Code::Pushq_imm32);
-            image.set_op0_kind(iced_x86::OpKind::Immediate32to64);
             const NT_ID: u64 = 1 << 14 | 1 << 21;
-            image.set_immediate32to64((2 | IF | (self.rng.next() & (STATUS_FLAGS | DF | NT_ID))) as i64);
+            let value = 2 | IF | (self.rng.next() & (STATUS_FLAGS | DF | NT_ID));
+            if self.narrow {
+                image.set_code(Code::Pushd_imm32);
+                image.set_op0_kind(iced_x86::OpKind::Immediate32);
+                image.set_immediate32(value as u32);
+            } else {
+                image.set_code(Code::Pushq_imm32);
+                image.set_op0_kind(iced_x86::OpKind::Immediate32to64);
+                image.set_immediate32to64(value as i64);
+            }
             self.push(image, None, false);
             item.glued = true;
         }
@@ -397,14 +437,14 @@ impl<'a> Builder<'a> {
                 self.case.items.last_mut().expect("just added").target = Some(start);
                 return Some(());
             }
-            Code::Jmp_rm64 | Code::Call_rm64 => return self.indirect_focus(code),
-            Code::Retnq | Code::Retnq_imm16 => return self.return_focus(code),
+            Code::Jmp_rm64 | Code::Call_rm64 | Code::Jmp_rm32 | Code::Call_rm32 => return self.indirect_focus(code),
+            Code::Retnq | Code::Retnq_imm16 | Code::Retnd | Code::Retnd_imm16 => return self.return_focus(code),
             _ if forms::is_divide(code) && self.rng.chance(60) => self.ease_divide(code),
             _ => {}
         }
         let memory = self.add(code)?;
         let instruction = self.case.items.last().expect("just added").instruction;
-        if instruction.op0_kind() == iced_x86::OpKind::NearBranch64 {
+        if is_branch(&instruction) {
             self.branch_forward();
         }
         // What follows must not rely on a pin that this has overwritten.
@@ -447,11 +487,12 @@ impl<'a> Builder<'a> {
             };
             self.case.init.gpr[RCX] = count;
             if self.rng.chance(50) && matches!(code, Code::Stosb_m8_AL | Code::Scasb_AL_m8) {
-                self.case.init.gpr[RDI] = DATA + self.rng.below(DATA_BYTES as u64);
+                let base = self.case.segments.base(segments::ES);
+                self.case.init.gpr[RDI] = (DATA + self.rng.below(DATA_BYTES as u64)).wrapping_sub(base);
             }
             let narrow = item.instruction.op_kinds().any(is_narrow_string);
             if narrow && self.rng.chance(50) {
-                self.case.init.gpr[RCX] |= self.rng.next() << 32;
+                self.case.init.gpr[RCX] |= if self.narrow { 0 } else { self.rng.next() << 32 };
             }
             if alone {
                 self.case.rep_mask = Some(if narrow { u64::from(u32::MAX) } else { u64::MAX });
@@ -486,7 +527,7 @@ impl<'a> Builder<'a> {
             Place::Memory(image_offset(memory.address?).filter(|at| *at + 8 <= IMAGE)?)
         } else {
             let number = self.pin_new(Kind::Address, None);
-            item.instruction.set_op0_register(gpr(number));
+            item.instruction.set_op0_register(self.whole(number));
             Place::Register(number)
         };
         self.case.items.push(item);
@@ -495,7 +536,7 @@ impl<'a> Builder<'a> {
             self.waiting.push((place, self.case.items.len() - 1));
         } else if let Place::Register(number) = place {
             // Mostly nowhere.
-            self.case.init.gpr[number] = self.rng.value();
+            self.case.init.gpr[number] = self.value();
         }
         Some(())
     }
@@ -503,8 +544,8 @@ impl<'a> Builder<'a> {
     fn return_focus(&mut self, code: Code) -> Option<()> {
         let number = self.pin_new(Kind::Address, None);
         let mut push = Instruction::default();
-        push.set_code(Code::Push_r64);
-        push.set_op0_register(gpr(number));
+        push.set_code(if self.narrow { Code::Push_r32 } else { Code::Push_r64 });
+        push.set_op0_register(self.whole(number));
         self.push(push, None, false);
         self.add(code)?;
         let item = self.case.items.len() - 1;
@@ -515,7 +556,7 @@ impl<'a> Builder<'a> {
         if self.rng.chance(95) {
             self.waiting.push((Place::Register(number), item));
         } else {
-            self.case.init.gpr[number] = self.rng.value();
+            self.case.init.gpr[number] = self.value();
         }
         Some(())
     }
@@ -586,6 +627,59 @@ impl<'a> Builder<'a> {
     }
 }
 
+/// Whether an instruction has a near branch target.
+fn is_branch(instruction: &Instruction) -> bool {
+    use iced_x86::OpKind as K;
+    matches!(instruction.op0_kind(), K::NearBranch32 | K::NearBranch64)
+}
+
+/// The segments of a case of 32-bit code; makes registers fit. Mostly flat, as Linux has them.
+fn segments(rng: &mut Rng, init: &mut Regs, code_at: usize) -> Segments {
+    for (i, value) in init.gpr.iter_mut().enumerate() {
+        // What 32-bit code leaves in the upper halves of its registers is nobody's business; r8 and up it cannot touch.
+        *value &= if i < 8 { 0xffff_ffff } else { u64::MAX };
+    }
+    let gs = (DATA + rng.below(DATA_BYTES as u64 / 2)) as u32;
+    init.gs_base = gs.into();
+    init.fs_base = 0;
+    let mut segments = Segments::flat(gs);
+    if rng.chance(65) {
+        return segments;
+    }
+    let (start, end) = (DATA as u32, (DATA + DATA_BYTES as u64) as u32);
+    for s in [segments::ES, segments::DS, segments::GS] {
+        let base = rng.pick(&[0, 0, 0x1000, 0x123_4567, start, 0xf000_0000]);
+        let middle = start + rng.below(DATA_BYTES as u64) as u32;
+        match rng.below(8) {
+            // Ends in the window, begins in it, cannot be written, does not exist.
+            0 if base <= start => segments.bend(s, base, middle, false, true),
+            1 if base <= start => segments.bend(s, base, middle, true, true),
+            2 if base <= start => segments.bend(s, base, end.wrapping_add(0x10_0000), false, false),
+            3 if s != segments::DS => segments.all[s] = segments::Descriptor::NULL,
+            // Only a base; it may wrap at 4 GiB.
+            4 | 5 => segments.bend(s, base, base, false, true),
+            _ => {}
+        }
+    }
+    if rng.chance(30) {
+        let middle = STACK as u32 + (STACK_PAGES * PAGE / 2) as u32;
+        let distance = rng.below(1000) as u32;
+        match rng.below(3) {
+            0 => segments.bend(segments::SS, rng.pick(&[0, 0x1000]), middle + distance, false, true),
+            1 => segments.bend(segments::SS, 0, middle - distance, true, true),
+            _ => segments.bend(segments::SS, 0x2fff_0000, 0x2fff_0000, false, true),
+        }
+    }
+    if rng.chance(30) {
+        let base = rng.pick(&[0, 0x1000, crate::layout::CODE as u32]);
+        // The first instruction's first byte is inside, or the silicon's would be another program's fault.
+        let inside = if rng.chance(50) { 1 + rng.below(60) } else { 0x1000 };
+        segments.bend_code(base, crate::layout::CODE as u32 + code_at as u32 + inside as u32, rng.chance(70));
+    }
+    init.gs_base = segments.base(segments::GS);
+    segments
+}
+
 fn is_narrow_string(kind: iced_x86::OpKind) -> bool {
     use iced_x86::OpKind as K;
     matches!(kind, K::MemorySegESI | K::MemoryESEDI | K::MemorySegEDI)
@@ -615,7 +709,12 @@ fn implicit_registers(code: Code) -> &'static [usize] {
         Code::Outsb_DX_m8 | Code::Outsw_DX_m16 | Code::Outsd_DX_m32 => &[RSI],
         Code::Xlat_m8 => &[RBX],
         Code::Maskmovq_rDI_mm_mm | Code::Maskmovdqu_rDI_xmm_xmm => &[RDI],
-        Code::Leavew | Code::Leaveq | Code::Enterw_imm16_imm8 | Code::Enterq_imm16_imm8 => &[RBP],
+        Code::Leavew
+        | Code::Leaved
+        | Code::Leaveq
+        | Code::Enterw_imm16_imm8
+        | Code::Enterd_imm16_imm8
+        | Code::Enterq_imm16_imm8 => &[RBP],
         _ if code.is_loop() || code.is_loopcc() => &[RCX],
         _ => &[],
     }
@@ -631,6 +730,12 @@ fn is_special(code: Code) -> bool {
                 | Code::Call_rm64
                 | Code::Retnq
                 | Code::Retnq_imm16
+                | Code::Jmp_rm32
+                | Code::Call_rm32
+                | Code::Retnd
+                | Code::Retnd_imm16
+                | Code::Leaved
+                | Code::Enterd_imm16_imm8
                 | Code::Leavew
                 | Code::Leaveq
                 | Code::Enterw_imm16_imm8

@@ -3,9 +3,10 @@ use crate::bus::QuietBus;
 use crate::case::Program;
 use crate::layout::{Fx, IMAGE, Outcome, PAGE, PAGE_FAULT, RAN_AWAY, Regs, SHUT_DOWN, STRANGE_EXIT, WINDOWS};
 use crate::memory::{GuestRam, PageTables};
+use crate::segments::Segments;
 use crate::system;
 use twinstep_x86::state::{FxImage, seg};
-use twinstep_x86::{Cpu, CpuConfig, CpuModel, CpuState, Exit, Position};
+use twinstep_x86::{Cpu, CpuConfig, CpuModel, CpuState, Exit, Position, Segment};
 
 /// Guest-physical addresses. The system pages are between tables and image.
 const TABLES_GPA: u64 = 0x1000;
@@ -52,10 +53,11 @@ impl Guest {
         for (at, bytes) in &program.pokes {
             self.ram.write(IMAGE_GPA + *at as u64, bytes);
         }
-        self.cpu.set_state(self.state(&program.init, cpl));
+        system::write_ldt(&mut self.ram, &program.segments.all.map(|d| d.raw));
+        self.cpu.set_state(self.state(&program.init, &program.segments, cpl));
         self.cpu.set_position(position);
     }
-    fn state(&self, regs: &Regs, cpl: u8) -> CpuState {
+    fn state(&self, regs: &Regs, segments: &Segments, cpl: u8) -> CpuState {
         let mut st = system::state(self.cr3, cpl);
         st.gpr = regs.gpr;
         st.rip = regs.rip;
@@ -63,6 +65,11 @@ impl Guest {
         st.fx = FxImage(regs.fx.0);
         st.seg[seg::FS].base = regs.fs_base;
         st.seg[seg::GS].base = regs.gs_base;
+        if segments.narrow {
+            for (to, d) in st.seg.iter_mut().zip(segments.all) {
+                *to = Segment { base: d.base(), limit: d.limit(), selector: d.selector, attributes: d.attributes() };
+            }
+        }
         st
     }
     /// The user's registers now. Only before an exception.
@@ -106,7 +113,10 @@ impl Guest {
     /// Interrupts it here, if that may be, with a handler that returns at once. Answers whether it did.
     pub fn interrupt(&mut self) -> bool {
         const NT: u64 = 1 << 14;
-        if !self.cpu.can_interrupt() || self.cpu.state().rflags & NT != 0 {
+        let st = self.cpu.state();
+        // At the end of a code segment there is no way back.
+        let beyond = !st.is_64_bit_code() && st.rip > st.seg[seg::CS].limit.into();
+        if !self.cpu.can_interrupt() || st.rflags & NT != 0 || beyond {
             return false;
         }
         self.cpu.interrupt(&mut self.bus, system::TRANSPARENT as u8).is_ok()

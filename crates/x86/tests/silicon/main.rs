@@ -17,6 +17,7 @@ mod prng;
 mod rep;
 mod run;
 mod sandbox;
+mod segments;
 mod system;
 
 fn setting(name: &str, default: u64) -> u64 {
@@ -34,7 +35,26 @@ fn tables_are_sound() {
 fn silicon_agrees_with_itself() {
     let settings =
         run::Settings { seed: setting("TWINSTEP_SEED", 1), first: 0, cases: setting("TWINSTEP_CASES", 20_000).min(20_000) };
-    run::check(settings, &run::against_itself);
+    run::check(settings, false, &run::against_itself);
+}
+
+/// The same for 32-bit code.
+#[test]
+fn silicon_agrees_with_itself_in_32_bit_code() {
+    let settings =
+        run::Settings { seed: setting("TWINSTEP_SEED", 1), first: 0, cases: setting("TWINSTEP_CASES", 20_000).min(20_000) };
+    run::check(settings, true, &run::against_itself);
+}
+
+/// The engine agrees with the silicon in 32-bit code, with flat segments and with others.
+#[test]
+fn engine_agrees_with_silicon_in_32_bit_code() {
+    let settings = run::Settings {
+        seed: setting("TWINSTEP_SEED", 1),
+        first: setting("TWINSTEP_FIRST", 0),
+        cases: setting("TWINSTEP_CASES", 100_000),
+    };
+    run::check(settings, true, &run::against_engine);
 }
 
 /// The engine agrees with the silicon.
@@ -45,5 +65,5 @@ fn engine_agrees_with_silicon() {
         first: setting("TWINSTEP_FIRST", 0),
         cases: setting("TWINSTEP_CASES", 100_000),
     };
-    run::check(settings, &run::against_engine);
+    run::check(settings, false, &run::against_engine);
 }

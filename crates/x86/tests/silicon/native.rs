@@ -6,6 +6,7 @@
 //! threads is sound.
 use crate::layout::{IMAGE, Outcome, PAGE, Regs, WINDOWS};
 use crate::sandbox;
+use crate::segments::Segments;
 use std::mem::size_of;
 use std::ptr;
 
@@ -33,6 +34,8 @@ pub struct Poke {
 pub struct Slot {
     /// Starting registers.
     pub init: Regs,
+    /// Its segments, if it is 32-bit code.
+    pub segments: Segments,
     /// The code and its offset in the image.
     pub code_at: u32,
     pub code_len: u32,
@@ -67,8 +70,10 @@ pub struct Shared {
     pub image: [u8; IMAGE],
     /// What every case's image starts as.
     pub template: [u8; IMAGE],
-    /// Slots in use.
-    pub count: u32,
+    /// The slots to run.
+    pub first: u32,
+    /// See `first`.
+    pub end: u32,
     /// The slot that runs, for the parent's message when the child dies.
     pub current: u32,
     /// The batch.
@@ -134,7 +139,14 @@ impl Native {
     /// # Panics
     /// If the child dies.
     pub fn run(&mut self, count: usize) {
-        self.shared().count = count as u32;
+        self.run_slots(0, count);
+    }
+    /// Runs one slot; otherwise as [`Native::run`].
+    pub fn run_one(&mut self, slot: usize) {
+        self.run_slots(slot, slot + 1);
+    }
+    fn run_slots(&mut self, from: usize, to: usize) {
+        (self.shared().first, self.shared().end) = (from as u32, to as u32);
         let mut byte = 0u8;
         // SAFETY: one byte to and from our own pipes.
         let answered = unsafe {
@@ -197,7 +209,7 @@ unsafe fn serve(shared: *mut Shared, file: libc::c_int, down: libc::c_int, up: l
         while libc::read(down, (&raw mut received).cast(), 1) == 1 {
             if byte == b'+' {
                 sandbox::set_alarm(2);
-                for i in 0..(*shared).count as usize {
+                for i in (*shared).first as usize..(*shared).end as usize {
                     (*shared).current = i as u32;
                     run_slot(shared, &raw mut (*shared).slots[i]);
                 }
@@ -220,7 +232,7 @@ unsafe fn run_slot(shared: *mut Shared, slot: *mut Slot) {
     unsafe {
         let image = (&raw mut (*shared).image).cast::<u8>();
         prepare(shared, slot, image);
-        sandbox::run(&raw const (*slot).init, &raw mut (*slot).end);
+        sandbox::run(&raw const (*slot).init, &raw const (*slot).segments, &raw mut (*slot).end);
         ptr::copy_nonoverlapping(image, (&raw mut (*slot).memory).cast(), IMAGE);
         if (*slot).single_step != 0 {
             prepare(shared, slot, image);
@@ -230,7 +242,8 @@ unsafe fn run_slot(shared: *mut Shared, slot: *mut Slot) {
                 image,
                 picture_memory: (&raw mut (*slot).picture_memory).cast(),
             };
-            let (positions, taken) = sandbox::run_stepping(&raw const (*slot).init, &raw mut (*slot).stepped_end, steps);
+            let (positions, taken) =
+                sandbox::run_stepping(&raw const (*slot).init, &raw const (*slot).segments, &raw mut (*slot).stepped_end, steps);
             (*slot).stepped_positions = positions;
             (*slot).picture_taken = u32::from(taken);
         }

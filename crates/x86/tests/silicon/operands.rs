@@ -2,6 +2,7 @@
 use crate::case::Item;
 use crate::generate::{Builder, Kind, Pin};
 use crate::layout::{DATA, DATA_BYTES, DATA_HIGH, PAGE, STACK, STACK_PAGES};
+use crate::segments;
 use iced_x86::{Code, Instruction, MemorySize, OpCodeOperandKind as Op, OpKind, Register};
 
 /// The 64-bit general register number `n`.
@@ -16,7 +17,7 @@ pub fn gpr_number(register: Register) -> Option<usize> {
 }
 
 /// The low `bits` of register number `n`.
-fn gpr_part(n: usize, bits: u32) -> Register {
+pub fn gpr_part(n: usize, bits: u32) -> Register {
     match bits {
         16 => Register::AX + n as u32,
         32 => Register::EAX + n as u32,
@@ -54,12 +55,15 @@ impl Builder<'_> {
     }
 
     fn random_gpr(&mut self) -> usize {
-        let n = self.rng.below(16) as usize;
-        if n == 4 && !self.rng.chance(10) { self.rng.pick(&[0, 3, 10, 11, 15]) } else { n }
+        let n = self.rng.below(self.registers()) as usize;
+        let others: &[usize] = if self.narrow { &[0, 3, 6] } else { &[0, 3, 10, 11, 15] };
+        if n == 4 && !self.rng.chance(10) { self.rng.pick(others) } else { n }
     }
 
     fn byte_register(&mut self) -> Register {
-        if self.rng.chance(25) {
+        if self.narrow {
+            Register::AL + self.rng.below(8) as u32
+        } else if self.rng.chance(25) {
             Register::AH + self.rng.below(4) as u32
         } else {
             [
@@ -122,7 +126,7 @@ impl Builder<'_> {
             }
             Op::r8_reg | Op::r8_opcode | Op::r8_or_mem => Some(self.byte_register()),
             Op::mm_reg | Op::mm_rm | Op::mm_or_mem => Some(Register::MM0 + self.rng.below(8) as u32),
-            Op::xmm_reg | Op::xmm_rm | Op::xmm_or_mem => Some(Register::XMM0 + self.rng.below(16) as u32),
+            Op::xmm_reg | Op::xmm_rm | Op::xmm_or_mem => Some(Register::XMM0 + self.rng.below(self.registers()) as u32),
             Op::seg_reg => Some(Register::ES + self.rng.below(6) as u32),
             Op::cr_reg => Some(self.rng.pick(&[Register::CR0, Register::CR2, Register::CR3, Register::CR4])),
             Op::dr_reg => Some(self.rng.pick(&[Register::DR0, Register::DR3, Register::DR6, Register::DR7])),
@@ -186,8 +190,14 @@ impl Builder<'_> {
             }
             Op::imm16 => {
                 instruction.set_op_kind(i, OpKind::Immediate16);
-                let moves_stack =
-                    matches!(instruction.code(), Code::Enterq_imm16_imm8 | Code::Enterw_imm16_imm8 | Code::Retnq_imm16);
+                let moves_stack = matches!(
+                    instruction.code(),
+                    Code::Enterq_imm16_imm8
+                        | Code::Enterd_imm16_imm8
+                        | Code::Enterw_imm16_imm8
+                        | Code::Retnq_imm16
+                        | Code::Retnd_imm16
+                );
                 instruction.set_immediate16(if moves_stack { self.rng.below(200) as u16 } else { value as u16 });
             }
             Op::imm32 => {
@@ -205,6 +215,9 @@ impl Builder<'_> {
             Op::seg_rSI | Op::es_rDI | Op::seg_rDI | Op::seg_rBX_al => self.implicit_memory(instruction, i, kind, memory)?,
             Op::br64_1 | Op::br64_4 => {
                 instruction.set_op_kind(i, OpKind::NearBranch64);
+            }
+            Op::br32_1 | Op::br32_4 => {
+                instruction.set_op_kind(i, OpKind::NearBranch32);
             }
             _ => panic!("operand kind {kind:?} of {:?}", instruction.code()),
         }
@@ -244,7 +257,8 @@ impl Builder<'_> {
         }
         if kind != Op::es_rDI && self.rng.chance(self.override_chance()) {
             // With the segment's base in the pinned register's stead, the sum still has to be inside.
-            instruction.set_segment_prefix(if self.rng.chance(50) { Register::FS } else { Register::GS });
+            let fs = !self.narrow && self.rng.chance(50);
+            instruction.set_segment_prefix(if fs { Register::FS } else { Register::GS });
         }
         let pinned = self.pins.iter().any(|p| p.number == number && p.usable);
         *memory = Memory::default();
@@ -278,6 +292,9 @@ impl Builder<'_> {
         let size = operand_size(instruction);
         let target = DATA.wrapping_add(self.target(size));
         let high = target.wrapping_sub(DATA).wrapping_add(DATA_HIGH);
+        if self.narrow {
+            return self.narrow_operand(instruction, target, offset_only);
+        }
         if offset_only {
             return self.absolute_operand(instruction, target, high);
         }
@@ -364,6 +381,103 @@ impl Builder<'_> {
         Some(Memory { address })
     }
 
+    /// A memory operand of 32-bit code.
+    fn narrow_operand(&mut self, instruction: &mut Instruction, target: u64, offset_only: bool) -> Option<Memory> {
+        let size = operand_size(instruction);
+        let is_lea = matches!(instruction.code(), Code::Lea_r16_m | Code::Lea_r32_m);
+        if !offset_only && (self.rng.chance(1) || is_lea && self.rng.chance(70)) {
+            let memory = self.wild_operand(instruction);
+            if self.rng.chance(30) {
+                self.short_registers(instruction);
+            }
+            return Some(memory);
+        }
+        let mut target = target;
+        let mode = if offset_only { 0 } else { self.rng.below(8) };
+        let base = match mode {
+            0 => None,
+            1 => Some(self.pin(&[Kind::Index], true)?),
+            2 => Some(self.pin(&[Kind::Stack], true)?),
+            _ => Some(self.pin(&[Kind::Low, Kind::High], true)?),
+        };
+        let on_stack = base.is_some_and(|p| matches!(p.number, 4 | 5));
+        let mut segment = if on_stack { segments::SS } else { segments::DS };
+        if self.rng.chance(15) {
+            let (register, s) = self.rng.pick(&[
+                (Register::GS, segments::GS),
+                (Register::GS, segments::GS),
+                (Register::ES, segments::ES),
+                (Register::SS, segments::SS),
+                (Register::DS, segments::DS),
+                (Register::CS, segments::CS),
+            ]);
+            instruction.set_segment_prefix(register);
+            segment = s;
+        }
+        let mut sum = self.case.segments.base(segment);
+        let mut exact = true;
+        if let Some(pin) = base {
+            if pin.kind == Kind::Stack {
+                let inside = self.rng.below((STACK_PAGES * PAGE) as u64 - size);
+                target = STACK + if size >= 16 { inside & !15 } else { inside };
+            }
+            instruction.set_memory_base(gpr_part(pin.number, 32));
+            sum = sum.wrapping_add(pin.value);
+            exact &= pin.exact;
+        }
+        if !offset_only && self.rng.chance(35) {
+            let index = self.pin(&[Kind::Index], true)?;
+            let scale = self.rng.pick(&[1u32, 2, 4, 8]);
+            instruction.set_memory_index(gpr_part(index.number, 32));
+            instruction.set_memory_index_scale(scale);
+            sum = sum.wrapping_add(index.value.wrapping_mul(u64::from(scale)));
+            exact &= index.exact;
+        }
+        let mut displacement = target.wrapping_sub(sum) as i32;
+        if base.is_some() && self.rng.chance(25) {
+            displacement = self.rng.pick(&[0, 1, 8, 16, -16, 64, -128, 127]);
+            target = sum.wrapping_add_signed(displacement.into()) & 0xffff_ffff;
+        }
+        let short = i8::try_from(displacement).is_ok();
+        instruction.set_memory_displ_size(match displacement {
+            0 if base.is_some() => 0,
+            _ if short && base.is_some() && self.rng.chance(80) => 1,
+            _ => 4,
+        });
+        instruction.set_memory_displacement64(u64::from(displacement as u32));
+        // Addresses of 16 bits reach the window through GS.
+        if self.rng.chance(8) && segment == segments::GS && instruction.memory_index() == Register::None && base.is_none() {
+            instruction.set_memory_displ_size(2);
+            instruction.set_memory_displacement64(u64::from(displacement as u16));
+            exact &= displacement as u32 <= 0xffff;
+            if !offset_only && self.rng.chance(70) {
+                self.short_registers(instruction);
+                exact = false;
+            }
+        }
+        Some(Memory { address: exact.then_some(target) })
+    }
+
+    /// Gives an operand registers of 16 bits.
+    fn short_registers(&mut self, instruction: &mut Instruction) {
+        let forms = [
+            (Register::BX, Register::SI),
+            (Register::BX, Register::DI),
+            (Register::BP, Register::SI),
+            (Register::BP, Register::DI),
+            (Register::SI, Register::None),
+            (Register::DI, Register::None),
+            (Register::BP, Register::None),
+            (Register::BX, Register::None),
+        ];
+        let (base, index) = self.rng.pick(&forms);
+        instruction.set_memory_base(base);
+        instruction.set_memory_index(index);
+        instruction.set_memory_index_scale(1);
+        instruction.set_memory_displ_size(2);
+        instruction.set_memory_displacement64(instruction.memory_displacement64() & 0xffff);
+    }
+
     /// MOV with an absolute address.
     fn absolute_operand(&mut self, instruction: &mut Instruction, target: u64, high: u64) -> Option<Memory> {
         let narrow = self.rng.chance(20);
@@ -383,11 +497,11 @@ impl Builder<'_> {
 
     /// Any registers at all. For LEA, and for the faults of wild addresses.
     fn wild_operand(&mut self, instruction: &mut Instruction) -> Memory {
-        let narrow = if self.rng.chance(20) { 32 } else { 64 };
+        let narrow = if self.narrow || self.rng.chance(20) { 32 } else { 64 };
         if self.rng.chance(80) {
-            instruction.set_memory_base(gpr_part(self.rng.below(16) as usize, narrow));
+            instruction.set_memory_base(gpr_part(self.rng.below(self.registers()) as usize, narrow));
         }
-        let index = self.rng.below(16) as usize;
+        let index = self.rng.below(self.registers()) as usize;
         if index != 4 && self.rng.chance(60) {
             instruction.set_memory_index(gpr_part(index, narrow));
             instruction.set_memory_index_scale(self.rng.pick(&[1, 2, 4, 8]));

@@ -58,8 +58,8 @@ const ENOUGH: u64 = 20;
 ///
 /// # Panics
 /// If any case fails, if a known gap is none, or if a form never comes to its end.
-pub fn check(settings: Settings, judge: &(dyn Fn() -> Box<dyn Judge> + Sync)) {
-    let forms = forms::compared();
+pub fn check(settings: Settings, narrow: bool, judge: &(dyn Fn() -> Box<dyn Judge> + Sync)) {
+    let forms = forms::compared(narrow);
     let ordinary: Vec<Form> = forms.iter().filter(|f| known_gap(f.code).is_none()).copied().collect();
     println!("seed {} cases {}..{}", settings.seed, settings.first, settings.first + settings.cases);
     let next = AtomicU64::new(settings.first / BATCH as u64);
@@ -72,7 +72,7 @@ pub fn check(settings: Settings, judge: &(dyn Fn() -> Box<dyn Judge> + Sync)) {
     std::thread::scope(|scope| {
         for native in natives {
             scope.spawn(move || {
-                let mut worker = Worker { native, judge: judge(), ordinary, seed: settings.seed, first: settings.first };
+                let mut worker = Worker { native, judge: judge(), ordinary, narrow, seed: settings.seed, first: settings.first };
                 loop {
                     let batch = next.fetch_add(1, Relaxed);
                     if batch * BATCH as u64 >= end {
@@ -83,7 +83,7 @@ pub fn check(settings: Settings, judge: &(dyn Fn() -> Box<dyn Judge> + Sync)) {
             });
         }
     });
-    report(&forms, &results.lock().expect("no worker panicked"), settings);
+    report(&forms, &results.lock().expect("no worker panicked"), settings, narrow);
 }
 
 fn known_gap(code: Code) -> Option<&'static str> {
@@ -95,6 +95,8 @@ struct Worker<'a> {
     judge: Box<dyn Judge>,
     /// Forms to surround a case with.
     ordinary: &'a [Form],
+    /// 32-bit code.
+    narrow: bool,
     seed: u64,
     /// Cases before this one are left out.
     first: u64,
@@ -109,7 +111,7 @@ impl Worker<'_> {
         for index in first.max(self.first)..end.min(first + BATCH as u64) {
             let form = forms[(index % forms.len() as u64) as usize];
             let mut rng = Rng::new(self.seed, index);
-            let case = generate::case(&mut rng, self.ordinary, form);
+            let case = generate::case(&mut rng, self.ordinary, form, self.narrow);
             let program = case.assemble().expect("assembled before");
             fill(&mut self.native.shared().slots[cases.len()], &case, &program, index);
             cases.push((index, form, case, program));
@@ -118,9 +120,13 @@ impl Worker<'_> {
         let mut failed = Vec::new();
         for (i, (index, form, case, program)) in cases.into_iter().enumerate() {
             let mut differences = Vec::new();
+            self.judge.judge(&case, &program, &template, &self.native.shared().slots[i], index, &mut differences);
+            if !differences.is_empty() && self.asked_again(i) {
+                differences.clear();
+                self.judge.judge(&case, &program, &template, &self.native.shared().slots[i], index, &mut differences);
+            }
             let slot = &self.native.shared().slots[i];
             let ended = slot.end.vector == BREAKPOINT && slot.end.regs.rip == program.at[case.items.len()] + 1;
-            self.judge.judge(&case, &program, &template, slot, index, &mut differences);
             let mut results = results.lock().expect("no worker panicked");
             let tally = results.tallies.entry(form.code as usize).or_default();
             tally.cases += 1;
@@ -137,6 +143,16 @@ impl Worker<'_> {
             let mut results = results.lock().expect("no worker panicked");
             results.failures.entry(failure.1 as usize).or_default().push(failure.0);
         }
+    }
+
+    /// Runs slot `i` on the silicon once more. Answers whether it says something else now: kernels of virtual hosts lose a single step of 32-bit
+    /// code now and then.
+    fn asked_again(&mut self, i: usize) -> bool {
+        let answer = |s: &Slot| (s.end, s.stepped_end, s.stepped_positions, s.picture_taken, s.picture);
+        let shared = self.native.shared();
+        let before = answer(&shared.slots[i]);
+        self.native.run_one(i);
+        answer(&self.native.shared().slots[i]) != before
     }
 
     /// Runs one case on both sides.
@@ -164,8 +180,9 @@ impl Worker<'_> {
         }
         let program = case.assemble().expect("it ran");
         let text = format!(
-            "case {index} about {focus:?}, cpl {}:\n{}start:\n{}pokes {:x?}\ndifferences:\n  {}\nrun it alone: TWINSTEP_SEED={} TWINSTEP_FIRST={index} TWINSTEP_CASES=1\n",
+            "case {index} about {focus:?}, cpl {}, segments {:x?}:\n{}start:\n{}pokes {:x?}\ndifferences:\n  {}\nrun it alone: TWINSTEP_SEED={} TWINSTEP_FIRST={index} TWINSTEP_CASES=1\n",
             case.cpl,
+            case.segments.all.map(|d| (d.selector, d.raw)),
             listing(&case, &program),
             compare::start(&program.init),
             program.pokes.iter().map(|(at, bytes)| (at, &bytes[..bytes.len().min(32)])).collect::<Vec<_>>(),
@@ -180,6 +197,7 @@ impl Worker<'_> {
 
 fn fill(slot: &mut Slot, case: &Case, program: &Program, index: u64) {
     slot.init = program.init;
+    slot.segments = program.segments;
     slot.code_at = case.code_at as u32;
     slot.code_len = program.bytes.len() as u32;
     slot.code[..program.bytes.len()].copy_from_slice(&program.bytes);
@@ -194,7 +212,7 @@ fn fill(slot: &mut Slot, case: &Case, program: &Program, index: u64) {
     slot.picture_taken = 0;
 }
 
-fn report(forms: &[Form], results: &Results, settings: Settings) {
+fn report(forms: &[Form], results: &Results, settings: Settings, narrow: bool) {
     let cases: u64 = results.tallies.values().map(|t| t.cases).sum();
     let failed: u64 = results.tallies.values().map(|t| t.failed).sum();
     let ended: u64 = results.tallies.values().map(|t| t.ended).sum();
@@ -202,7 +220,7 @@ fn report(forms: &[Form], results: &Results, settings: Settings) {
         "{cases} cases about {} of {} forms ({} more are not compared, see forms.rs); {ended} ran to the end, {failed} failed",
         results.tallies.len(),
         forms.len(),
-        forms::skipped()
+        forms::skipped(narrow)
     );
     if std::env::var_os("TWINSTEP_COVERAGE").is_some() {
         for form in forms {
@@ -280,7 +298,7 @@ fn straight_positions(case: &Case, program: &Program, slot: &Slot) -> Option<u64
         return Some(item.len() as u64);
     }
     // A trap points behind its instruction.
-    let trap = matches!(slot.end.vector, 1 | BREAKPOINT);
+    let trap = matches!(slot.end.vector, 1 | BREAKPOINT | 4);
     ended.and_then(|n| (n as u64).checked_sub(u64::from(trap)))
 }
 
@@ -300,7 +318,7 @@ impl Judge for Engine {
         let base = rng.below(1 << 40);
         let limit = base + expected.unwrap_or(10_000) + 50;
         // The trap that ends a case has retired, and so has the handler's HLT.
-        let traps = matches!(slot.end.vector, 1 | BREAKPOINT);
+        let traps = matches!(slot.end.vector, 1 | BREAKPOINT | 4);
         let expected_end = expected.map(|n| base + n + u64::from(traps) + 1);
         let others = 2 + rng.below(3) as usize;
         for (how, which) in

@@ -5,7 +5,8 @@
 //! frame so that returning from the signal lands behind the trampoline.
 //!
 //! Only for a process with one thread: everything is in statics.
-use crate::layout::{CODE, CODE_PAGES, IMAGE, NO_VECTOR, Outcome, PAGE, Regs, TF, TIMED_OUT};
+use crate::layout::{IMAGE, NO_VECTOR, Outcome, Regs, TF, TIMED_OUT};
+use crate::segments::{CS, DS, ES, GS, SS, Segments};
 use std::arch::naked_asm;
 use std::mem::{offset_of, zeroed};
 use std::ptr;
@@ -95,6 +96,71 @@ unsafe extern "C" fn enter(regs: *const Regs) {
         gs = const offset_of!(Regs, gs_base), fs = const offset_of!(Regs, fs_base), fx = const offset_of!(Regs, fx),
         flags = const offset_of!(Regs, rflags),
     )
+}
+
+/// Selectors of 32-bit code: ES, SS, DS, GS.
+static mut SELECTORS: [u16; 4] = [0; 4];
+/// Where 32-bit code starts: EIP and CS.
+static mut FAR_TARGET: [u16; 3] = [0; 3];
+
+/// As [`enter`], for 32-bit code: loads segment registers, too, and jumps to `FAR_TARGET`. FS stays the host's, unused.
+///
+/// # Safety
+/// As [`enter`]; the selectors are good.
+#[unsafe(naked)]
+unsafe extern "C" fn enter_narrow(regs: *const Regs) {
+    naked_asm!(
+        "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
+        "mov [rip + {host_rsp}], rsp",
+        "fxsave64 [rip + {host_fx}]",
+        "mov r12, rdi",
+        "mov es, word ptr [rip + {selectors}]", "mov ss, word ptr [rip + {selectors} + 2]",
+        "mov ds, word ptr [rip + {selectors} + 4]", "mov gs, word ptr [rip + {selectors} + 6]",
+        "fxrstor64 [r12 + {fx}]",
+        "push qword ptr [r12 + {flags}]", "popfq",
+        "mov rax, [r12]", "mov rcx, [r12 + 8]", "mov rdx, [r12 + 16]", "mov rbx, [r12 + 24]",
+        "mov rsp, [r12 + 32]", "mov rbp, [r12 + 40]", "mov rsi, [r12 + 48]", "mov rdi, [r12 + 56]",
+        "mov r8, [r12 + 64]", "mov r9, [r12 + 72]", "mov r10, [r12 + 80]", "mov r11, [r12 + 88]",
+        "mov r13, [r12 + 104]", "mov r14, [r12 + 112]", "mov r15, [r12 + 120]", "mov r12, [r12 + 96]",
+        "jmp fword ptr [rip + {target}]",
+        host_rsp = sym HOST_RSP, host_fx = sym HOST_FX, target = sym FAR_TARGET, selectors = sym SELECTORS,
+        fx = const offset_of!(Regs, fx), flags = const offset_of!(Regs, rflags),
+    )
+}
+
+/// Puts the segments of 32-bit code into the LDT, and their selectors to where [`enter_narrow`] looks.
+///
+/// # Safety
+/// Nothing else in this process uses the LDT; the case is not running.
+unsafe fn prepare_segments(segments: &Segments, eip: u32) {
+    const WRITE_LDT: u64 = 0x11;
+    for d in segments.all.iter().filter(|d| d.is_local()) {
+        let entry = d.for_linux();
+        // SAFETY: a system call with a valid description of its length.
+        unsafe { libc::syscall(libc::SYS_modify_ldt, WRITE_LDT, entry.as_ptr(), size_of_val(&entry)) };
+    }
+    let selector = |s: usize| segments.all[s].selector;
+    // SAFETY: one thread.
+    unsafe {
+        SELECTORS = [selector(ES), selector(SS), selector(DS), selector(GS)];
+        FAR_TARGET = [eip as u16, (eip >> 16) as u16, selector(CS)];
+    }
+}
+
+/// Jumps into a case and comes back.
+///
+/// # Safety
+/// As [`run`], after [`begin`].
+unsafe fn enter_either(init: *const Regs, segments: *const Segments) {
+    // SAFETY: the caller's.
+    unsafe {
+        if (*segments).narrow {
+            prepare_segments(&*segments, (*init).rip as u32);
+            enter_narrow(init);
+        } else {
+            enter(init);
+        }
+    }
 }
 
 /// Where the handler returns to: the second half of [`enter`], with its stack.
@@ -190,6 +256,9 @@ unsafe extern "C" fn on_signal(signal: libc::c_int, context: *mut libc::ucontext
         gregs[libc::REG_RIP as usize] = leave as *const () as i64;
         gregs[libc::REG_RSP as usize] = HOST_RSP as i64;
         gregs[libc::REG_EFL as usize] = 0x202;
+        // CS and SS of 64-bit programs, whatever the case had.
+        let selectors = &mut gregs[libc::REG_CSGSFS as usize];
+        *selectors = *selectors & 0x0000_ffff_ffff_0000 | 0x33 | 0x2b << 48;
         HOST_FS
     }
 }
@@ -259,11 +328,11 @@ pub fn set_alarm(seconds: u32) {
 ///
 /// # Safety
 /// [`install`]ed; the pointers are valid. The code must not make system calls or write where it must not.
-pub unsafe fn run(init: *const Regs, outcome: *mut Outcome) {
+pub unsafe fn run(init: *const Regs, segments: *const Segments, outcome: *mut Outcome) {
     // SAFETY: the caller's.
     unsafe {
         begin(init, outcome, None);
-        enter(init);
+        enter_either(init, segments);
         (*control()).running = false;
     }
 }
@@ -272,13 +341,13 @@ pub unsafe fn run(init: *const Regs, outcome: *mut Outcome) {
 ///
 /// # Safety
 /// As [`run`], and for the pointers in `steps`.
-pub unsafe fn run_stepping(init: *const Regs, outcome: *mut Outcome, steps: Steps) -> (u64, bool) {
+pub unsafe fn run_stepping(init: *const Regs, segments: *const Segments, outcome: *mut Outcome, steps: Steps) -> (u64, bool) {
     // SAFETY: the caller's.
     unsafe {
         begin(init, outcome, Some(steps));
         let mut trapping = *init;
         trapping.rflags |= TF;
-        enter(&raw const trapping);
+        enter_either(&raw const trapping, segments);
         let control = &mut *control();
         control.running = false;
         (control.positions, control.picture_taken)
@@ -292,7 +361,6 @@ unsafe fn begin(init: *const Regs, outcome: *mut Outcome, steps: Option<Steps>) 
     unsafe {
         *outcome = Outcome::NONE;
         debug_assert_eq!((*outcome).vector, NO_VECTOR);
-        debug_assert!((*init).rip >= CODE && (*init).rip < CODE + (CODE_PAGES * PAGE) as u64);
         TARGET = (*init).rip;
         let control = &mut *control();
         *control = Control {

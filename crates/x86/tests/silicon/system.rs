@@ -16,6 +16,7 @@ const SYSTEM: u64 = 0xffff_8a5d_5000_0000;
 pub const SYSTEM_PAGES: u64 = 5;
 const GDT: u64 = SYSTEM;
 const TSS: u64 = SYSTEM + 0x200;
+const LDT: u64 = SYSTEM + 0x400;
 const IDT: u64 = SYSTEM + 0x1000;
 const HANDLERS: u64 = SYSTEM + 0x2000;
 const HANDLER_BYTES: u64 = 16;
@@ -29,6 +30,8 @@ pub const KERNEL_SS: u16 = 0x18;
 pub const USER_CS: u16 = 0x33;
 /// See [`KERNEL_CS`].
 pub const USER_SS: u16 = 0x2b;
+/// See [`KERNEL_CS`].
+pub const USER_CS_32: u16 = 0x23;
 
 /// The vector whose handler returns at once (IRETQ).
 pub const TRANSPARENT: u64 = 0x40;
@@ -47,6 +50,7 @@ pub fn install(ram: &mut GuestRam, tables: &mut PageTables) {
         (KERNEL_SS, 0x00cf_9300_0000_ffff),
         (USER_SS & !3, 0x00cf_f300_0000_ffff),
         (USER_CS & !3, 0x00af_fb00_0000_ffff),
+        (USER_CS_32 & !3, 0x00cf_fb00_0000_ffff),
     ];
     for (selector, descriptor) in descriptors {
         put(ram, GDT + u64::from(selector), descriptor);
@@ -67,6 +71,13 @@ pub fn install(ram: &mut GuestRam, tables: &mut PageTables) {
     }
 }
 
+/// Writes the first entries of the LDT.
+pub fn write_ldt(ram: &mut GuestRam, descriptors: &[u64]) {
+    for (i, descriptor) in (0..).zip(descriptors) {
+        ram.write(SYSTEM_GPA + (LDT - SYSTEM) + 8 * i, &descriptor.to_le_bytes());
+    }
+}
+
 /// A processor in 64-bit mode with these tables.
 pub fn state(cr3: u64, cpl: u8) -> CpuState {
     let mut st = CpuState::reset();
@@ -81,7 +92,7 @@ pub fn state(cr3: u64, cpl: u8) -> CpuState {
     st.seg[seg::CS] = Segment { base: 0, limit: u32::MAX, selector: cs, attributes: 0xa09b | dpl };
     st.seg[seg::SS] = Segment { base: 0, limit: u32::MAX, selector: ss, attributes: 0xc093 | dpl };
     st.tr = Segment { base: TSS, limit: 0x67, selector: 0x40, attributes: 0x8b };
-    st.ldtr = Segment { base: 0, limit: 0, selector: 0, attributes: 0 };
+    st.ldtr = Segment { base: LDT, limit: 0x7f, selector: 0x50, attributes: 0x82 };
     st.gdtr.base = GDT;
     st.gdtr.limit = 0x4f;
     st.idtr.base = IDT;
