@@ -94,7 +94,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let kernel = std::fs::read(kernel)?;
     let initrd = if initrd == "-" { None } else { Some(std::fs::read(initrd)?) };
     let mut machine = Machine::new(config, boxed(&disks))?;
-    machine.boot_linux(&kernel, initrd.as_deref(), cmdline)?;
+    machine.boot(&kernel, initrd.as_deref(), cmdline)?;
     machine.input(Input::WallClock(1_795_000_000_000_000_000))?;
     machine.input(Input::Seed([7; 32]))?;
 

@@ -4,7 +4,7 @@
 //! There is no other door: no host clock, no host randomness, no thread, no socket, no file in here. The host supplies [`Disk`]s, whose contents
 //! count as part of the machine.
 //!
-//! A [`Machine`] is built from a [`Config`], loaded with [`Machine::boot_linux`] or [`Machine::restore`], and run with [`Machine::run`]. What the guest
+//! A [`Machine`] is built from a [`Config`], loaded with [`Machine::boot`] or [`Machine::restore`], and run with [`Machine::run`]. What the guest
 //! finds: one processor with its local APIC, an I/O APIC, RAM, a serial port, a CMOS clock, kvmclock, and on the PCI bus
 //! virtio disks, network cards, a console and an entropy source, described by ACPI tables.
 //!

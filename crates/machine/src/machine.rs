@@ -146,8 +146,9 @@ impl Machine {
         })
     }
 
-    /// Loads a bzImage with its initramfs and command line; the machine must not have run yet.
-    pub fn boot_linux(&mut self, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Result<(), BootError> {
+    /// Loads a kernel (a Linux bzImage, an ELF image with a PVH note, or a multiboot image) with its initramfs (or module) and command line; the machine
+    /// must not have run yet.
+    pub fn boot(&mut self, kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str) -> Result<(), BootError> {
         if self.position() != 0 {
             return Err(BootError::NotFresh);
         }

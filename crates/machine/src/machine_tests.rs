@@ -35,7 +35,7 @@ fn config() -> Config {
 }
 fn machine(code: &[u8]) -> Machine {
     let mut m = Machine::new(config(), Vec::new()).unwrap();
-    m.boot_linux(&kernel(code), None, "").unwrap();
+    m.boot(&kernel(code), None, "").unwrap();
     m
 }
 
@@ -282,7 +282,7 @@ fn bad_configurations_and_inputs_are_refused() {
     assert_eq!(m.input(Input::NetRx { nic: 1, frame: vec![0; 60] }), Err(InputError::NoSuchNic { nic: 1, cards: 1 }));
     assert_eq!(m.input(Input::NetRx { nic: 0, frame: vec![0; 13] }), Err(InputError::FrameLength(13)));
     m.run(10);
-    assert_eq!(m.boot_linux(&kernel(&[]), None, ""), Err(BootError::NotFresh));
+    assert_eq!(m.boot(&kernel(&[]), None, ""), Err(BootError::NotFresh));
 }
 
 /// A disk that fails as often as it is told to.
@@ -315,7 +315,7 @@ fn reading_machine(failures: u32) -> Machine {
     let config = Config { disks: vec![DiskConfig::default()], ..config() };
     let disk = Flaky(MemoryDisk(vec![7; 4096]), failures);
     let mut m = Machine::new(config, vec![Box::new(disk)]).unwrap();
-    m.boot_linux(&kernel(&code), None, "").unwrap();
+    m.boot(&kernel(&code), None, "").unwrap();
     let mut page = [0; 4096];
     // Descriptors: header, data, status. Then the available ring at +0x800 with one entry; the used ring is on the next page.
     for (i, (at, len, flags, next)) in

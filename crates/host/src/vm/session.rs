@@ -264,7 +264,7 @@ fn make_machine(spec: &VmSpec, options: &RunOptions) -> Result<(Machine, u64)> {
     let initrd = spec.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
     let mut machine = Machine::new(spec.config(), open_disks(&spec.disk)?).map_err(cannot_build)?;
     machine
-        .boot_linux(&image, initrd.as_deref(), spec.cmdline.as_deref().unwrap_or("console=ttyS0"))
+        .boot(&image, initrd.as_deref(), spec.cmdline.as_deref().unwrap_or("console=ttyS0"))
         .map_err(|e| cannot_boot(kernel, e))?;
     Ok((machine, 0))
 }
@@ -282,7 +282,12 @@ fn cannot_build(e: ConfigError) -> Error {
 
 fn cannot_boot(kernel: &Path, e: BootError) -> Error {
     let next = match &e {
-        BootError::NotBzImage(_) => "give --kernel a Linux bzImage, such as /boot/vmlinuz-VERSION of a distribution",
+        BootError::NotBzImage(_) | BootError::Unknown => {
+            "give --kernel a Linux bzImage, such as /boot/vmlinuz-VERSION of a distribution, or an ELF image with a PVH note or a multiboot header"
+        }
+        BootError::BadElf(_) | BootError::BadMultiboot(_) => {
+            "link the image for 1 MiB or higher, with a PVH note or a multiboot header"
+        }
         BootError::TooOld { .. } | BootError::Not64Bit => "use a 64-bit kernel of this decade",
         BootError::KernelTooLarge { .. } | BootError::InitrdTooLarge { .. } => "give more RAM with --mem",
         BootError::CommandLineTooLong { .. } | BootError::CommandLineNul => "change --cmdline",

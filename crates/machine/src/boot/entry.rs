@@ -1,4 +1,5 @@
-//! The processor as the 64-bit boot protocol wants it: long mode, flat segments, memory identity-mapped.
+//! The processor as the boot protocols want it: for Linux's 64-bit entry point long mode, flat segments, memory identity-mapped; for PVH and
+//! multiboot protected mode without paging, flat segments.
 //!
 //! The page tables map the first 4 GiB, which hold the kernel, the zero page, the command line and (below 3 GiB, always) the initramfs.
 //! The kernel builds its own tables before it looks further.
@@ -37,6 +38,26 @@ pub(super) fn write_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> {
         put(PAGE_DIRECTORIES + page * 8, page << 21 | LARGE_PAGE | PRESENT_WRITABLE)?;
     }
     Ok(())
+}
+
+/// null, null, 32-bit code, data: what a kernel that begins in protected mode finds in the GDT until it has its own.
+const DESCRIPTORS_32: [u64; 4] = [0, 0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+/// Writes the GDT of protected mode.
+pub(super) fn write_gdt_32(ram: &GuestRam) -> Result<(), GuestMemoryError> {
+    let bytes = DESCRIPTORS_32.map(u64::to_le_bytes).concat();
+    ram.write_slice(&bytes, GuestAddress(GDT))
+}
+
+/// The state at the first instruction of a kernel that begins in protected mode.
+pub(super) fn state_32(entry: u32, eax: u32, ebx: u32) -> CpuState {
+    let mut st = state(entry.into(), 0);
+    st.seg[seg::CS].attributes = (DESCRIPTORS_32[2] >> 40) as u16 & 0xf0ff;
+    st.tr = Segment { base: 0, limit: 0x67, selector: 0, attributes: 0x8b };
+    st.cr0 = cr0::PE | cr0::ET;
+    (st.cr3, st.cr4, st.efer) = (0, 0, 0);
+    (st.gpr[gpr::RAX], st.gpr[gpr::RBX]) = (eax.into(), ebx.into());
+    st
 }
 
 /// The state at the kernel's first instruction.

@@ -1,4 +1,5 @@
-//! Starting a Linux kernel: an unmodified bzImage with its initramfs, entered at its 64-bit entry point.
+//! Starting a kernel: an unmodified Linux bzImage with its initramfs, entered at its 64-bit entry point; here. What begins in protected mode, an ELF
+//! image with a PVH note or a multiboot image, is in [`bare`].
 //!
 //! **In:** the files' bytes and a command line. **Out:** guest RAM and a processor state as a boot loader leaves them. **Invariant:** everything is
 //! checked before the first byte is written, and the result depends on the arguments only.
@@ -10,6 +11,8 @@
 //! 0000_9000  page tables                  0010_0000  kernel
 //!                                         ...        initramfs, as high as the kernel allows
 //! ```
+mod bare;
+mod elf;
 mod entry;
 
 use crate::memory::GuestRam;
@@ -46,6 +49,15 @@ pub enum BootError {
     /// Not a bzImage.
     #[error("the kernel is not a bzImage: {0}")]
     NotBzImage(&'static str),
+    /// An ELF image that cannot be loaded.
+    #[error("the ELF image cannot be booted: {0}")]
+    BadElf(&'static str),
+    /// A multiboot image that cannot be loaded.
+    #[error("the multiboot image cannot be booted: {0}")]
+    BadMultiboot(&'static str),
+    /// None of the kinds of kernel there are.
+    #[error("the kernel is none of these: a Linux bzImage, an ELF image with a PVH note, a multiboot image")]
+    Unknown,
     /// Its boot protocol has no 64-bit entry point.
     #[error("the kernel's boot protocol {major}.{minor:02} is too old; 2.12 (Linux 3.8) or later is needed")]
     TooOld {
@@ -177,8 +189,24 @@ pub(crate) fn load(
     initrd: Option<&[u8]>,
     cmdline: &str,
 ) -> Result<CpuState, BootError> {
-    let mut header = header(kernel)?;
     let initrd = initrd.unwrap_or(&[]);
+    let is_bz_image = kernel.get(HEADER + 0x11..HEADER + 0x15) == Some(&HEADER_MAGIC.to_le_bytes());
+    if !is_bz_image {
+        // Multiboot images may be ELF images, and have PVH notes as well.
+        let is_pvh = elf::is_elf(kernel) && elf::parse(kernel).is_ok_and(|e| e.wide && e.pvh.is_some());
+        if let Some(header) = bare::multiboot_header(kernel).filter(|_| !is_pvh) {
+            return bare::load_multiboot(ram, ram_mib, kernel, header, initrd, cmdline);
+        }
+        if elf::is_elf(kernel) {
+            return bare::load_pvh(ram, ram_mib, kernel, initrd, cmdline);
+        }
+        return Err(BootError::Unknown);
+    }
+    load_linux(ram, ram_mib, kernel, initrd, cmdline)
+}
+
+fn load_linux(ram: &GuestRam, ram_mib: u32, kernel: &[u8], initrd: &[u8], cmdline: &str) -> Result<CpuState, BootError> {
+    let mut header = header(kernel)?;
     let plan = plan(&header, kernel, initrd.len() as u64, cmdline, ram_mib)?;
     let failed = |e: &dyn std::fmt::Display| BootError::Load(e.to_string());
 
@@ -270,8 +298,9 @@ mod tests {
     fn bad_kernels_are_named() {
         let (ram, _phys) = memory::map(64).unwrap();
         let boot = |kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str| load(&ram, 64, kernel, initrd, cmdline).unwrap_err();
-        assert!(matches!(boot(b"\x7fELF", None, ""), BootError::NotBzImage(_)));
-        assert!(matches!(boot(&[0; 4096], None, ""), BootError::NotBzImage(_)));
+        assert!(matches!(boot(b"\x7fELF", None, ""), BootError::BadElf(_)));
+        assert_eq!(boot(&[0; 4096], None, ""), BootError::Unknown);
+        assert_eq!(boot(b"", None, ""), BootError::Unknown);
         let good = image(0x3000);
         assert!(matches!(boot(&good[..1024], None, ""), BootError::NotBzImage(_)));
         let mut old = good.clone();

@@ -165,7 +165,7 @@ impl<'a> Builder<'a> {
         init.fx = fx(rng);
         let cpl = if narrow || focus.privileged || needs_user(focus.code) || rng.chance(70) { 3 } else { 0 };
         let code_at = CODE_AT + if rng.chance(25) { PAGE - 1 - rng.below(60) as usize } else { rng.below(1500) as usize };
-        let segments = if narrow { segments(rng, &mut init, code_at) } else { Segments::WIDE };
+        let segments = if narrow { segments::random(rng, &mut init, code_at) } else { Segments::WIDE };
         let case = Case {
             items: Vec::new(),
             focus: focus.code,
@@ -631,53 +631,6 @@ impl<'a> Builder<'a> {
 fn is_branch(instruction: &Instruction) -> bool {
     use iced_x86::OpKind as K;
     matches!(instruction.op0_kind(), K::NearBranch32 | K::NearBranch64)
-}
-
-/// The segments of a case of 32-bit code; makes registers fit. Mostly flat, as Linux has them.
-fn segments(rng: &mut Rng, init: &mut Regs, code_at: usize) -> Segments {
-    for (i, value) in init.gpr.iter_mut().enumerate() {
-        // What 32-bit code leaves in the upper halves of its registers is nobody's business; r8 and up it cannot touch.
-        *value &= if i < 8 { 0xffff_ffff } else { u64::MAX };
-    }
-    let gs = (DATA + rng.below(DATA_BYTES as u64 / 2)) as u32;
-    init.gs_base = gs.into();
-    init.fs_base = 0;
-    let mut segments = Segments::flat(gs);
-    if rng.chance(65) {
-        return segments;
-    }
-    let (start, end) = (DATA as u32, (DATA + DATA_BYTES as u64) as u32);
-    for s in [segments::ES, segments::DS, segments::GS] {
-        let base = rng.pick(&[0, 0, 0x1000, 0x123_4567, start, 0xf000_0000]);
-        let middle = start + rng.below(DATA_BYTES as u64) as u32;
-        match rng.below(8) {
-            // Ends in the window, begins in it, cannot be written, does not exist.
-            0 if base <= start => segments.bend(s, base, middle, false, true),
-            1 if base <= start => segments.bend(s, base, middle, true, true),
-            2 if base <= start => segments.bend(s, base, end.wrapping_add(0x10_0000), false, false),
-            3 if s != segments::DS => segments.all[s] = segments::Descriptor::NULL,
-            // Only a base; it may wrap at 4 GiB.
-            4 | 5 => segments.bend(s, base, base, false, true),
-            _ => {}
-        }
-    }
-    if rng.chance(30) {
-        let middle = STACK as u32 + (STACK_PAGES * PAGE / 2) as u32;
-        let distance = rng.below(1000) as u32;
-        match rng.below(3) {
-            0 => segments.bend(segments::SS, rng.pick(&[0, 0x1000]), middle + distance, false, true),
-            1 => segments.bend(segments::SS, 0, middle - distance, true, true),
-            _ => segments.bend(segments::SS, 0x2fff_0000, 0x2fff_0000, false, true),
-        }
-    }
-    if rng.chance(30) {
-        let base = rng.pick(&[0, 0x1000, crate::layout::CODE as u32]);
-        // The first instruction's first byte is inside, or the silicon's would be another program's fault.
-        let inside = if rng.chance(50) { 1 + rng.below(60) } else { 0x1000 };
-        segments.bend_code(base, crate::layout::CODE as u32 + code_at as u32 + inside as u32, rng.chance(70));
-    }
-    init.gs_base = segments.base(segments::GS);
-    segments
 }
 
 fn is_narrow_string(kind: iced_x86::OpKind) -> bool {
