@@ -4,15 +4,16 @@
 //!
 //! Blocks are keyed by physical *and* virtual address and mode. A jump inside one virtual page is linked directly (whoever executes
 //! the page has it mapped); a jump to another page goes through the jump cache, whose entries die with the mapping.
-//! When the arena is full everything is dropped at once.
+//! Code that is likely to run and code that is not go to two ends of the arena. When it is full everything is dropped at once.
 //!
 //! Invariant: what the cache holds is invisible: a block's code does what its bytes say now.
 use crate::PageFlags;
 use crate::mmu::FixedHasher;
 use crate::ram::PAGE_SIZE;
+use crate::sites::{Site, Sites};
 use crate::translate::{Mode, Point, Translation};
 use iced_x86::Instruction;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// What a block is found by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,7 +38,10 @@ pub struct Block {
     pub sys: Box<[(u16, Instruction)]>,
     /// Guest-physical page address that its (only) instruction reaches into, if it crosses a page.
     pub second: Option<u64>,
-    guest_len: u16,
+    /// Offsets in its page: first byte of guest code, one behind the last.
+    guest: (u16, u16),
+    /// Host address of its first site, and how many it has.
+    sites: (u32, u32),
     links: std::ops::Range<u32>,
     incoming: Vec<u32>,
     alive: bool,
@@ -50,7 +54,11 @@ impl Block {
     }
     /// Guest address of instruction `k`.
     pub fn rip_of(&self, k: usize) -> u64 {
-        self.key.rip + self.points[k].guest as u64
+        self.key.rip & !(PAGE_SIZE - 1) | self.points[k].guest as u64
+    }
+    /// Which instruction the hot code at host address `pc` belongs to.
+    pub fn instruction_at(&self, pc: usize) -> usize {
+        self.points.partition_point(|p| p.host as usize <= pc).max(1) - 1
     }
 }
 
@@ -66,7 +74,12 @@ struct LinkState {
 pub struct Cache {
     start: usize,
     next: usize,
+    /// Where the code that is unlikely to run begins, and its next free byte.
+    middle: usize,
+    next_cold: usize,
     end: usize,
+    /// Instructions (guest-physical addresses) that access many pages in turn.
+    restless: HashSet<u64, FixedHasher>,
     blocks: Vec<Block>,
     links: Vec<LinkState>,
     by_key: HashMap<Key, u32, FixedHasher>,
@@ -93,10 +106,14 @@ impl Cache {
     /// # Safety
     /// The area must outlive the cache and be used by nothing else.
     pub unsafe fn new(start: usize, end: usize) -> Self {
+        let middle = (start + (end - start) * 2 / 5).next_multiple_of(64);
         Self {
             start,
             next: start,
+            middle,
+            next_cold: middle,
             end,
+            restless: HashSet::default(),
             blocks: Vec::new(),
             links: Vec::new(),
             by_key: HashMap::default(),
@@ -106,22 +123,46 @@ impl Cache {
         }
     }
 
-    /// Where the next block's code goes, its number, and the number of its first link.
-    pub fn next_place(&self) -> (usize, u32, u32) {
-        (self.next, self.blocks.len() as u32, self.links.len() as u32)
+    /// Where the next block's code goes (hot, cold), its number, and the number of its first link.
+    pub fn next_place(&self) -> (usize, usize, u32, u32) {
+        (self.next, self.next_cold, self.blocks.len() as u32, self.links.len() as u32)
     }
     /// Whether there may be too little room for one more block.
     pub fn is_full(&self) -> bool {
-        self.end - self.next < 64 << 10
+        self.middle - self.next < 64 << 10 || self.end - self.next_cold < 64 << 10
+    }
+    /// Whether the instruction at this guest-physical address accesses so many pages in turn that a site does not help.
+    pub fn is_restless(&self, gpa: u64) -> bool {
+        self.restless.contains(&gpa)
+    }
+    /// The site of instruction `k` of the block whose hot code holds `pc` is of no use, nor are the block's other restless ones: they will be
+    /// translated anew without. The block is dropped.
+    pub fn give_up_sites(&mut self, pc: usize, k: usize, sites: &Sites) {
+        let Some(id) = self.id_at(pc) else { return };
+        let block = &self.blocks[id as usize];
+        let gpa = |k: usize| block.key.gpa & !(PAGE_SIZE - 1) | block.points[k].guest as u64;
+        self.restless.insert(gpa(k));
+        for i in 0..block.sites.1 {
+            let site = block.sites.0 + i * size_of::<Site>() as u32;
+            if sites.is_restless(site) {
+                self.restless.insert(gpa(block.instruction_at(sites.retry_of(site) as usize)));
+            }
+        }
+        self.kill(id);
     }
     /// A block by number.
     pub fn block(&self, id: u32) -> &Block {
         &self.blocks[id as usize]
     }
-    /// The block whose code holds host address `pc`.
+    /// The block whose hot code holds host address `pc`.
     pub fn block_at(&self, pc: usize) -> Option<&Block> {
-        let i = self.blocks.partition_point(|b| b.entry as usize <= pc);
-        self.blocks[..i].last()
+        self.id_at(pc).map(|id| self.block(id))
+    }
+    fn id_at(&self, pc: usize) -> Option<u32> {
+        (pc < self.next)
+            .then(|| self.blocks.partition_point(|b| b.entry as usize <= pc).checked_sub(1))
+            .flatten()
+            .map(|i| i as u32)
     }
     /// The living block with this key.
     pub fn find(&self, key: Key) -> Option<u32> {
@@ -129,11 +170,16 @@ impl Cache {
     }
 
     /// Adds a block translated for [`Cache::next_place`]. `pages` are the RAM pages its bytes come from.
-    pub fn add(&mut self, key: Key, t: Translation, second: Option<u64>, pages: &[usize]) -> u32 {
-        assert!(t.code.len() <= self.end - self.next, "block of {} bytes overruns the cache", t.code.len());
+    /// `first_site` is the host address of its first site.
+    pub fn add(&mut self, key: Key, t: Translation, first_site: u32, second: Option<u64>, pages: &[usize]) -> u32 {
+        assert!(t.code.len() <= self.middle - self.next, "block of {} bytes overruns the cache", t.code.len());
+        assert!(t.cold.len() <= self.end - self.next_cold, "block of {} cold bytes overruns the cache", t.cold.len());
         let id = self.blocks.len() as u32;
-        // SAFETY: the arena is ours, and nothing runs in its free part.
-        unsafe { std::ptr::copy_nonoverlapping(t.code.as_ptr(), self.next as *mut u8, t.code.len()) };
+        // SAFETY: the arena is ours, and nothing runs in its free parts.
+        unsafe {
+            std::ptr::copy_nonoverlapping(t.code.as_ptr(), self.next as *mut u8, t.code.len());
+            std::ptr::copy_nonoverlapping(t.cold.as_ptr(), self.next_cold as *mut u8, t.cold.len());
+        }
         let first_link = self.links.len() as u32;
         for l in &t.links {
             self.links.push(LinkState { patch: l.patch, stub: l.stub, target: l.target, from: id, to: None });
@@ -146,12 +192,14 @@ impl Cache {
             points: t.points.into(),
             sys: t.sys.into(),
             second,
-            guest_len: t.guest_len,
+            guest: t.guest,
+            sites: (first_site, t.sites.len() as u32),
             links: first_link..self.links.len() as u32,
             incoming: Vec::new(),
             alive: true,
         });
-        self.next = (self.next + t.code.len()).next_multiple_of(16).min(self.end);
+        self.next = (self.next + t.code.len()).next_multiple_of(16).min(self.middle);
+        self.next_cold = (self.next_cold + t.cold.len()).min(self.end);
         self.by_key.insert(key, id);
         for &page in pages {
             self.by_page.entry(page).or_default().push(id);
@@ -221,8 +269,8 @@ impl Cache {
             if !b.alive {
                 return false;
             }
-            let start = b.key.gpa;
-            let end = start + b.guest_len.max(1) as u64;
+            let page = b.key.gpa & !(PAGE_SIZE - 1);
+            let (start, end) = (page + b.guest.0 as u64, page + b.guest.1.max(b.guest.0 + 1) as u64);
             let hit = match b.second {
                 // Crosses pages: a byte of its end in another physical page, or of its start in this one.
                 Some(_) => true,
@@ -252,5 +300,7 @@ impl Cache {
         self.by_page.clear();
         self.dead.clear();
         self.next = self.start;
+        self.next_cold = self.middle;
+        self.restless.clear();
     }
 }

@@ -5,11 +5,13 @@
 //! Register convention of translated code: guest registers live in the host registers of the same name, but for r10, r11
 //! (scratch: addend and address) and r15 (budget), whose guest values live in the frame. RSP is the guest's: code here never uses
 //! the host stack, and `call` does not exist.
+mod access;
 mod second;
 mod system;
 
+pub use access::At;
+
 use crate::frame::FrameAt;
-use crate::mmu::first::TLB_ENTRIES;
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, VecAssembler, dynasm, x64::X64Relocation};
 use iced_x86::{Encoder, Instruction};
 
@@ -34,6 +36,17 @@ pub struct Shared {
     pub sys: i32,
     /// Where the signal handler sends a faulting host instruction.
     pub fault: i32,
+    /// Saves the host's flags for the guest and leaves with [`crate::frame::exit::FLAGS`].
+    pub flags: i32,
+    /// Fill sites; by [`Shared::site`].
+    pub sites: [i32; 8],
+}
+
+impl Shared {
+    /// Which of `sites`.
+    pub fn site(user: bool, write: bool, constant: bool) -> usize {
+        user as usize | (write as usize) << 1 | (constant as usize) << 2
+    }
 }
 
 /// Addresses of the Rust helpers. Each returns 0 to go on in translated code, 1 to leave.
@@ -79,7 +92,7 @@ impl Emit {
     pub fn here(&self) -> usize {
         self.base + self.offset()
     }
-    /// A new label.
+    /// A new label inside this piece of code.
     pub fn label(&mut self) -> DynamicLabel {
         self.ops.new_dynamic_label()
     }
@@ -87,12 +100,24 @@ impl Emit {
     pub fn bind(&mut self, label: DynamicLabel) {
         dynasm!(self.ops ; .arch x64 ; =>label);
     }
+    /// jmp to a label.
+    pub fn jmp(&mut self, label: DynamicLabel) {
+        dynasm!(self.ops ; .arch x64 ; jmp =>label);
+    }
+
+    /// jrcxz (or jecxz) to a label.
+    pub fn jrcxz(&mut self, label: DynamicLabel, wide: bool) {
+        if !wide {
+            self.ops.push(0x67);
+        }
+        // Over the next jump, to the one behind it, which reaches everywhere.
+        self.ops.extend([0xe3, 2, 0xeb, 5].iter());
+        self.jmp(label);
+    }
+
     /// The finished bytes.
-    ///
-    /// # Panics
-    /// If a label was used and never bound (a bug of the translator).
     pub fn finish(self) -> Vec<u8> {
-        self.ops.finalize().expect("every label is bound")
+        self.ops.finalize().expect("labels are used inside a sequence only")
     }
 
     /// Encodes an instruction that has no branch target and no RIP-relative operand.
@@ -112,40 +137,27 @@ impl Emit {
         self.ops.push(0xe9);
         self.ops.push_i32(rel);
     }
-    /// jmp to a label.
-    pub fn jmp(&mut self, label: DynamicLabel) {
-        dynasm!(self.ops ; .arch x64 ; jmp =>label);
+    /// jcc to a place outside this piece of code; returns where its 32-bit displacement is, to be filled in later.
+    pub fn jcc_out(&mut self, cc: u8) -> usize {
+        self.ops.push(0x0f);
+        self.ops.push(0x80 | cc & 15);
+        self.ops.push_i32(0);
+        self.offset() - 4
     }
-    /// jcc rel32 to a label; `cc` is the condition's number in the opcode.
-    pub fn jcc(&mut self, cc: u8, label: DynamicLabel) {
-        match cc & 15 {
-            0 => dynasm!(self.ops ; .arch x64 ; jo =>label),
-            1 => dynasm!(self.ops ; .arch x64 ; jno =>label),
-            2 => dynasm!(self.ops ; .arch x64 ; jb =>label),
-            3 => dynasm!(self.ops ; .arch x64 ; jae =>label),
-            4 => dynasm!(self.ops ; .arch x64 ; je =>label),
-            5 => dynasm!(self.ops ; .arch x64 ; jne =>label),
-            6 => dynasm!(self.ops ; .arch x64 ; jbe =>label),
-            7 => dynasm!(self.ops ; .arch x64 ; ja =>label),
-            8 => dynasm!(self.ops ; .arch x64 ; js =>label),
-            9 => dynasm!(self.ops ; .arch x64 ; jns =>label),
-            10 => dynasm!(self.ops ; .arch x64 ; jp =>label),
-            11 => dynasm!(self.ops ; .arch x64 ; jnp =>label),
-            12 => dynasm!(self.ops ; .arch x64 ; jl =>label),
-            13 => dynasm!(self.ops ; .arch x64 ; jge =>label),
-            14 => dynasm!(self.ops ; .arch x64 ; jle =>label),
-            _ => dynasm!(self.ops ; .arch x64 ; jg =>label),
-        }
+    /// jmp to a place outside this piece of code; like [`Emit::jcc_out`].
+    pub fn jmp_out(&mut self) -> usize {
+        self.ops.push(0xe9);
+        self.ops.push_i32(0);
+        self.offset() - 4
     }
-    /// jrcxz (or jecxz) to a label near by.
-    pub fn jrcxz(&mut self, label: DynamicLabel, wide: bool) {
-        // Always rel8, over one jump of five bytes: jrcxz +5; jmp over; (taken:) jmp label
+    /// jrcxz (or jecxz) to a place outside this piece of code; like [`Emit::jcc_out`].
+    pub fn jrcxz_out(&mut self, wide: bool) -> usize {
         if !wide {
             self.ops.push(0x67);
         }
-        self.ops.push(0xe3);
-        self.ops.push(5);
-        dynasm!(self.ops ; .arch x64 ; jmp >over ; jmp =>label ; over:);
+        // jrcxz over the next jump, to the one behind it, which reaches everywhere.
+        self.ops.extend([0xe3, 2, 0xeb, 5].iter());
+        self.jmp_out()
     }
     /// lea rcx,[rcx-1] or its 32-bit form.
     pub fn dec_rcx(&mut self, wide: bool) {
@@ -237,9 +249,68 @@ impl Emit {
             ; mov [tmp], rax ; movzx eax, WORD [flags] ; add al, 0x7f ; sahf ; mov rax, [tmp]);
     }
 
-    /// Pays for `n` instructions; jumps to `short` (with the budget still reduced) if the budget is too small. Clobbers flags.
-    pub fn pay(&mut self, n: i32, short: DynamicLabel) {
-        dynasm!(self.ops ; .arch x64 ; sub r15, n ; js =>short);
+    /// Restores CF alone; the host's other status flags are anything then.
+    pub fn restore_carry(&mut self) {
+        let flags = self.at.flags();
+        // CF is bit 0 of AH.
+        dynasm!(self.ops ; .arch x64 ; bt WORD [flags], 8);
+    }
+
+    /// add or sub of a constant, `bytes` wide.
+    pub fn arith_imm(&mut self, add: bool, reg: u8, c: i32, bytes: usize) {
+        match (add, bytes) {
+            (true, 1) => dynasm!(self.ops ; .arch x64 ; add Rb(reg), c as i8),
+            (true, 2) => dynasm!(self.ops ; .arch x64 ; add Rw(reg), c as i16),
+            (true, 4) => dynasm!(self.ops ; .arch x64 ; add Rd(reg), c),
+            (true, _) => dynasm!(self.ops ; .arch x64 ; add Rq(reg), c),
+            (false, 1) => dynasm!(self.ops ; .arch x64 ; sub Rb(reg), c as i8),
+            (false, 2) => dynasm!(self.ops ; .arch x64 ; sub Rw(reg), c as i16),
+            (false, 4) => dynasm!(self.ops ; .arch x64 ; sub Rd(reg), c),
+            (false, _) => dynasm!(self.ops ; .arch x64 ; sub Rq(reg), c),
+        }
+    }
+    /// add or sub of a guest register, `bytes` wide.
+    pub fn arith_guest(&mut self, add: bool, reg: u8, guest: usize, bytes: usize) {
+        let slot = self.at.gpr(guest);
+        let g = guest as u8;
+        match (add, bytes, matches!(guest, 10 | 11 | 15)) {
+            (true, 1, false) => dynasm!(self.ops ; .arch x64 ; add Rb(reg), Rb(g)),
+            (true, 2, false) => dynasm!(self.ops ; .arch x64 ; add Rw(reg), Rw(g)),
+            (true, 4, false) => dynasm!(self.ops ; .arch x64 ; add Rd(reg), Rd(g)),
+            (true, _, false) => dynasm!(self.ops ; .arch x64 ; add Rq(reg), Rq(g)),
+            (false, 1, false) => dynasm!(self.ops ; .arch x64 ; sub Rb(reg), Rb(g)),
+            (false, 2, false) => dynasm!(self.ops ; .arch x64 ; sub Rw(reg), Rw(g)),
+            (false, 4, false) => dynasm!(self.ops ; .arch x64 ; sub Rd(reg), Rd(g)),
+            (false, _, false) => dynasm!(self.ops ; .arch x64 ; sub Rq(reg), Rq(g)),
+            (true, 1, true) => dynasm!(self.ops ; .arch x64 ; add Rb(reg), [slot]),
+            (true, 2, true) => dynasm!(self.ops ; .arch x64 ; add Rw(reg), [slot]),
+            (true, 4, true) => dynasm!(self.ops ; .arch x64 ; add Rd(reg), [slot]),
+            (true, _, true) => dynasm!(self.ops ; .arch x64 ; add Rq(reg), [slot]),
+            (false, 1, true) => dynasm!(self.ops ; .arch x64 ; sub Rb(reg), [slot]),
+            (false, 2, true) => dynasm!(self.ops ; .arch x64 ; sub Rw(reg), [slot]),
+            (false, 4, true) => dynasm!(self.ops ; .arch x64 ; sub Rd(reg), [slot]),
+            (false, _, true) => dynasm!(self.ops ; .arch x64 ; sub Rq(reg), [slot]),
+        }
+    }
+    /// test reg, reg, `bytes` wide.
+    pub fn test_self(&mut self, reg: u8, bytes: usize) {
+        match bytes {
+            1 => dynasm!(self.ops ; .arch x64 ; test Rb(reg), Rb(reg)),
+            2 => dynasm!(self.ops ; .arch x64 ; test Rw(reg), Rw(reg)),
+            4 => dynasm!(self.ops ; .arch x64 ; test Rd(reg), Rd(reg)),
+            _ => dynasm!(self.ops ; .arch x64 ; test Rq(reg), Rq(reg)),
+        }
+    }
+    /// reg = 0, with the flags of that.
+    pub fn zero(&mut self, reg: u8) {
+        dynasm!(self.ops ; .arch x64 ; xor Rd(reg), Rd(reg));
+    }
+
+    /// Pays for `n` instructions. Returns the place of the jump to be made (with the budget still reduced) if the budget is too small.
+    /// Clobbers flags.
+    pub fn pay(&mut self, n: i32) -> usize {
+        dynasm!(self.ops ; .arch x64 ; sub r15, n);
+        self.jcc_out(8)
     }
     /// Gives back `n` instructions; no flags.
     pub fn refund(&mut self, n: i32) {
@@ -248,26 +319,20 @@ impl Emit {
         }
     }
 
-    /// The soft TLB check for the address in r11: afterwards r10 is the addend and r11 is gone. Jumps to `slow` on a miss,
-    /// a missing permission or a page crossing. Clobbers flags.
-    pub fn tlb_check(&mut self, size: usize, write: bool, slow: DynamicLabel) {
-        let tags = if write { self.at.tlb_write(self.user) } else { self.at.tlb_read(self.user) };
-        let addends = self.at.tlb_addend(self.user);
-        let limit = 0x1000 - size as i32;
-        dynasm!(self.ops ; .arch x64
-            ; mov r10d, r11d
-            ; shr r10d, 12
-            ; and r10d, (TLB_ENTRIES - 1) as i32
-            ; xor r11, [r10 * 8 + tags]
-            ; cmp r11, limit
-            ; ja =>slow
-            ; mov r10, [r10 * 8 + addends]);
-    }
-    /// Calls a helper (a field of [`Shared`]); execution goes on at `resume` unless it leaves.
-    pub fn call_helper(&mut self, helper: i32, arg: i32, resume: DynamicLabel) {
+    /// Calls a helper (a field of [`Shared`]); execution goes on at host address `resume` unless it leaves. Clobbers r10.
+    pub fn call_helper(&mut self, helper: i32, arg: i32, resume: i32) {
         let (ret, argument) = (self.at.ret(), self.at.arg());
-        dynasm!(self.ops ; .arch x64 ; mov QWORD [argument], arg ; lea r10, [=>resume] ; mov [ret], r10);
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [argument], arg ; mov QWORD [ret], resume);
         self.jmp_abs(helper);
+    }
+    /// Calls a helper and goes on behind the call.
+    pub fn call_helper_here(&mut self, helper: i32, arg: i32) {
+        let (ret, argument) = (self.at.ret(), self.at.arg());
+        // The two stores and the jump are 12 + 12 + 5 bytes.
+        let resume = self.here() as i32 + 29;
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [argument], arg ; mov QWORD [ret], resume);
+        self.jmp_abs(helper);
+        assert_eq!(self.here() as i32, resume);
     }
 
     /// Tells a helper which block calls it.
@@ -281,7 +346,14 @@ impl Emit {
         self.jump_if_cached();
         self.jmp_abs(self.shared.lookup);
     }
-    /// The same for an address that a guest computed. Whoever finds that no code can be there is told whence it came: the block, and by
+    /// Goes on at a known guest address through the jump cache. Clobbers flags.
+    pub fn jump_cache_to(&mut self, target: u64) {
+        let entry = self.at.jumps(self.user) + ((target as usize & (crate::frame::JUMP_ENTRIES - 1)) << 4) as i32;
+        self.imm(11, target);
+        dynasm!(self.ops ; .arch x64 ; cmp [entry], r11 ; jne >miss ; jmp QWORD [entry + 8] ; miss:);
+        self.jmp_abs(self.shared.lookup);
+    }
+    /// Goes on at the guest address in r11, which a guest computed, through the jump cache. Clobbers flags. Whoever finds that no code can be there is told whence it came: the block, and by
     /// how much its last instruction has moved RSP.
     pub fn jump_cache_or(&mut self, block: i32, moved: i32) {
         self.jump_if_cached();
@@ -321,10 +393,10 @@ impl Emit {
             _ => dynasm!(self.ops ; .arch x64 ; sar r10, 6),
         }
     }
-    /// r10 = guest register & (bits - 1). Clobbers flags.
+    /// r11 = guest register & (bits - 1). Clobbers flags.
     pub fn bit_in_word(&mut self, guest: usize, bits: u32) {
-        self.load(10, guest);
-        dynasm!(self.ops ; .arch x64 ; and r10d, bits as i32 - 1);
+        self.load(11, guest);
+        dynasm!(self.ops ; .arch x64 ; and r11d, bits as i32 - 1);
     }
     /// r11b (or r10b) = one of AH, CH, DH, BH through a scratch word; no flags.
     pub fn load_high(&mut self, to: u8, holder: u8) {
@@ -344,30 +416,6 @@ impl Emit {
     pub fn mov16(&mut self, to: u8, from: u8) {
         dynasm!(self.ops ; .arch x64 ; mov Rw(to), Rw(from));
     }
-    /// to = 64 bits at [base + index + disp].
-    pub fn load_sum(&mut self, to: u8, base: u8, index: u8, disp: i32) {
-        dynasm!(self.ops ; .arch x64 ; mov Rq(to), [Rq(base) + Rq(index) + disp]);
-    }
-    /// to = zero-extended 16 bits at [base + index + disp].
-    pub fn load_sum16(&mut self, to: u8, base: u8, index: u8, disp: i32) {
-        dynasm!(self.ops ; .arch x64 ; movzx Rd(to), WORD [Rq(base) + Rq(index) + disp]);
-    }
-    /// 64 bits at [base + index + disp] = from.
-    pub fn store_sum(&mut self, from: u8, base: u8, index: u8, disp: i32) {
-        dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + Rq(index) + disp], Rq(from));
-    }
-    /// 16 bits at [base + index + disp] = from.
-    pub fn store_sum16(&mut self, from: u8, base: u8, index: u8, disp: i32) {
-        dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + Rq(index) + disp], Rw(from));
-    }
-    /// 64 bits at [base] = from.
-    pub fn store_at(&mut self, from: u8, base: u8) {
-        dynasm!(self.ops ; .arch x64 ; mov [Rq(base)], Rq(from));
-    }
-    /// 16 bits at [base] = from.
-    pub fn store_at16(&mut self, from: u8, base: u8) {
-        dynasm!(self.ops ; .arch x64 ; mov [Rq(base)], Rw(from));
-    }
     /// lea to, [base + disp], cut off at 32 bits; no flags.
     pub fn lea32(&mut self, to: u8, base: u8, disp: i32) {
         dynasm!(self.ops ; .arch x64 ; lea Rd(to), [Rq(base) + disp]);
@@ -382,18 +430,6 @@ impl Emit {
             ; shr r10, 32
             ; shl r10, 62
             ; or r11, r10);
-    }
-    /// 32 bits at [base] = from.
-    pub fn store_at32(&mut self, from: u8, base: u8) {
-        dynasm!(self.ops ; .arch x64 ; mov [Rq(base)], Rd(from));
-    }
-    /// to = zero-extended 32 bits at [base].
-    pub fn load_at32(&mut self, to: u8, base: u8) {
-        dynasm!(self.ops ; .arch x64 ; mov Rd(to), [Rq(base)]);
-    }
-    /// to = zero-extended 16 bits at [base].
-    pub fn load_at16(&mut self, to: u8, base: u8) {
-        dynasm!(self.ops ; .arch x64 ; movzx Rd(to), WORD [Rq(base)]);
     }
     /// Sets or clears DF in the frame. Clobbers flags.
     pub fn direction(&mut self, set: bool) {
@@ -464,6 +500,11 @@ impl Emit {
         dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], crate::frame::exit::HOST_FAULT as i32);
         self.jmp_abs(shared.leave);
 
+        shared.flags = self.here() as i32;
+        self.save_flags();
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], crate::frame::exit::FLAGS as i32);
+        self.jmp_abs(shared.leave);
+
         let helper = |emit: &mut Self, f: extern "sysv64" fn(*mut crate::frame::Frame) -> u32| {
             let address = emit.here() as i32;
             emit.save_all();
@@ -490,6 +531,11 @@ impl Emit {
         helper(&mut self, helpers.mem_alone);
         shared.write_back = helper(&mut self, helpers.write_back);
         shared.sys = helper(&mut self, helpers.sys);
+        for i in 0..8 {
+            let (user, write, constant) = (i & 1 != 0, i & 2 != 0, i & 4 != 0);
+            shared.sites[Shared::site(user, write, constant)] = self.here() as i32;
+            self.site_routine(user, write, constant);
+        }
         (self.finish(), shared)
     }
 }

@@ -1,11 +1,16 @@
 //! The low area: everything translated code addresses directly, below 2 GiB, so that an address is a plain 32-bit
 //! displacement and no register is spent on it. One area a machine; its addresses are baked into that machine's code.
 //!
-//! Layout: [`Frame`], then the code cache. Invariant: the area never moves and is unmapped only when the engine is dropped.
+//! Layout: [`Frame`], the sites with their lists ([`crate::sites`]), the code cache. Invariant: the area never moves and is unmapped only when the engine is dropped.
 use crate::CpuState;
 pub use crate::mmu::first::JUMP_ENTRIES;
 use crate::mmu::first::{First, Jump, Tlb};
+use crate::sites::Sites;
 use std::mem::offset_of;
+
+/// Memory aligned as no access of a guest asks for more.
+#[repr(C, align(64))]
+pub struct Bounce(pub [u8; 768]);
 
 /// What translated code shares with Rust.
 #[repr(C, align(64))]
@@ -28,6 +33,10 @@ pub struct Frame {
     pub addend: u64,
     /// Scratch for code sequences.
     pub tmp: [u64; 4],
+    /// Two registers of the routine that fills sites.
+    pub save: [u64; 2],
+    /// The site that a failed check belongs to, or 0.
+    pub site: u64,
     /// Why code was left ([`exit`]).
     pub exit: u64,
     /// What goes with `exit`.
@@ -45,7 +54,7 @@ pub struct Frame {
     /// The engine, for helpers.
     pub core: *mut crate::engine::Core,
     /// Stand-in for memory that an instruction cannot access in place (two pages, a device, a watched page).
-    pub bounce: [u8; 768],
+    pub bounce: Bounce,
     /// Soft TLBs and jump caches.
     pub first: First,
     /// An interrupt waits for a place where it can be taken (0 or 1).
@@ -73,6 +82,8 @@ pub mod exit {
     pub const HOST_FAULT: u64 = 6;
     /// The instruction at `exit_arg` (index) of the block whose code holds `ret` must run alone.
     pub const BAIL: u64 = 7;
+    /// After a host fault: the frame's flags are the guest's now.
+    pub const FLAGS: u64 = 8;
 }
 
 /// Field addresses for the emitter.
@@ -125,6 +136,15 @@ impl FrameAt {
     pub fn tmp(self, n: usize) -> i32 {
         field!(self.0, tmp) + 8 * n as i32
     }
+    pub fn save(self, n: usize) -> i32 {
+        field!(self.0, save) + 8 * n as i32
+    }
+    pub fn site(self) -> i32 {
+        field!(self.0, site)
+    }
+    pub fn site_end(self, half: usize) -> i32 {
+        field!(self.0, first.sites.ends) + 8 * half as i32
+    }
     pub fn exit(self) -> i32 {
         field!(self.0, exit)
     }
@@ -170,18 +190,19 @@ impl FrameAt {
 pub struct LowArea {
     base: *mut u8,
     len: usize,
+    sites: usize,
 }
 
 // SAFETY: plain memory, used by one thread at a time (the engine is not Sync).
 unsafe impl Send for LowArea {}
 
 impl LowArea {
-    /// Maps an area with `code` bytes of code cache.
+    /// Maps an area with `code` bytes of code cache and `sites` sites.
     ///
     /// # Panics
     /// If the host has no memory left below 2 GiB, or forbids memory that is writable and executable.
-    pub fn new(code: usize) -> Self {
-        let len = (size_of::<Frame>() + code).next_multiple_of(4096);
+    pub fn new(code: usize, sites: usize) -> Self {
+        let len = (size_of::<Frame>() + Sites::bytes(sites) + 4096 + code).next_multiple_of(4096);
         // SAFETY: a fresh anonymous mapping.
         let base = unsafe {
             libc::mmap(
@@ -198,15 +219,19 @@ impl LowArea {
             "no {len} bytes of executable memory below 2 GiB: {}",
             std::io::Error::last_os_error()
         );
-        Self { base: base.cast(), len }
+        Self { base: base.cast(), len, sites }
     }
     /// The frame at its start. Zeroed memory at first, which is valid for every field.
     pub fn frame(&self) -> *mut Frame {
         self.base.cast()
     }
+    /// Where the sites and their lists are, and how many sites there is room for.
+    pub fn sites(&self) -> (*mut u8, usize) {
+        (self.base.wrapping_add(size_of::<Frame>()), self.sites)
+    }
     /// Host address and length of the code cache.
     pub fn code(&self) -> (usize, usize) {
-        let start = (self.base as usize + size_of::<Frame>()).next_multiple_of(64);
+        let start = (self.base as usize + size_of::<Frame>() + Sites::bytes(self.sites)).next_multiple_of(4096);
         (start, self.base as usize + self.len - start)
     }
 }

@@ -27,10 +27,12 @@ mod priority;
 mod ram;
 mod segmentation;
 mod signals;
+mod sites;
 mod snapshot;
 pub mod state;
 pub mod sys;
 mod translate;
+mod undefined;
 
 pub use bus::{Bus, UnknownMsr};
 pub use cache::CacheStats;

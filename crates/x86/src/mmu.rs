@@ -19,6 +19,7 @@ mod tables;
 pub(crate) use access::Place;
 pub use groups::GroupStats;
 
+use crate::sites::Sites;
 use crate::state::{cr0, cr4, efer, rflags};
 use crate::{CpuState, Exception, PAGE_SIZE, PageFlags, PhysMem};
 use first::First;
@@ -212,6 +213,16 @@ impl Mmu {
     /// All blocks are gone, or are no longer what jumps should find.
     pub(crate) fn forget_jumps(&mut self) {
         self.groups.forget_jumps();
+    }
+
+    /// All code is gone.
+    pub(crate) fn forget_code(&mut self) {
+        self.groups.forget_jumps();
+        self.groups.first().sites.reset();
+    }
+    /// The sites of translated code.
+    pub(crate) fn sites(&mut self) -> &mut Sites {
+        &mut self.groups.first().sites
     }
 
     // ---- walks ----

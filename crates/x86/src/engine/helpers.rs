@@ -28,7 +28,13 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
     let (arg, ea, ret) = unsafe { ((*frame).arg, (*frame).ea, (*frame).ret as usize) };
     let size = arg & 0xffff;
     let write = arg >> 16 & 1 != 0;
-    if ea % PAGE_SIZE + size <= PAGE_SIZE {
+    let k = (arg >> 20) as usize;
+    // SAFETY: as above.
+    let site = unsafe { (*frame).site };
+    let given_up = site != 0 && core.mmu.sites().misses_left(site) == 0;
+    if given_up {
+        core.give_up.push((ret, k));
+    } else if ea % PAGE_SIZE + size <= PAGE_SIZE {
         // SAFETY: the state is not part of the MMU.
         let st = unsafe { &(*frame).st };
         let user = st.cpl == 3;
@@ -37,7 +43,6 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
             return 0;
         }
     }
-    let k = (arg >> 20) as usize;
     let block = core.cache.block_at(ret).expect("called from a block");
     let (rip, unused) = (block.rip_of(k), block.len() - k as u64);
     // SAFETY: as above.
@@ -53,7 +58,7 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
 pub(super) extern "sysv64" fn mem_alone_helper(frame: *mut Frame) -> u32 {
     let core = core_of(frame);
     // SAFETY: the frame is the core's; its state and bounce buffer are not part of the MMU.
-    let (arg, ea, st, buffer) = unsafe { ((*frame).arg, (*frame).ea, &(*frame).st, &mut (*frame).bounce) };
+    let (arg, ea, st, buffer) = unsafe { ((*frame).arg, (*frame).ea, &(*frame).st, &mut (*frame).bounce.0) };
     let size = (arg & 0xffff) as usize;
     let write = arg >> 16 & 1 != 0;
     let user = st.cpl == 3;
@@ -108,7 +113,7 @@ pub(super) extern "sysv64" fn write_back_helper(frame: *mut Frame) -> u32 {
         return 0;
     }
     // SAFETY: the frame is the core's; its state and bounce buffer are not part of the MMU.
-    let (st, buffer) = unsafe { (&(*frame).st, &(*frame).bounce) };
+    let (st, buffer) = unsafe { (&(*frame).st, &(*frame).bounce.0) };
     let at = (bounce.ea % 64) as usize;
     let position = core.position;
     let user = st.cpl == 3;

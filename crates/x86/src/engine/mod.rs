@@ -18,9 +18,10 @@ use crate::mmu::{Mmu, MmuStats, canonical};
 use crate::priority;
 use crate::segmentation;
 use crate::signals::Running;
+use crate::sites::Sites;
 use crate::state::{cr0, cr4, gpr, rflags, seg};
 use crate::sys::{self, Cx, Delivery, Flow};
-use crate::translate::{Mode, Source, decode, translate};
+use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, decode, translate};
 use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position, Segment};
 use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
 
@@ -31,7 +32,7 @@ pub struct CpuConfig {
     pub model: CpuModel,
     /// Bytes of translated code kept at most (at least 1 MiB is used).
     pub code_cache_bytes: usize,
-    /// Guest instructions in a block at most (1..=64); 1 runs everything one instruction a block.
+    /// Guest instructions in a block at most (1..=96); 1 runs everything one instruction a block.
     pub max_block_instructions: u32,
     /// Address spaces whose caches are kept while another one is current (0: none, 64 at most).
     pub cache_groups: usize,
@@ -40,7 +41,7 @@ pub struct CpuConfig {
 impl CpuConfig {
     /// Sensible sizes for a model.
     pub fn new(model: CpuModel) -> Self {
-        Self { model, code_cache_bytes: 64 << 20, max_block_instructions: 64, cache_groups: 16 }
+        Self { model, code_cache_bytes: 64 << 20, max_block_instructions: MAX_TRACE, cache_groups: 16 }
     }
 }
 
@@ -148,7 +149,7 @@ impl Cpu {
         let flags = self.core.mmu.ram().flags().clone();
         self.core.mmu.flush_all();
         self.core.cache.flush(&flags);
-        self.core.mmu.forget_jumps();
+        self.core.mmu.forget_code();
     }
     /// Counters since power-on of this process.
     pub fn stats(&self) -> CpuStats {
@@ -181,6 +182,8 @@ pub struct Core {
     /// The exception that ended an instruction run alone.
     fault: Option<Exception>,
     bounce: Bounce,
+    /// Accesses (host address of the check, instruction of its block) whose sites miss too often.
+    give_up: Vec<(usize, usize)>,
     code: (usize, usize),
     stats: CpuStats,
     // Last: unmapped after everything that points into it is gone.
@@ -189,10 +192,13 @@ pub struct Core {
 
 /// Room for the shared routines at the start of the code area.
 const SHARED_BYTES: usize = 8 << 10;
+/// Translated code a site: there is one for each memory access, and an access is some 100 bytes with all that is put apart.
+const BYTES_PER_SITE: usize = 96;
 
 impl Core {
     fn new(config: CpuConfig, ram: PhysMem) -> Box<Self> {
-        let area = LowArea::new(config.code_cache_bytes.max(1 << 20) + SHARED_BYTES);
+        let code = config.code_cache_bytes.max(1 << 20);
+        let area = LowArea::new(code + SHARED_BYTES, code / BYTES_PER_SITE);
         let frame = area.frame();
         let (start, len) = area.code();
         let emit = Emit::new(start, FrameAt(frame as usize as i32), false, Shared::default());
@@ -203,18 +209,21 @@ impl Core {
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), start as *mut u8, code.len());
             (&raw mut (*frame).st).write(CpuState::reset());
+            let (first_site, capacity) = area.sites();
+            (&raw mut (*frame).first.sites).write(Sites::new(first_site, capacity));
             Box::new(Self {
                 frame,
                 mmu: Mmu::new(ram, &raw mut (*frame).first, config.cache_groups),
                 cache: Cache::new(start + SHARED_BYTES, start + len),
                 shared,
                 model: config.model,
-                max: config.max_block_instructions.clamp(1, 64),
+                max: config.max_block_instructions.clamp(1, MAX_TRACE),
                 bus: None,
                 limit: 0,
                 position: 0,
                 fault: None,
                 bounce: Bounce::default(),
+                give_up: Vec::new(),
                 code: (start, len),
                 stats: CpuStats::default(),
                 _area: area,
@@ -334,6 +343,8 @@ impl Core {
     fn run_loop(&mut self, until: Position) -> Exit {
         // Up to here every instruction runs alone: the budget is too small for the next block.
         let mut alone_until = 0;
+        // Up to here blocks are short, for the same reason.
+        let mut short_until = 0;
         loop {
             self.settle();
             let window = self.window();
@@ -355,11 +366,11 @@ impl Core {
             let step = if careful || self.position < alone_until || !self.is_flat() {
                 self.step_alone()
             } else {
-                match self.find_block() {
+                match self.find_block(self.position < short_until) {
                     Ok(id) => {
-                        let short = self.run_block(id, until);
-                        if let Some(n) = short {
-                            alone_until = (self.position + n).min(until);
+                        if let Some(n) = self.run_block(id, until) {
+                            let end = (self.position + n).min(until);
+                            *if n > SHORT_TRACE as u64 { &mut short_until } else { &mut alone_until } = end;
                         }
                         Ok(())
                     }
@@ -399,6 +410,9 @@ impl Core {
     /// Acts upon what the last instruction, or a device, changed under the caches.
     fn settle(&mut self) {
         self.mmu.sweep_device_writes();
+        while let Some((pc, k)) = self.give_up.pop() {
+            self.cache.give_up_sites(pc, k, self.mmu.sites());
+        }
         if !self.mmu.pending.any() {
             return;
         }
@@ -441,7 +455,7 @@ impl Core {
         self.join_flags();
     }
 
-    /// Runs from block `id` on. Returns how many instructions must run alone next, if any.
+    /// Runs from block `id` on. Returns how many instructions must run alone, or in shorter blocks, next, if any.
     fn run_block(&mut self, id: u32, until: Position) -> Option<u64> {
         self.limit = until;
         let budget = (until - self.position).min(i64::MAX as u64 / 2);
@@ -489,7 +503,7 @@ impl Core {
                 exit::ALONE | exit::BAIL => return Some(1),
                 exit::HOST_FAULT => {
                     let block = self.cache.block_at(pc as usize).expect("faults are caught in blocks only");
-                    let k = block.points.partition_point(|p| p.host as u64 <= pc).max(1) - 1;
+                    let k = block.instruction_at(pc as usize);
                     let (rip, unused) = (block.rip_of(k), block.len() - k as u64);
                     self.fix_flags_after_fault(pc as usize);
                     self.position -= unused;
@@ -501,22 +515,25 @@ impl Core {
         }
     }
 
-    /// After a host fault: the guest's flags are in the host's if the block says so at that place.
+    /// After a host fault: makes the guest's flags exact, from the host's or as the block says.
     fn fix_flags_after_fault(&mut self, pc: usize) {
         let block = self.cache.block_at(pc).expect("faults are caught in blocks only");
-        let k = block.points.partition_point(|p| p.host as usize <= pc).max(1) - 1;
-        if block.points[k].flags_in_host {
+        let point = block.points[block.instruction_at(pc)];
+        if point.flags_in_host {
             // SAFETY: the frame is ours.
             let flags = unsafe { (*self.frame).fault_flags };
             let st = self.st();
             st.rflags = st.rflags & !rflags::STATUS | flags & rflags::STATUS;
+        } else if point.fix != 0 {
+            // Changes nothing but the flags.
+            self.enter(point.fix, 0);
         }
     }
 
-    /// The block at RIP, translated if need be, and published for jumps.
-    fn find_block(&mut self) -> Result<u32, Stop> {
+    /// The block at RIP, translated if need be, and published for jumps unless it is a short one.
+    fn find_block(&mut self, short: bool) -> Result<u32, Stop> {
         self.stats.lookups += 1;
-        let mode = self.mode();
+        let mut mode = self.mode();
         let user = mode.has(Mode::USER);
         let kind = mode.0 & !Mode::USER;
         if kind != *self.jump_kind(user) {
@@ -524,6 +541,8 @@ impl Core {
             *self.jump_kind(user) = kind;
         }
         let (rip, gpa) = self.fetch(mode)?;
+        mode.0 |= short as u8 * Mode::SHORT;
+        let max = if short { self.max.min(SHORT_TRACE) } else { self.max };
         let key = Key { gpa, rip, mode };
         let known = self.cache.find(key);
         let (id, second) = match known {
@@ -532,11 +551,13 @@ impl Core {
                 let bytes = self.bytes(rip, gpa)?;
                 match known {
                     Some(id) if self.cache.block(id).second == bytes.second => (id, bytes.second_va),
-                    _ => (self.translate(key, &bytes, self.max), bytes.second_va),
+                    _ => (self.translate(key, &bytes, max), bytes.second_va),
                 }
             }
         };
-        self.mmu.publish(rip, self.cache.block(id).entry as u64, user, second);
+        if !short {
+            self.mmu.publish(rip, self.cache.block(id).entry as u64, user, second);
+        }
         Ok(id)
     }
 
@@ -578,9 +599,10 @@ impl Core {
         let va = if narrow { (self.st().seg[seg::CS].base as u32).wrapping_add(rip as u32).into() } else { rip };
         let offset = (va % PAGE_SIZE) as usize;
         let here = PAGE_SIZE as usize - offset;
-        // SAFETY: the rest of a page of RAM; nothing writes it while the slice lives.
-        let slice = unsafe { std::slice::from_raw_parts(host.add(offset), here) };
-        let mut bytes = Bytes { joined: [0; 16], slice, page, second: None, second_va: None, second_page: None };
+        // SAFETY: a page of RAM; nothing writes it while the slice lives.
+        let whole = unsafe { std::slice::from_raw_parts(host, PAGE_SIZE as usize) };
+        let slice = &whole[offset..];
+        let mut bytes = Bytes { joined: [0; 16], whole, slice, page, second: None, second_va: None, second_page: None };
         if here >= 15 || !decode(slice, rip, mode).is_invalid() {
             return Ok(bytes);
         }
@@ -615,23 +637,38 @@ impl Core {
 
     fn translate(&mut self, key: Key, bytes: &Bytes, max: u32) -> u32 {
         let flags = self.mmu.ram().flags().clone();
-        if self.cache.is_full() {
+        if self.cache.is_full() || self.mmu.sites().is_full(2 * MAX_TRACE as usize) {
             self.cache.flush(&flags);
-            self.mmu.forget_jumps();
+            self.mmu.forget_code();
         }
-        let (host, block, first_link) = self.cache.next_place();
+        let (host, cold, block, first_link) = self.cache.next_place();
         let straddles = bytes.second.is_some();
+        let first_site = self.mmu.sites().next();
+        let cache = &self.cache;
         let source = Source {
-            bytes: if straddles { &bytes.joined[..15] } else { bytes.slice },
+            bytes: if straddles {
+                &bytes.joined[..15]
+            } else if key.mode.has(Mode::ALONE) {
+                bytes.slice
+            } else {
+                bytes.whole
+            },
+            offset: bytes.whole.len() as u16 - bytes.slice.len() as u16,
             rip: key.rip,
             mode: key.mode,
             max,
             straddles,
             host,
+            cold,
             block,
             first_link,
+            first_site,
+            restless: &|offset| cache.is_restless(key.gpa & !(PAGE_SIZE - 1) | offset as u64),
         };
         let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared);
+        for &site in &translation.sites {
+            self.mmu.sites().add(site);
+        }
         let mut pages = vec![bytes.page];
         pages.extend(bytes.second_page);
         for &page in &pages {
@@ -640,7 +677,7 @@ impl Core {
                 self.mmu.forbid_writes(page);
             }
         }
-        self.cache.add(key, translation, bytes.second, &pages)
+        self.cache.add(key, translation, first_site, bytes.second, &pages)
     }
 
     // ---- one instruction ----
@@ -765,7 +802,9 @@ impl Core {
 struct Bytes {
     /// The instruction, if it crosses the page.
     joined: [u8; 16],
-    /// To the end of the page. Valid until guest RAM is written.
+    /// The page of its first byte. Valid until guest RAM is written.
+    whole: &'static [u8],
+    /// From its first byte to the end of the page.
     slice: &'static [u8],
     page: usize,
     second: Option<u64>,

@@ -9,6 +9,7 @@
 //! share (see [`super::groups`]); no write entry leads to a page that holds code or a page table.
 use super::groups::Entry;
 use crate::PAGE_SIZE;
+use crate::sites::Sites;
 
 /// Entries in each soft TLB; a power of two.
 pub const TLB_ENTRIES: usize = 512;
@@ -77,6 +78,8 @@ impl Jump {
 pub struct First {
     /// Soft TLBs: kernel, user.
     pub tlb: [Tlb; 2],
+    /// What the accesses of translated code remember for themselves, of what the TLBs held.
+    pub sites: Sites,
     /// Jump caches: kernel, user.
     pub jumps: [[Jump; JUMP_ENTRIES]; 2],
     /// How many entries of `tlb_list` count; [`TLB_FILLS`] means that there were more.
@@ -109,6 +112,8 @@ impl First {
             Tlb::clear(&mut tlb.write);
         }
         self.tlb_fills = 0;
+        self.sites.clear_half(0);
+        self.sites.clear_half(1);
         self.jump_fills = [JUMP_ENTRIES as u64; 2];
         self.wipe_jumps(0);
         self.wipe_jumps(1);
@@ -116,6 +121,7 @@ impl First {
 
     /// Forgets the pages of the lower half.
     pub(super) fn clear_lower(&mut self) {
+        self.sites.clear_half(0);
         let fills = std::mem::take(&mut self.tlb_fills) as usize;
         if fills < TLB_FILLS {
             for k in 0..fills {
@@ -132,6 +138,7 @@ impl First {
     }
     /// Forgets the pages of one half by looking at every entry.
     pub(super) fn clear_upper_or_lower(&mut self, which: usize) {
+        self.sites.clear_half(which);
         for tlb in &mut self.tlb {
             for i in 0..TLB_ENTRIES {
                 if half(tlb.read[i]) == which {
@@ -143,6 +150,7 @@ impl First {
 
     /// Forgets one page.
     pub(super) fn drop_page(&mut self, page: u64) {
+        self.sites.clear_range(page, 12);
         let i = Tlb::index(page);
         for tlb in &mut self.tlb {
             if tlb.read[i] == page || tlb.write[i] == page {
@@ -152,6 +160,7 @@ impl First {
     }
     /// Forgets the pages of the range of `1 << shift` bytes that holds `va`.
     pub(super) fn drop_range(&mut self, va: u64, shift: u32) {
+        self.sites.clear_range(va, shift);
         for tlb in &mut self.tlb {
             for i in 0..TLB_ENTRIES {
                 if (tlb.read[i] ^ va) >> shift == 0 {
@@ -162,6 +171,7 @@ impl First {
     }
     /// Takes away write entries that lead to the page at host address `host`.
     pub(super) fn forbid_writes(&mut self, host: u64) {
+        self.sites.forbid_writes(Some(host));
         for tlb in &mut self.tlb {
             for i in 0..TLB_ENTRIES {
                 if tlb.write[i].wrapping_add(tlb.addend[i]) == host && !Tlb::is_empty(tlb.write[i], i) {
@@ -172,6 +182,7 @@ impl First {
     }
     /// Takes away all write entries.
     pub(super) fn forbid_all_writes(&mut self) {
+        self.sites.forbid_writes(None);
         for tlb in &mut self.tlb {
             Tlb::clear(&mut tlb.write);
         }

@@ -2,7 +2,9 @@
 //!
 //! **In:** a decoded instruction. **Out:** the same instruction on the host, its memory operand through the soft TLB, guest registers that
 //! live in the frame through scratch registers. Invariant: what can fault comes before anything that changes guest state.
-use super::{Ea, FlagsIn, T0, T1, Translator, full_number, in_frame, is_high_byte, same_width, writes};
+use super::flags::{Effect, effect};
+use super::{Ea, T0, T1, Translator, can_fault, full_number, in_frame, is_high_byte, same_width, writes};
+use crate::emit::At;
 use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 impl Translator<'_> {
@@ -12,20 +14,22 @@ impl Translator<'_> {
             Mnemonic::Pop => return self.pop(insn),
             Mnemonic::Leave => {
                 let size = if insn.code() == Code::Leavew { 2 } else { 8 };
-                self.access(Ea::Plain(5, 0), size, false);
+                let at = self.access(Ea::Plain(5, 0), size, false);
+                self.protect(1 << 4 | 1 << 5);
+                self.load_r11(at, size);
+                self.emit.lea(4, 5, size as i32);
                 if size == 2 {
-                    self.emit.load_sum16(T0, 5, T1, 0);
-                    self.emit.lea(4, 5, 2);
                     self.emit.mov16(5, T0);
                 } else {
-                    self.emit.load_sum(T0, 5, T1, 0);
-                    self.emit.lea(4, 5, 8);
                     self.emit.mov(5, T0);
                 }
                 return;
             }
             Mnemonic::Lea => return self.lea(insn),
-            Mnemonic::Clflush => return self.access(Ea::Operand(*insn), 1, false),
+            Mnemonic::Clflush => {
+                self.access(Ea::Operand(*insn), 1, false);
+                return;
+            }
             Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
                 if insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register =>
             {
@@ -43,6 +47,17 @@ impl Translator<'_> {
             Some(_) => self.with_memory(&insn),
             None => self.registers_only(&insn),
         }
+    }
+
+    /// General registers that an instruction writes, a bit each.
+    fn written(&mut self, insn: &Instruction) -> u16 {
+        self.info
+            .info(insn)
+            .used_registers()
+            .iter()
+            .filter(|used| writes(used.access()))
+            .filter_map(|used| full_number(used.register()))
+            .fold(0, |mask, n| mask | 1 << n)
     }
 
     /// Guest registers in the frame that the explicit operands name: (number, must be loaded, must be stored).
@@ -69,7 +84,7 @@ impl Translator<'_> {
         found
     }
 
-    fn rename(insn: &mut Instruction, guest: u8, host: u8) {
+    pub(super) fn rename(insn: &mut Instruction, guest: u8, host: u8) {
         for i in 0..insn.op_count() {
             if insn.op_kind(i) == OpKind::Register && full_number(insn.op_register(i)) == Some(guest) {
                 let reg = same_width(insn.op_register(i), host);
@@ -98,7 +113,11 @@ impl Translator<'_> {
                 }
             };
         }
-        self.flags_before(insn);
+        if can_fault(insn) {
+            self.note_flags();
+        }
+        let (effect, written) = (effect(insn, &self.silicon), self.written(insn));
+        self.flags_before(insn, effect, written);
         for (i, &(n, loads, _)) in spilled.iter().enumerate() {
             if loads {
                 self.emit.load(hosts[i], n as usize);
@@ -110,7 +129,6 @@ impl Translator<'_> {
                 Self::rename(&mut out, n, hosts[i]);
             }
         }
-        self.note_flags();
         let ok = self.emit.raw(&out);
         assert!(ok, "cannot encode {out:?}");
         for (i, &(n, _, stores)) in spilled.iter().enumerate() {
@@ -118,7 +136,7 @@ impl Translator<'_> {
                 self.emit.store(n as usize, hosts[i]);
             }
         }
-        self.flags_after(insn);
+        self.flags_after(insn, effect);
     }
 
     fn with_memory(&mut self, insn: &Instruction) {
@@ -127,7 +145,7 @@ impl Translator<'_> {
         let write = writes(access);
         let size = insn.memory_size().size();
         assert!(size > 0 && size <= 512, "{insn:?} has a memory operand of {size} bytes");
-        self.access(Ea::Operand(*insn), size, write);
+        let at = self.access(Ea::Operand(*insn), size, write);
         let mut out = *insn;
         Self::plain_code(&mut out);
 
@@ -138,27 +156,13 @@ impl Translator<'_> {
             .find(|&r| is_high_byte(r));
         assert!(spilled.len() + high.is_some() as usize <= 1, "{insn:?} names too many registers");
 
-        let base = insn.memory_base();
-        let simple = !self.alone()
-            && insn.memory_index() == Register::None
-            && !matches!(insn.memory_segment(), Register::FS | Register::GS)
-            && base.is_gpr64()
-            && !in_frame(base.number() as u8);
-        let data = if simple {
-            // [base + addend + disp]; r11 is free.
-            Self::set_memory(&mut out, base, Register::R10, insn.memory_displacement64() as i32);
-            T0
-        } else {
-            self.operand_again(insn);
-            if spilled.is_empty() && high.is_none() {
-                Self::set_memory(&mut out, Register::R11, Register::R10, 0);
-            } else {
-                self.emit.add_no_flags(T0, T1);
-                Self::set_memory(&mut out, Register::R11, Register::None, 0);
-            }
-            T1
-        };
-        self.flags_before(insn);
+        match at {
+            At::Sum(_, disp) => Self::set_memory(&mut out, insn.memory_base(), Register::R10, disp),
+            At::Host => Self::set_memory(&mut out, Register::R10, Register::None, 0),
+        }
+        let data = T0;
+        let (effect, written) = (effect(insn, &self.silicon), self.written(insn));
+        self.flags_before(insn, effect, written);
         if let Some(&(n, loads, _)) = spilled.first() {
             if loads {
                 self.emit.load(data, n as usize);
@@ -169,12 +173,10 @@ impl Translator<'_> {
             self.emit.load_high(data, reg.number() as u8 & 3);
             for i in 0..out.op_count() {
                 if out.op_kind(i) == OpKind::Register && out.op_register(i) == reg {
-                    out.set_op_register(i, if data == T0 { Register::R11L } else { Register::R10L });
+                    out.set_op_register(i, Register::R11L);
                 }
             }
         }
-        // The exact place of a host fault: everything above only prepared.
-        self.note_flags();
         let ok = self.emit.raw(&out);
         assert!(ok, "cannot encode {out:?}");
         if let Some(&(n, _, true)) = spilled.first() {
@@ -188,7 +190,7 @@ impl Translator<'_> {
                 self.emit.store_high(data, reg.number() as u8 & 3);
             }
         }
-        self.flags_after(insn);
+        self.flags_after(insn, effect);
         if write {
             self.stored();
         }
@@ -226,6 +228,7 @@ impl Translator<'_> {
     fn lea(&mut self, insn: &Instruction) {
         let dest = insn.op0_register();
         let n = full_number(dest).expect("general register");
+        self.protect(1 << n);
         self.operand_address(insn, false);
         match dest.size() {
             8 => {}
@@ -237,54 +240,58 @@ impl Translator<'_> {
                 self.emit.mov(T0, T1);
             }
         }
-        if in_frame(n) {
-            self.emit.store(n as usize, T0);
+        self.set_guest(n, T0);
+    }
+
+    /// Guest register = host register.
+    fn set_guest(&mut self, guest: u8, host: u8) {
+        if in_frame(guest) {
+            self.emit.store(guest as usize, host);
         } else {
-            self.emit.mov(n, T0);
+            self.emit.mov(guest, host);
         }
     }
 
     fn push(&mut self, insn: &Instruction) {
         use OpKind::*;
         let size = if insn.stack_pointer_increment() == -2 { 2 } else { 8 };
+        let to = Ea::Plain(4, -size);
         match insn.op0_kind() {
             Register => {
                 let n = full_number(insn.op0_register()).expect("general register");
-                self.access(Ea::Plain(4, -size), size as usize, true);
+                let at = self.access(to, size as usize, true);
+                self.protect(1 << 4);
                 let host = if in_frame(n) {
                     self.emit.load(T0, n as usize);
                     T0
                 } else {
                     n
                 };
-                self.push_store(host, size);
+                self.push_store(at, host, size);
             }
             Memory => {
-                self.access(Ea::Operand(*insn), size as usize, false);
-                self.operand_again(insn);
-                if size == 2 {
-                    self.emit.load_sum16(T0, T0, T1, 0);
-                } else {
-                    self.emit.load_sum(T0, T0, T1, 0);
-                }
+                let from = self.access(Ea::Operand(*insn), size as usize, false);
+                self.load_r11(from, size as usize);
                 self.emit.store_word(self.at.tmp(2), T0);
-                self.access(Ea::Plain(4, -size), size as usize, true);
+                let at = self.access(to, size as usize, true);
+                self.protect(1 << 4);
                 self.emit.load_word(T0, self.at.tmp(2));
-                self.push_store(T0, size);
+                self.push_store(at, T0, size);
             }
             _ => {
-                self.access(Ea::Plain(4, -size), size as usize, true);
+                let at = self.access(to, size as usize, true);
+                self.protect(1 << 4);
                 self.emit.imm(T0, insn.immediate(0));
-                self.push_store(T0, size);
+                self.push_store(at, T0, size);
             }
         }
     }
 
-    fn push_store(&mut self, host: u8, size: i32) {
+    fn push_store(&mut self, at: At, host: u8, size: i32) {
         if size == 2 {
-            self.emit.store_sum16(host, 4, T1, -2);
+            self.emit.store_at16(at, host);
         } else {
-            self.emit.store_sum(host, 4, T1, -8);
+            self.emit.store_at(at, host);
         }
         self.emit.lea(4, 4, -size);
         self.stored();
@@ -292,28 +299,22 @@ impl Translator<'_> {
 
     fn pop(&mut self, insn: &Instruction) {
         let size = if insn.stack_pointer_increment() == 2 { 2 } else { 8 };
-        self.access(Ea::Plain(4, 0), size as usize, false);
-        if size == 2 {
-            self.emit.load_sum16(T0, 4, T1, 0);
-        } else {
-            self.emit.load_sum(T0, 4, T1, 0);
-        }
+        let at = self.access(Ea::Plain(4, 0), size as usize, false);
         if insn.op0_kind() == OpKind::Register {
             let n = full_number(insn.op0_register()).expect("general register");
+            self.protect(1 << 4 | 1 << n);
+            self.load_r11(at, size as usize);
             self.emit.lea(4, 4, size);
             if size == 2 {
                 self.emit.load(T1, n as usize);
                 self.emit.mov16(T1, T0);
                 self.emit.mov(T0, T1);
             }
-            if in_frame(n) {
-                self.emit.store(n as usize, T0);
-            } else {
-                self.emit.mov(n, T0);
-            }
+            self.set_guest(n, T0);
             return;
         }
         // POP to memory: the address is computed with RSP already incremented (SDM vol. 2, POP); a fault leaves RSP as it was.
+        self.load_r11(at, size as usize);
         self.emit.store_word(self.at.tmp(2), T0);
         let mut to = *insn;
         if insn.memory_base() == Register::ESP {
@@ -325,14 +326,13 @@ impl Translator<'_> {
             self.emit.lea(T0, T0, size);
         }
         self.emit.store_word(self.at.tmp(1), T0);
-        self.access(Ea::Kept(*insn), size as usize, true);
-        self.address(Ea::Kept(*insn));
-        self.emit.add_no_flags(T0, T1);
-        self.emit.load_word(T1, self.at.tmp(2));
+        let at = self.access(Ea::Kept(*insn), size as usize, true);
+        self.protect(1 << 4);
+        self.emit.load_word(T0, self.at.tmp(2));
         if size == 2 {
-            self.emit.store_at16(T1, T0);
+            self.emit.store_at16(at, T0);
         } else {
-            self.emit.store_at(T1, T0);
+            self.emit.store_at(at, T0);
         }
         self.emit.lea(4, 4, size);
         self.stored();
@@ -353,18 +353,18 @@ impl Translator<'_> {
         self.emit.store_word(self.at.tmp(1), T0);
         let write = insn.mnemonic() != Mnemonic::Bt;
         self.access(Ea::Kept(*insn), bits as usize / 8, write);
-        self.address(Ea::Kept(*insn));
-        self.emit.add_no_flags(T0, T1);
+        // Of the flags only CF changes, and the others may be asked for. They come before the offset takes r11.
+        self.settle_flags();
         self.emit.bit_in_word(n, bits);
-        self.need_flags();
+        self.flags.host = false;
+        self.emit.restore_flags();
         let mut out = *insn;
         out.set_has_lock_prefix(false);
-        Self::set_memory(&mut out, Register::R11, Register::None, 0);
-        out.set_op1_register(same_width(reg, T1));
-        self.note_flags();
+        Self::set_memory(&mut out, Register::R10, Register::None, 0);
+        out.set_op1_register(same_width(reg, T0));
         let ok = self.emit.raw(&out);
         assert!(ok, "cannot encode {out:?}");
-        self.flags = FlagsIn::Host;
+        self.flags_after(insn, Effect::Partial);
         if write {
             self.stored();
         }

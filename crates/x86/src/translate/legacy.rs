@@ -9,9 +9,10 @@
 //! (`sys::handles_near`).
 //!
 //! r8..r15 do not exist in 32-bit code: their values stay where they are.
-use super::{Ea, Mode, T0, T1, Translator, full_number, writes};
+use super::{Ea, Follow, Mode, T0, Translator, full_number, writes};
+use crate::emit::At;
 use crate::state::seg;
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 /// Width of a stack word or of an instruction pointer.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,6 +52,22 @@ fn has_memory_operand(insn: &Instruction) -> bool {
     (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory)
 }
 
+/// Whether an instruction of 32-bit code may access a segment that is not known to allow it: it must run alone.
+pub(super) fn needs_checks(insn: &Instruction, mode: Mode, info: &mut InstructionInfoFactory) -> bool {
+    if !has_memory_operand(insn) || matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Nop) {
+        return false;
+    }
+    match insn.memory_segment() {
+        Register::FS => !mode.has(Mode::FS_OPEN),
+        Register::GS => !mode.has(Mode::GS_OPEN),
+        Register::CS => {
+            let info = info.info(insn);
+            (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory && writes(info.op_access(i)))
+        }
+        _ => false,
+    }
+}
+
 impl Translator<'_> {
     pub(super) fn code_32(&self) -> bool {
         self.src.mode.has(Mode::CODE_32)
@@ -59,22 +76,6 @@ impl Translator<'_> {
     /// An instruction pointer as wide as it is.
     pub(super) fn wrapped(&self, rip: u64) -> u64 {
         if self.code_32() { rip & 0xffff_ffff } else { rip }
-    }
-
-    /// Whether an instruction of 32-bit code may access a segment that is not known to allow it: it must run alone.
-    pub(super) fn needs_checks(&mut self, insn: &Instruction) -> bool {
-        if !has_memory_operand(insn) || matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Nop) {
-            return false;
-        }
-        match insn.memory_segment() {
-            Register::FS => !self.src.mode.has(Mode::FS_OPEN),
-            Register::GS => !self.src.mode.has(Mode::GS_OPEN),
-            Register::CS => {
-                let info = self.info.info(insn);
-                (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory && writes(info.op_access(i)))
-            }
-            _ => false,
-        }
     }
 
     /// What tells the helper of a single instruction which segment register to check, if any.
@@ -135,26 +136,26 @@ impl Translator<'_> {
 
     // ---- the stack, of flat segments ----
 
-    /// Makes the stack word `disp` bytes from ESP accessible: r11 is its host address afterwards. Flags are in the frame.
-    fn stack_word(&mut self, disp: i32, width: Width, write: bool) {
-        self.access(Ea::Plain32(4, disp), width.bytes() as usize, write);
-        self.address(Ea::Plain32(4, disp));
-        self.emit.add_no_flags(T0, T1);
+    /// Makes the stack word `disp` bytes from ESP accessible, for an instruction that moves ESP.
+    fn stack_word(&mut self, disp: i32, width: Width, write: bool) -> At {
+        let at = self.access(Ea::Plain32(4, disp), width.bytes() as usize, write);
+        self.protect(1 << 4);
+        at
     }
 
-    /// Stores a register (not r11) at the host address in r11.
-    fn store_stack(&mut self, from: u8, width: Width) {
+    /// Stores a register there.
+    fn store_stack(&mut self, at: At, from: u8, width: Width) {
         match width {
-            Width::Word => self.emit.store_at16(from, T0),
-            Width::Double => self.emit.store_at32(from, T0),
+            Width::Word => self.emit.store_at16(at, from),
+            Width::Double => self.emit.store_at32(at, from),
         }
     }
 
-    /// to = the stack word at the host address in r11.
-    fn load_stack(&mut self, to: u8, width: Width) {
+    /// r11 = the word there.
+    fn load_stack(&mut self, at: At, width: Width) {
         match width {
-            Width::Word => self.emit.load_at16(to, T0),
-            Width::Double => self.emit.load_at32(to, T0),
+            Width::Word => self.emit.load_at16(T0, at),
+            Width::Double => self.emit.load_at32(T0, at),
         }
     }
 
@@ -172,76 +173,67 @@ impl Translator<'_> {
         }
     }
 
-    /// r11 = the memory operand of a stack instruction or branch, zero-extended. Flags are in the frame.
-    fn load_operand(&mut self, insn: &Instruction, width: Width) {
-        self.access(Ea::Operand(*insn), width.bytes() as usize, false);
-        self.operand_again(insn);
-        self.emit.add_no_flags(T0, T1);
-        self.load_stack(T0, width);
+    /// The memory operand of a stack instruction or branch.
+    fn operand_word(&mut self, insn: &Instruction, width: Width) -> At {
+        self.access(Ea::Operand(*insn), width.bytes() as usize, false)
     }
 
     fn push_32(&mut self, insn: &Instruction) {
         let width = Width::of(-insn.stack_pointer_increment());
         match insn.op0_kind() {
             OpKind::Register => {
-                self.stack_word(-width.bytes(), width, true);
+                let at = self.stack_word(-width.bytes(), width, true);
                 let n = full_number(insn.op0_register()).expect("general register");
-                self.store_stack(n, width);
+                self.store_stack(at, n, width);
                 self.move_stack(-width.bytes());
             }
             OpKind::Memory => {
-                self.load_operand(insn, width);
+                let from = self.operand_word(insn, width);
+                self.load_stack(from, width);
                 self.emit.store_word(self.at.tmp(2), T0);
-                self.push_kept(width);
+                let at = self.stack_word(-width.bytes(), width, true);
+                self.emit.load_word(T0, self.at.tmp(2));
+                self.store_stack(at, T0, width);
+                self.move_stack(-width.bytes());
             }
             _ => self.push_constant(insn.immediate(0), width),
         }
     }
 
-    /// Pushes what is kept in scratch word 2.
-    fn push_kept(&mut self, width: Width) {
-        self.stack_word(-width.bytes(), width, true);
-        self.emit.load_word(T1, self.at.tmp(2));
-        self.store_stack(T1, width);
-        self.move_stack(-width.bytes());
-    }
-
     fn push_constant(&mut self, value: u64, width: Width) {
-        self.stack_word(-width.bytes(), width, true);
-        self.emit.imm(T1, value & 0xffff_ffff);
-        self.store_stack(T1, width);
+        let at = self.stack_word(-width.bytes(), width, true);
+        self.emit.imm(T0, value & 0xffff_ffff);
+        self.store_stack(at, T0, width);
         self.move_stack(-width.bytes());
     }
 
     fn pop_32(&mut self, insn: &Instruction) {
         let width = Width::of(insn.stack_pointer_increment());
-        self.stack_word(0, width, false);
-        self.load_stack(T0, width);
+        let at = self.stack_word(0, width, false);
         if insn.op0_kind() == OpKind::Register {
+            self.protect(1 << full_number(insn.op0_register()).expect("general register"));
+            self.load_stack(at, width);
             self.move_stack(width.bytes());
             return self.set_register(insn.op0_register());
         }
         // The address is computed with ESP already incremented (SDM vol. 2, POP); a fault leaves ESP as it was.
+        self.load_stack(at, width);
         self.emit.store_word(self.at.tmp(2), T0);
         let mut to = *insn;
         if insn.memory_base() == Register::ESP {
             to.set_memory_displacement64(u64::from((insn.memory_displacement64() as u32).wrapping_add(width.bytes() as u32)));
         }
-        self.access(Ea::Operand(to), width.bytes() as usize, true);
-        self.operand_again(&to);
-        self.emit.add_no_flags(T0, T1);
-        self.emit.load_word(T1, self.at.tmp(2));
-        self.store_stack(T1, width);
+        let at = self.access(Ea::Operand(to), width.bytes() as usize, true);
+        self.emit.load_word(T0, self.at.tmp(2));
+        self.store_stack(at, T0, width);
         self.move_stack(width.bytes());
     }
 
     fn leave_32(&mut self, insn: &Instruction) {
         let width = if insn.code() == Code::Leavew { Width::Word } else { Width::Double };
-        let at = Ea::Plain32(5, 0);
-        self.access(at, width.bytes() as usize, false);
-        self.address(at);
-        self.emit.add_no_flags(T0, T1);
-        self.load_stack(T0, width);
+        let at = self.access(Ea::Plain32(5, 0), width.bytes() as usize, false);
+        self.protect(1 << 4 | 1 << 5);
+        self.load_stack(at, width);
         self.emit.lea32(4, 5, width.bytes());
         self.set_register(if width == Width::Word { Register::BP } else { Register::EBP });
     }
@@ -249,7 +241,7 @@ impl Translator<'_> {
     // ---- branches ----
 
     /// A near branch.
-    pub(super) fn branch_32(&mut self, insn: &Instruction) {
+    pub(super) fn branch_32(&mut self, insn: &Instruction, follow: Follow) {
         let next = self.wrapped(insn.next_ip());
         let width = match insn.op0_kind() {
             OpKind::NearBranch16 => Width::Word,
@@ -259,19 +251,18 @@ impl Translator<'_> {
         };
         let target = insn.near_branch_target();
         if insn.is_jcc_short_or_near() {
-            self.need_flags();
-            self.settle_flags();
-            let label = self.emit.label();
-            self.emit.jcc(insn.condition_code() as u8 - 1, label);
-            self.taken(label, target);
-            self.go_to(next);
+            self.conditional(insn, next, follow);
         } else if insn.is_jmp_short_or_near() {
-            self.settle_flags();
-            self.go_to(target);
+            if follow == Follow::No {
+                self.settle_flags();
+                self.go_to(target);
+            }
         } else if insn.is_call_near() {
             self.push_constant(next, width);
-            self.settle_flags();
-            self.go_to(target);
+            if follow == Follow::No {
+                self.settle_flags();
+                self.go_to(target);
+            }
         } else if insn.is_jmp_near_indirect() {
             self.load_target_32(insn, width);
             self.go_to_register(0);
@@ -279,6 +270,7 @@ impl Translator<'_> {
             self.load_target_32(insn, width);
             self.emit.store_word(self.at.tmp(1), T0);
             self.push_constant(next, width);
+            self.settle_flags();
             self.emit.load_word(T0, self.at.tmp(1));
             self.go_to_register(0);
         } else if insn.is_jcx_short() || insn.is_loop() || insn.is_loopcc() {
@@ -286,8 +278,9 @@ impl Translator<'_> {
         } else {
             // RET, RET imm16.
             let release = if insn.op_count() == 1 { insn.immediate16().into() } else { 0 };
-            self.stack_word(0, width, false);
-            self.load_stack(T0, width);
+            let at = self.stack_word(0, width, false);
+            self.settle_flags();
+            self.load_stack(at, width);
             self.move_stack(width.bytes() + release);
             self.go_to_register(0);
         }
@@ -341,9 +334,8 @@ impl Translator<'_> {
         restore(self);
         if loops {
             if let Some(opposite) = wanted {
-                let done = self.emit.label();
-                self.emit.jcc(opposite, done);
-                self.taken(done, next);
+                let from = self.emit.jcc_out(opposite);
+                self.leave_from(from, next);
             }
             self.go_to(target);
             self.emit.bind(zero);
@@ -368,7 +360,9 @@ impl Translator<'_> {
                 Width::Double => self.emit.zero_extend(T0),
             }
         } else {
-            self.load_operand(insn, width);
+            let at = self.operand_word(insn, width);
+            self.settle_flags();
+            self.load_stack(at, width);
         }
     }
 }

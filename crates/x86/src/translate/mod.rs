@@ -1,25 +1,30 @@
 //! From guest bytes to host code, one block at a time.
 //!
-//! **In:** the bytes of a page from one address on, and the mode. **Out:** host code for a known place, with the notes that make
-//! it exact: where each instruction starts, where jumps to other blocks can be linked.
+//! **In:** the bytes of a page, an address in it, and the mode. **Out:** host code for two known places, what is likely to run and what is not, with
+//! the notes that make it exact: where each instruction starts, where jumps to other blocks can be linked, the sites of its accesses.
 //!
 //! Two kinds of blocks:
-//! - *Many* instructions: touches only plain RAM through the soft TLB. Whatever is out of the ordinary (a fault, a device, a store to
-//!   a watched page, an access across pages) leaves the block *before* the instruction, which then runs alone.
+//! - *Many* instructions, a trace ([`trace`]): touches only plain RAM, through sites ([`crate::sites`]) and the soft TLB. Whatever is out of
+//!   the ordinary (a fault, a device, a store to a watched page, an access across pages) leaves the block *before* the instruction, which then runs alone.
 //! - *Alone*: one instruction, every access through a helper that can do everything; it leaves after it.
 //!
-//! Invariant: at every point where code can be left, general registers, flags, RIP and the number of retired instructions are exact.
-//! Flags are kept lazily: in the host, in the frame, or both ([`FlagsIn`]); at block borders the frame's copy is valid.
+//! Invariant: at every point where code can be left, general registers, flags, RIP and the number of retired instructions are exact, or
+//! can be made so from what is there ([`flags`]). At block borders the frame's copy of the flags is valid.
 mod branch;
+mod flags;
 mod insn;
 mod legacy;
 mod system;
+mod trace;
 
-use crate::classify::{Kind, classify};
-use crate::emit::{Emit, Shared};
+use crate::classify::Kind;
+use crate::emit::{At, Emit, Shared};
 use crate::frame::{FrameAt, exit};
-use dynasmrt::DynamicLabel;
-use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, Register, RflagsBits};
+use crate::sites::{PATIENCE, Site};
+use crate::undefined::{Independent, independent};
+use flags::{Flags, Recipe, STATUS, effect, liveness};
+use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use trace::{Follow, Step, gather};
 
 /// What translated code depends on besides its bytes and addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -38,18 +43,12 @@ impl Mode {
     pub const FS_OPEN: u8 = 1 << 6;
     /// Code that is not 64-bit: 32-bit code, with flat segments unless it runs alone.
     pub const CODE_32: u8 = 1 << 7;
+    /// [`SHORT_TRACE`] instructions at most: for the last steps before a stop.
+    pub const SHORT: u8 = 8;
     /// Whether a bit is set.
     pub fn has(self, bit: u8) -> bool {
         self.0 & bit != 0
     }
-}
-
-/// Where the status flags are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum FlagsIn {
-    Host,
-    Frame,
-    Both,
 }
 
 /// The start of one guest instruction in host code.
@@ -57,10 +56,12 @@ enum FlagsIn {
 pub struct Point {
     /// Host address.
     pub host: u32,
-    /// Offset of the guest instruction from the block's start.
+    /// Offset of the guest instruction in its page.
     pub guest: u16,
     /// When the instruction itself executes, the guest's status flags are in the host's.
     pub flags_in_host: bool,
+    /// If they are neither there nor in the frame: host code that makes them and leaves; else 0.
+    pub fix: u32,
 }
 
 /// A direct jump to another block.
@@ -76,22 +77,28 @@ pub struct Link {
 
 /// A translated block.
 pub struct Translation {
-    /// Host code, for the address it was translated for.
+    /// Host code that is likely to run, for [`Source::host`].
     pub code: Vec<u8>,
+    /// Host code that is not, for [`Source::cold`].
+    pub cold: Vec<u8>,
+    /// New sites, from [`Source::first_site`] on.
+    pub sites: Vec<Site>,
     /// One a guest instruction.
     pub points: Vec<Point>,
     /// Instructions that `sys` executes, by index.
     pub sys: Vec<(u16, Instruction)>,
     /// Direct jumps.
     pub links: Vec<Link>,
-    /// Bytes of guest code.
-    pub guest_len: u16,
+    /// Offsets in the page of the first byte of guest code and of the one behind the last.
+    pub guest: (u16, u16),
 }
 
 /// What a block is to be made of.
 pub struct Source<'a> {
-    /// Guest bytes from `rip` on: to the end of the page, or a whole instruction across pages.
+    /// The guest bytes of the page of `rip`; or, if it straddles or runs alone, from the instruction on.
     pub bytes: &'a [u8],
+    /// Where in its page the first byte is. Not as `rip` says if the code segment has a base.
+    pub offset: u16,
     /// Guest virtual address.
     pub rip: u64,
     /// Mode.
@@ -100,13 +107,24 @@ pub struct Source<'a> {
     pub max: u32,
     /// The first instruction crosses the page: the block is it alone and has no links.
     pub straddles: bool,
-    /// Host address for the code.
+    /// Host address for the code that is likely to run.
     pub host: usize,
+    /// Host address for the rest.
+    pub cold: usize,
     /// The block's number, and the number its first link will get.
     pub block: u32,
     /// See `block`.
     pub first_link: u32,
+    /// Host address that its first site will get.
+    pub first_site: u32,
+    /// Whether the instruction at an offset of the page accesses so many pages in turn that a site does not help.
+    pub restless: &'a dyn Fn(u16) -> bool,
 }
+
+/// Instructions in a trace at most.
+pub const MAX_TRACE: u32 = 96;
+/// The same for a block of mode [`Mode::SHORT`].
+pub const SHORT_TRACE: u32 = 8;
 
 /// Decoder options: what the CPU models lack decodes as their older hardware did (F3 0F BC is BSF, not TZCNT; the hint space
 /// 0F0D, 0F18..0F1F is nothing but NOPs).
@@ -139,13 +157,18 @@ enum Ea {
     Kept(Instruction),
 }
 
+/// Code to be put apart, and where the jumps to it are (offsets of displacements in the hot code).
 enum Cold {
-    /// A TLB check failed.
-    Slow { label: DynamicLabel, resume: DynamicLabel, ea: Ea, arg: i32 },
-    /// Unlinked direct jump.
-    Stub { label: DynamicLabel, link: usize },
-    /// Conditional jump to another page.
-    Far { label: DynamicLabel, target: u64 },
+    /// A check failed.
+    Slow { from: usize, site: Option<(i32, bool)>, ea: Ea, write: bool, arg: i32, retry: usize, flags: Flags },
+    /// Unlinked direct jump from hot code.
+    Stub { from: usize, link: usize },
+    /// A conditional jump leaves the trace, which was paid for `rest` instructions more.
+    Exit { from: usize, target: u64, rest: i32, flags: Flags },
+    /// After a host fault: makes the flags.
+    Fix { point: usize, recipe: Recipe },
+    /// The budget is too small.
+    Short { from: usize, n: i32 },
 }
 
 struct Translator<'a> {
@@ -153,12 +176,20 @@ struct Translator<'a> {
     emit: Emit,
     at: FrameAt,
     shared: Shared,
-    flags: FlagsIn,
+    silicon: Independent,
+    flags: Flags,
     info: InstructionInfoFactory,
     points: Vec<Point>,
     sys: Vec<(u16, Instruction)>,
     links: Vec<Link>,
+    sites: Vec<Site>,
     cold: Vec<Cold>,
+    /// Instructions in the trace.
+    len: usize,
+    /// The instruction being translated.
+    current: usize,
+    /// For each instruction, whether the flags after it can be seen.
+    live: Vec<bool>,
 }
 
 fn full_number(reg: Register) -> Option<u8> {
@@ -190,19 +221,6 @@ fn writes(access: OpAccess) -> bool {
     matches!(access, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
 }
 
-const STATUS: u32 = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
-
-fn is_shift(m: Mnemonic) -> bool {
-    use Mnemonic::*;
-    matches!(m, Shl | Sal | Shr | Sar | Rol | Ror | Rcl | Rcr | Shld | Shrd)
-}
-
-/// Whether an instruction may change a status flag. The decoder says that a rotation through carry all the way round (RCR of a byte by
-/// 9) does not; the silicon writes OF.
-fn touches_flags(insn: &Instruction) -> bool {
-    insn.rflags_modified() & STATUS != 0 || matches!(insn.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr)
-}
-
 /// Whether the address of the memory operand is 32 bits wide.
 fn is_narrow(insn: &Instruction) -> bool {
     let (base, index) = (insn.memory_base(), insn.memory_index());
@@ -212,19 +230,43 @@ fn is_narrow(insn: &Instruction) -> bool {
         || insn.memory_displ_size() == 4 && base == Register::None && index == Register::None
 }
 
+/// Whether an instruction can leave the trace before it executes: it accesses memory, is a branch or a system instruction, or can
+/// fault on the host.
+fn leaves(step: &Step) -> bool {
+    match step.kind {
+        Kind::Branch | Kind::Sys => true,
+        Kind::Silicon => {
+            let insn = &step.insn;
+            let memory = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) && insn.mnemonic() != Mnemonic::Lea;
+            memory || insn.is_stack_instruction() || can_fault(insn)
+        }
+        _ => false,
+    }
+}
+
+/// Whether the instruction itself, without its memory operand, can fault on the host.
+fn can_fault(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Wait) || crate::classify::needs_fpu(insn)
+}
+
 /// Translates one block.
 pub fn translate(src: &Source, at: FrameAt, shared: Shared) -> Translation {
-    let mut t = Translator {
+    let t = Translator {
         src,
         emit: Emit::new(src.host, at, src.mode.has(Mode::USER), shared),
         at,
         shared,
-        flags: FlagsIn::Frame,
+        silicon: independent(),
+        flags: Flags::FRAME,
         info: InstructionInfoFactory::new(),
         points: Vec::new(),
         sys: Vec::new(),
         links: Vec::new(),
+        sites: Vec::new(),
         cold: Vec::new(),
+        len: 0,
+        current: 0,
+        live: Vec::new(),
     };
     t.block()
 }
@@ -234,147 +276,132 @@ impl Translator<'_> {
         self.src.mode.has(Mode::ALONE)
     }
 
-    fn block(&mut self) -> Translation {
-        // Decode first: the budget is paid for all at entry.
-        let mut decoder = decoder(self.src.bytes, self.src.rip, self.src.mode);
-        let mut insns = Vec::new();
-        let mut ended = false;
-        while !ended && (insns.len() as u32) < self.src.max && decoder.can_decode() {
-            let insn = decoder.decode();
-            let kind = classify(&insn, self.src.mode.has(Mode::FPU_OFF));
-            if matches!(kind, Kind::Invalid | Kind::NoFpu) {
-                // Runs alone, where it raises its exception. (Also bytes cut at the end of the page.)
-                break;
-            }
-            if self.code_32() && !self.alone() && self.needs_checks(&insn) {
-                break;
-            }
-            ended = kind == Kind::Branch || kind == Kind::Sys && insn.flow_control() != iced_x86::FlowControl::Next;
-            insns.push((insn, kind));
-            if self.src.straddles {
-                break;
-            }
-        }
-        let n = insns.len() as i32;
-        let short = self.emit.label();
+    fn block(mut self) -> Translation {
+        // Collect first: the budget is paid for all at entry.
+        let (steps, next) = gather(self.src, &mut self.info);
+        self.len = steps.len();
+        self.live = liveness(steps.iter().map(|s| {
+            let reads = s.insn.rflags_read() & STATUS != 0;
+            (leaves(s), reads, if s.kind == Kind::Silicon { effect(&s.insn, &self.silicon) } else { flags::Effect::None })
+        }));
+        let n = steps.len() as i32;
         if self.alone() {
             self.emit.refund(-1);
-        } else {
-            self.emit.pay(n, short);
+        } else if n > 0 {
+            let from = self.emit.pay(n);
+            self.cold.push(Cold::Short { from, n });
         }
-        let mut next = self.src.rip;
-        for (k, (insn, kind)) in insns.iter().enumerate() {
+        for (k, step) in steps.iter().enumerate() {
+            let insn = &step.insn;
+            self.current = k;
             self.points.push(Point {
                 host: self.emit.here() as u32,
-                guest: (insn.ip() - self.src.rip) as u16,
+                guest: (insn.ip() & 0xfff) as u16,
                 flags_in_host: false,
+                fix: 0,
             });
-            next = insn.next_ip();
-            match kind {
+            match step.kind {
                 Kind::Nop => {}
-                Kind::Sys => self.sys_insn(k, insn, k + 1 == insns.len()),
+                Kind::Sys => self.sys_insn(k, insn, k + 1 == steps.len()),
                 Kind::Direction => {
                     self.clobber_flags();
                     self.emit.direction(insn.mnemonic() == Mnemonic::Std);
                 }
-                Kind::Branch if self.code_32() => self.branch_32(insn),
+                Kind::Branch if self.code_32() => self.branch_32(insn, step.follow),
                 Kind::Silicon if self.code_32() => self.silicon_32(insn),
-                Kind::Branch => self.branch(insn),
+                Kind::Branch => self.branch(insn, step.follow),
                 Kind::Silicon => self.silicon(insn),
                 Kind::Invalid | Kind::NoFpu => unreachable!("never put into a block"),
             }
         }
-        if insns.is_empty() {
+        if steps.is_empty() {
             // The first instruction must run alone.
             self.emit.imm(T0, self.src.rip);
             self.emit.store_word(self.at.rip(), T0);
             self.emit.leave(exit::ALONE, 0);
-        } else if !matches!(insns.last(), Some((_, Kind::Branch))) {
+        } else if !matches!(steps.last(), Some(Step { kind: Kind::Branch, follow: Follow::No, .. })) {
             self.settle_flags();
             self.go_to(self.wrapped(next));
         }
-        if !self.alone() {
-            self.emit.bind(short);
-            self.emit.refund(n);
-            self.emit.leave(exit::BUDGET, self.src.block as i32);
-        }
-        self.cold_code();
-        Translation {
-            code: std::mem::replace(&mut self.emit, Emit::new(0, self.at, false, self.shared)).finish(),
-            points: std::mem::take(&mut self.points),
-            sys: std::mem::take(&mut self.sys),
-            links: std::mem::take(&mut self.links),
-            guest_len: (next - self.src.rip) as u16,
-        }
+        // Where the code segment has a base, the instruction runs alone, and its address in the page is another.
+        let start = self.src.offset;
+        let offsets = |s: &Step| {
+            let from = start.wrapping_add((s.insn.ip() & 0xfff) as u16).wrapping_sub((self.src.rip & 0xfff) as u16);
+            (from, from + s.insn.len() as u16)
+        };
+        let guest = steps.iter().map(offsets).fold((start, start), |(a, b), (from, to)| (a.min(from), b.max(to)));
+        let (code, cold) = self.cold_code();
+        Translation { code, cold, points: self.points, sys: self.sys, links: self.links, sites: self.sites, guest }
     }
 
-    fn cold_code(&mut self) {
-        for cold in std::mem::take(&mut self.cold) {
-            match cold {
-                Cold::Slow { label, resume, ea, arg } => {
-                    self.emit.bind(label);
+    /// Emits what was put apart and leads the hot code's jumps there.
+    fn cold_code(&mut self) -> (Vec<u8>, Vec<u8>) {
+        let cold = Emit::new(self.src.cold, self.at, self.src.mode.has(Mode::USER), self.shared);
+        let mut hot = std::mem::replace(&mut self.emit, cold).finish();
+        let base = self.src.host;
+        // Stubs that are found on the way are appended.
+        let mut i = 0;
+        while i < self.cold.len() {
+            let here = self.emit.here();
+            let from = match self.cold[i] {
+                Cold::Slow { from, site, ea, write, arg, retry, flags } => {
+                    if let Some((address, constant)) = site {
+                        self.checked_address(ea, arg as usize & 0xffff);
+                        self.emit.site_miss(address, write, constant);
+                        let index = (address as u32 - self.src.first_site) as usize / size_of::<Site>();
+                        self.sites[index].slow = self.emit.here() as u32;
+                    }
+                    self.flags = flags;
+                    self.settle_flags();
+                    self.emit.note_site(site.map_or(0, |s| s.0));
                     self.checked_address(ea, arg as usize & 0xffff);
-                    self.emit.call_helper(self.shared.mem, arg, resume);
+                    self.emit.call_helper(self.shared.mem, arg, retry as i32);
+                    Some(from)
                 }
-                Cold::Stub { label, link } => {
-                    self.emit.bind(label);
-                    self.links[link].stub = self.emit.here() as u32;
+                Cold::Stub { from, link } => {
+                    self.links[link].stub = here as u32;
                     self.emit.leave(exit::LINK, (self.src.first_link + link as u32) as i32);
+                    Some(from)
                 }
-                Cold::Far { label, target } => {
-                    self.emit.bind(label);
-                    self.emit.imm(T0, target);
-                    if self.alone() {
+                Cold::Exit { from, target, rest, flags } => {
+                    self.emit.refund(rest);
+                    self.flags = flags;
+                    self.settle_flags();
+                    if self.can_link(target) {
+                        let at = self.emit.jmp_out();
+                        let link = self.links.len();
+                        let stub = self.emit.here() as u32;
+                        self.links.push(Link { patch: (self.src.cold + at) as u32, stub, target });
+                        self.emit.leave(exit::LINK, (self.src.first_link + link as u32) as i32);
+                        // Unlinked, the jump leads just behind itself: a displacement of 0, as emitted.
+                    } else if self.alone() {
+                        self.emit.imm(T0, target);
                         self.emit.leave_lookup();
                     } else {
-                        self.emit.jump_cache();
+                        self.emit.jump_cache_to(target);
                     }
+                    Some(from)
                 }
+                Cold::Fix { point, recipe } => {
+                    self.points[point].fix = here as u32;
+                    self.cook(recipe);
+                    self.emit.jmp_abs(self.shared.flags);
+                    None
+                }
+                Cold::Short { from, n } => {
+                    self.emit.refund(n);
+                    self.emit.leave(exit::BUDGET, self.src.block as i32);
+                    Some(from)
+                }
+            };
+            if let Some(from) = from {
+                let displacement = (here as i64 - (base + from + 4) as i64) as i32;
+                hot[from..from + 4].copy_from_slice(&displacement.to_le_bytes());
             }
+            i += 1;
         }
-    }
-
-    // ---- flags ----
-
-    /// The host's flags are about to be overwritten by the engine.
-    fn clobber_flags(&mut self) {
-        if self.flags == FlagsIn::Host {
-            self.emit.save_flags();
-        }
-        self.flags = FlagsIn::Frame;
-    }
-    /// The guest's flags must be in the host's.
-    fn need_flags(&mut self) {
-        if self.flags == FlagsIn::Frame {
-            self.emit.restore_flags();
-            self.flags = FlagsIn::Both;
-        }
-    }
-    /// The frame's copy must be valid.
-    fn settle_flags(&mut self) {
-        if self.flags == FlagsIn::Host {
-            self.emit.save_flags();
-            self.flags = FlagsIn::Both;
-        }
-    }
-    /// Before an instruction that reads flags, or writes only some of them.
-    fn flags_before(&mut self, insn: &Instruction) {
-        let killed = insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set();
-        let touched = touches_flags(insn);
-        let partial = touched && (killed & STATUS != STATUS || is_shift(insn.mnemonic()));
-        if insn.rflags_read() & STATUS != 0 || partial {
-            self.need_flags();
-        }
-    }
-    /// Right before the instruction itself: what a host fault in it finds.
-    fn note_flags(&mut self) {
-        let host = self.flags != FlagsIn::Frame;
-        self.points.last_mut().expect("inside an instruction").flags_in_host = host;
-    }
-    fn flags_after(&mut self, insn: &Instruction) {
-        if touches_flags(insn) {
-            self.flags = FlagsIn::Host;
-        }
+        let cold = std::mem::replace(&mut self.emit, Emit::new(0, self.at, false, self.shared)).finish();
+        (hot, cold)
     }
 
     // ---- addresses ----
@@ -443,33 +470,80 @@ impl Translator<'_> {
         }
     }
 
-    /// Makes `size` bytes at `ea` accessible: afterwards r10 is the addend. Flags are in the frame.
-    fn access(&mut self, ea: Ea, size: usize, write: bool) {
+    /// Makes `size` bytes at `ea` accessible, for the current instruction, before it changes anything: says how to get at them from r10. r11 is
+    /// free; the host's flags are gone.
+    fn access(&mut self, ea: Ea, size: usize, write: bool) -> At {
         self.clobber_flags();
         let arg = size as i32 | (write as i32) << 16 | self.checked_segment(ea);
-        self.checked_address(ea, size);
         if self.alone() {
-            let resume = self.emit.label();
-            self.emit.call_helper(self.shared.mem_alone, arg, resume);
-            self.emit.bind(resume);
-        } else {
-            // On a miss the address is computed again there and the whole check is repeated.
-            let (label, resume) = (self.emit.label(), self.emit.label());
-            self.emit.bind(resume);
-            // r11 must be the address when the check is repeated: the helper leaves it in the frame.
-            self.emit.tlb_check(size, write, label);
-            self.cold.push(Cold::Slow { label, resume, ea, arg: arg | (self.points.len() as i32 - 1) << 20 });
+            self.checked_address(ea, size);
+            self.emit.call_helper_here(self.shared.mem_alone, arg);
+            self.emit.add_no_flags(T1, T0);
+            self.note_flags();
+            return At::Host;
         }
+        let retry = self.emit.here();
+        let constant = matches!(ea, Ea::Operand(insn) if is_constant(&insn));
+        let at = match ea {
+            Ea::Plain(reg, disp) => At::Sum(reg, disp),
+            Ea::Operand(insn) if is_simple(&insn) => {
+                At::Sum(insn.memory_base().number() as u8, insn.memory_displacement64() as i32)
+            }
+            _ => At::Host,
+        };
+        let restless = (self.src.restless)(self.points[self.current].guest);
+        let (from, site) = if restless {
+            self.checked_address(ea, size);
+            (self.emit.tlb_check(size, write, at), None)
+        } else {
+            let address = self.src.first_site as i32 + (self.sites.len() * size_of::<Site>()) as i32;
+            let bits = if constant { Site::CONSTANT } else { 0 } | if write { Site::WRITE } else { 0 };
+            self.sites.push(Site {
+                tag: Site::EMPTY,
+                addend: Site::EMPTY_ADDEND,
+                retry: retry as u32,
+                slow: 0,
+                limit: 0x1000 - size as u32,
+                misses: PATIENCE,
+                bits,
+                pad: 0,
+            });
+            let from = if constant {
+                self.emit.site_check_constant(address)
+            } else {
+                self.checked_address(ea, size);
+                self.emit.site_check(address, size, at)
+            };
+            (from, Some((address, constant)))
+        };
+        let arg = arg | (self.current as i32) << 20;
+        self.cold.push(Cold::Slow { from, site, ea, write, arg, retry, flags: self.flags });
+        self.note_flags();
+        at
     }
 
     /// After a store in a block of one instruction: takes the bytes to where they belong.
     fn stored(&mut self) {
         if self.alone() {
             self.settle_flags();
-            self.flags = FlagsIn::Frame;
-            let resume = self.emit.label();
-            self.emit.call_helper(self.shared.write_back, 0, resume);
-            self.emit.bind(resume);
+            self.emit.call_helper_here(self.shared.write_back, 0);
+            self.flags = Flags::FRAME;
         }
     }
+}
+
+/// Whether the address of the memory operand is a register that holds itself plus a constant.
+fn is_simple(insn: &Instruction) -> bool {
+    let base = insn.memory_base();
+    insn.memory_index() == Register::None
+        && !matches!(insn.memory_segment(), Register::FS | Register::GS)
+        && base.is_gpr64()
+        && !in_frame(base.number() as u8)
+}
+
+/// Whether the linear address of the memory operand is a constant.
+fn is_constant(insn: &Instruction) -> bool {
+    let base = insn.memory_base();
+    (base == Register::RIP || base == Register::EIP || base == Register::None && insn.memory_index() == Register::None)
+        && !matches!(insn.memory_segment(), Register::FS | Register::GS)
 }

@@ -2,13 +2,15 @@
 //!
 //! **In:** an instruction that `sys` executes. **Out:** code for it; status flags are in the frame behind it. Invariant: whether the short
 //! way was taken makes no difference to the state.
-use super::{Ea, Mode, T0, T1, Translator};
+use super::flags::Flags;
+use super::{Ea, Mode, T0, Translator};
 use iced_x86::{Code, Instruction};
 
 impl Translator<'_> {
     /// Instruction `k`, which is the block's last or not.
     pub(super) fn sys_insn(&mut self, k: usize, insn: &Instruction, last: bool) {
-        self.clobber_flags();
+        self.settle_flags();
+        self.flags = Flags::FRAME;
         let user = self.src.mode.has(Mode::USER);
         let slow = self.emit.label();
         let kind = self.src.mode.0 & !Mode::USER;
@@ -19,15 +21,15 @@ impl Translator<'_> {
             Code::Pushfq => {
                 self.emit.flags_image();
                 self.emit.store_word(self.at.tmp(2), T0);
-                self.access(Ea::Plain(4, -8), 8, true);
+                let at = self.access(Ea::Plain(4, -8), 8, true);
                 self.emit.load_word(T0, self.at.tmp(2));
-                self.emit.store_sum(T0, 4, T1, -8);
+                self.emit.store_at(at, T0);
                 self.emit.lea(4, 4, -8);
                 return;
             }
             Code::Popfq => {
-                self.access(Ea::Plain(4, 0), 8, false);
-                self.emit.load_sum(T0, 4, T1, 0);
+                let at = self.access(Ea::Plain(4, 0), 8, false);
+                self.emit.load_at(T0, at);
                 self.emit.load_flags(user, slow);
                 self.emit.lea(4, 4, 8);
             }
@@ -55,9 +57,7 @@ impl Translator<'_> {
     /// Leaves the instruction to the helper.
     fn call_sys(&mut self, k: usize, insn: &Instruction) {
         self.sys.push((k as u16, *insn));
-        let resume = self.emit.label();
         self.emit.note_block(self.src.block as i32);
-        self.emit.call_helper(self.shared.sys, k as i32, resume);
-        self.emit.bind(resume);
+        self.emit.call_helper_here(self.shared.sys, k as i32);
     }
 }

@@ -1,0 +1,158 @@
+//! Memory accesses of blocks of many instructions: the check by site, the check by soft TLB, and the routine that fills sites.
+//!
+//! **In:** the linear address in r11. **Out:** in r10 what leads to the host's bytes ([`At`]); r11 is free. Flags are clobbered.
+use super::{Emit, Shared};
+use crate::mmu::first::TLB_ENTRIES;
+use crate::sites::Site;
+use dynasmrt::{DynasmApi, DynasmLabelApi, dynasm};
+use std::mem::offset_of;
+
+/// Where the bytes of a checked access are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    /// At register + r10 + displacement.
+    Sum(u8, i32),
+    /// At r10.
+    Host,
+}
+
+const TAG: i32 = offset_of!(Site, tag) as i32;
+const ADDEND: i32 = offset_of!(Site, addend) as i32;
+const RETRY: i32 = offset_of!(Site, retry) as i32;
+const SLOW: i32 = offset_of!(Site, slow) as i32;
+const LIMIT: i32 = offset_of!(Site, limit) as i32;
+const MISSES: i32 = offset_of!(Site, misses) as i32;
+const BITS: i32 = offset_of!(Site, bits) as i32;
+
+impl Emit {
+    /// Checks the address in r11 by the site at `site`. Returns the place of the jump to be made when it fails.
+    pub fn site_check(&mut self, site: i32, size: usize, at: At) -> usize {
+        let limit = 0x1000 - size as i32;
+        dynasm!(self.ops ; .arch x64 ; mov r10, [site + ADDEND]);
+        if at == At::Host {
+            dynasm!(self.ops ; .arch x64 ; add r10, r11);
+        }
+        dynasm!(self.ops ; .arch x64 ; xor r11, [site + TAG] ; cmp r11, limit);
+        self.jcc_out(7)
+    }
+    /// The same for an address that is a constant, which need not be in r11.
+    pub fn site_check_constant(&mut self, site: i32) -> usize {
+        dynasm!(self.ops ; .arch x64 ; mov r10, [site + ADDEND] ; test r10, r10);
+        self.jcc_out(4)
+    }
+    /// Checks the address in r11 by the soft TLB. Returns the place of the jump to be made when it fails: on a miss, a missing permission or
+    /// a page crossing.
+    pub fn tlb_check(&mut self, size: usize, write: bool, at: At) -> usize {
+        let tags = if write { self.at.tlb_write(self.user) } else { self.at.tlb_read(self.user) };
+        let addends = self.at.tlb_addend(self.user);
+        let limit = 0x1000 - size as i32;
+        dynasm!(self.ops ; .arch x64
+            ; mov r10d, r11d
+            ; shr r10d, 12
+            ; and r10d, (TLB_ENTRIES - 1) as i32
+            ; xor r11, [r10 * 8 + tags]
+            ; cmp r11, limit);
+        let out = self.jcc_out(7);
+        if at == At::Host {
+            // The address once more.
+            dynasm!(self.ops ; .arch x64 ; xor r11, [r10 * 8 + tags] ; mov r10, [r10 * 8 + addends] ; add r10, r11);
+        } else {
+            dynasm!(self.ops ; .arch x64 ; mov r10, [r10 * 8 + addends]);
+        }
+        out
+    }
+
+    /// to = the 64 bits there.
+    pub fn load_at(&mut self, to: u8, at: At) {
+        match at {
+            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov Rq(to), [Rq(base) + r10 + disp]),
+            At::Host => dynasm!(self.ops ; .arch x64 ; mov Rq(to), [r10]),
+        }
+    }
+    /// to = the 32 bits there, zero-extended.
+    pub fn load_at32(&mut self, to: u8, at: At) {
+        match at {
+            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov Rd(to), [Rq(base) + r10 + disp]),
+            At::Host => dynasm!(self.ops ; .arch x64 ; mov Rd(to), [r10]),
+        }
+    }
+    /// The 32 bits there = from.
+    pub fn store_at32(&mut self, at: At, from: u8) {
+        match at {
+            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + r10 + disp], Rd(from)),
+            At::Host => dynasm!(self.ops ; .arch x64 ; mov [r10], Rd(from)),
+        }
+    }
+    /// to = the 16 bits there, zero-extended.
+    pub fn load_at16(&mut self, to: u8, at: At) {
+        match at {
+            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; movzx Rd(to), WORD [Rq(base) + r10 + disp]),
+            At::Host => dynasm!(self.ops ; .arch x64 ; movzx Rd(to), WORD [r10]),
+        }
+    }
+    /// The 64 bits there = from.
+    pub fn store_at(&mut self, at: At, from: u8) {
+        match at {
+            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + r10 + disp], Rq(from)),
+            At::Host => dynasm!(self.ops ; .arch x64 ; mov [r10], Rq(from)),
+        }
+    }
+    /// The 16 bits there = from.
+    pub fn store_at16(&mut self, at: At, from: u8) {
+        match at {
+            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + r10 + disp], Rw(from)),
+            At::Host => dynasm!(self.ops ; .arch x64 ; mov [r10], Rw(from)),
+        }
+    }
+
+    /// Goes to the routine that fills `site`, for the address in r11.
+    pub fn site_miss(&mut self, site: i32, write: bool, constant: bool) {
+        let slot = self.at.site();
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [slot], site);
+        self.jmp_abs(self.shared.sites[Shared::site(self.user, write, constant)]);
+    }
+    /// The helper about to be called looks at this site (0: none).
+    pub fn note_site(&mut self, site: i32) {
+        let slot = self.at.site();
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [slot], site);
+    }
+
+    /// The routine that fills the site in the frame from the soft TLB, for the address in r11. Goes on at the site's `retry`, or
+    /// at its `slow` if the TLB does not know or the site missed too often. Clobbers r10, r11 and flags.
+    pub(super) fn site_routine(&mut self, user: bool, write: bool, constant: bool) {
+        let at = self.at;
+        let tags = if write { at.tlb_write(user) } else { at.tlb_read(user) };
+        let (addends, slot, save0, save1) = (at.tlb_addend(user), at.site(), at.save(0), at.save(1));
+        let (low, high) = (at.site_end(0), at.site_end(1));
+        dynasm!(self.ops ; .arch x64
+            ; mov [save0], rax ; mov [save1], rcx
+            ; mov r10, [slot]
+            ; mov eax, r11d ; shr eax, 12 ; and eax, (TLB_ENTRIES - 1) as i32
+            ; mov rcx, r11 ; xor rcx, [rax * 8 + tags]
+            ; cmp rcx, 0xfff ; ja >slow
+            ; cmp ecx, [r10 + LIMIT] ; ja >slow
+            ; sub WORD [r10 + MISSES], 1 ; jbe >slow
+            ; mov rax, [rax * 8 + addends]);
+        if constant {
+            dynasm!(self.ops ; .arch x64 ; add rax, r11);
+        }
+        dynasm!(self.ops ; .arch x64
+            ; mov rcx, r11 ; and rcx, -4096
+            ; mov [r10 + TAG], rcx ; mov [r10 + ADDEND], rax
+            ; test rcx, rcx ; js >upper
+            ; test BYTE [r10 + BITS], Site::LOW as i8 ; jne >done
+            ; or BYTE [r10 + BITS], Site::LOW as i8
+            ; mov rcx, [low] ; mov [rcx], r10d ; add QWORD [low], 4
+            ; done:
+            ; mov rax, [save0] ; mov rcx, [save1]
+            ; mov r10d, [r10 + RETRY] ; jmp r10
+            ; upper:
+            ; test BYTE [r10 + BITS], Site::HIGH as i8 ; jne <done
+            ; or BYTE [r10 + BITS], Site::HIGH as i8
+            ; mov rcx, [high] ; mov [rcx], r10d ; add QWORD [high], 4
+            ; jmp <done
+            ; slow:
+            ; mov rax, [save0] ; mov rcx, [save1]
+            ; mov r10d, [r10 + SLOW] ; jmp r10);
+    }
+}

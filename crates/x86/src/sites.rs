@@ -1,0 +1,192 @@
+//! Sites: a one-entry translation cache beside every memory access of translated code.
+//!
+//! **In:** where accesses are (the translator), which translations die (the MMU). **Out:** memory that translated code reads: a site
+//! whose tag is the accessed page gives the addend without a look into the soft TLB.
+//!
+//! A site is filled by code, from the soft TLB ([`crate::emit::Shared::sites`]), which also puts it on the list of its half of the address
+//! space; so forgetting costs no more than what was filled.
+//!
+//! Invariant: a filled site says what a walk of the tables now would say, with the permission its access needs. Its addend keeps the
+//! last value even when it is emptied only by its tag, so nothing but the check may guard its use.
+use crate::ram::PAGE_SIZE;
+
+/// Misses after which an access is translated anew to look into the TLB itself. Being emptied gives one back.
+pub const PATIENCE: u16 = 200;
+
+/// One site, in the layout translated code knows.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Site {
+    /// Page address, or [`Site::EMPTY`].
+    pub tag: u64,
+    /// Host address minus guest address; for a constant address, the host address itself, 0 if empty.
+    pub addend: u64,
+    /// Host code that does the check again.
+    pub retry: u32,
+    /// Host code that asks the MMU.
+    pub slow: u32,
+    /// 4096 minus the size of the access.
+    pub limit: u32,
+    /// Misses left before the access is translated anew.
+    pub misses: u16,
+    /// [`Site::LOW`], [`Site::HIGH`] (on that list), [`Site::CONSTANT`], [`Site::WRITE`].
+    pub bits: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+impl Site {
+    /// No canonical address is in this page, and an access to it faults on the host: [`Site::EMPTY_ADDEND`] leaves it as it is.
+    pub const EMPTY: u64 = 0xffff_0000_0000_0000;
+    /// See [`Site::EMPTY`].
+    pub const EMPTY_ADDEND: u64 = 0;
+    /// On the list of sites with addresses in the lower half.
+    pub const LOW: u8 = 1;
+    /// On the list of sites with addresses in the upper half.
+    pub const HIGH: u8 = 2;
+    /// The address is a constant; `addend` is the whole host address.
+    pub const CONSTANT: u8 = 4;
+    /// The access writes.
+    pub const WRITE: u8 = 8;
+
+    fn clear(&mut self) {
+        self.tag = Self::EMPTY;
+        self.addend = Self::EMPTY_ADDEND;
+        self.misses = self.misses.saturating_add(1);
+    }
+
+    fn host_page(&self) -> u64 {
+        let host = if self.bits & Self::CONSTANT != 0 { self.addend } else { self.tag.wrapping_add(self.addend) };
+        host & !(PAGE_SIZE - 1)
+    }
+}
+
+/// All sites of an engine. Zeroed memory is one without any.
+#[repr(C)]
+pub struct Sites {
+    sites: *mut Site,
+    capacity: usize,
+    used: usize,
+    /// Two lists of `capacity` addresses of sites: lower half, upper half.
+    lists: [*mut u32; 2],
+    /// Where the lists end; translated code appends to them.
+    pub ends: [u64; 2],
+    /// Counts changes that took something away.
+    pub epoch: u64,
+}
+
+impl Sites {
+    /// Bytes needed for `capacity` sites.
+    pub const fn bytes(capacity: usize) -> usize {
+        capacity * (size_of::<Site>() + 2 * size_of::<u32>())
+    }
+
+    /// Sites in the memory at `start`, which is below 2 GiB.
+    ///
+    /// # Safety
+    /// `Sites::bytes(capacity)` bytes at `start` must be used by nothing but this and translated code as long as this lives.
+    pub unsafe fn new(start: *mut u8, capacity: usize) -> Self {
+        let sites = start.cast::<Site>();
+        let low = sites.wrapping_add(capacity).cast::<u32>();
+        let mut all = Self { sites, capacity, used: 0, lists: [low, low.wrapping_add(capacity)], ends: [0; 2], epoch: 0 };
+        all.reset();
+        all
+    }
+
+    /// Forgets that there are any sites (all code is gone).
+    pub fn reset(&mut self) {
+        self.used = 0;
+        self.epoch += 1;
+        self.set_len(0, 0);
+        self.set_len(1, 0);
+    }
+    /// Host address of the next site to be added.
+    pub fn next(&self) -> u32 {
+        self.sites.wrapping_add(self.used) as usize as u32
+    }
+    /// Whether `n` more may be too many.
+    pub fn is_full(&self, n: usize) -> bool {
+        self.capacity - self.used < n
+    }
+    /// Adds an empty site at [`Sites::next`].
+    ///
+    /// # Panics
+    /// If there is no room.
+    pub fn add(&mut self, site: Site) {
+        assert!(self.used < self.capacity, "more sites than {}", self.capacity);
+        // SAFETY: inside our memory.
+        unsafe { self.sites.add(self.used).write(site) };
+        self.used += 1;
+    }
+    /// Misses left of the site at a host address that translated code passed on.
+    pub fn misses_left(&self, address: u64) -> u16 {
+        self.at(address as u32).misses
+    }
+    /// Where the code that does the check of the site at `address` is.
+    pub fn retry_of(&self, address: u32) -> u32 {
+        self.at(address).retry
+    }
+    /// Whether the site at `address` is close to being translated anew.
+    pub fn is_restless(&self, address: u32) -> bool {
+        self.at(address).misses < PATIENCE / 2
+    }
+
+    #[allow(clippy::mut_from_ref)]
+    fn at(&self, address: u32) -> &mut Site {
+        let i = (address as usize - self.sites as usize) / size_of::<Site>();
+        assert!(i < self.used, "no site at {address:#x}");
+        // SAFETY: a site that was added; one borrow at a time, each ends before the next begins.
+        unsafe { &mut *self.sites.add(i) }
+    }
+    fn len(&self, half: usize) -> usize {
+        (self.ends[half] as usize - self.lists[half] as usize) / size_of::<u32>()
+    }
+    fn set_len(&mut self, half: usize, len: usize) {
+        self.ends[half] = self.lists[half].wrapping_add(len) as u64;
+    }
+    fn list(&self, half: usize) -> &'static [u32] {
+        if self.capacity == 0 {
+            return &[];
+        }
+        // SAFETY: the first `len` entries were written by code; the memory lives as long as `self`, and no result outlives a method.
+        unsafe { std::slice::from_raw_parts(self.lists[half], self.len(half)) }
+    }
+
+    /// Empties the sites of one half (0 lower, 1 upper) of the address space.
+    pub fn clear_half(&mut self, half: usize) {
+        let list = self.list(half);
+        self.epoch += !list.is_empty() as u64;
+        for &address in list {
+            let site = self.at(address);
+            site.bits &= !(Site::LOW << half);
+            if (site.tag >> 63) as usize == half {
+                site.clear();
+            }
+        }
+        self.set_len(half, 0);
+    }
+    /// Empties the sites of the guest pages in the range of `1 << shift` bytes that holds `va`.
+    pub fn clear_range(&mut self, va: u64, shift: u32) {
+        for &address in self.list((va >> 63) as usize) {
+            let site = self.at(address);
+            if (site.tag ^ va) >> shift == 0 {
+                site.clear();
+                self.epoch += 1;
+            }
+        }
+    }
+    /// Empties the writing sites of the RAM page at host address `host`, or of all.
+    pub fn forbid_writes(&mut self, host: Option<u64>) {
+        for half in 0..2 {
+            for &address in self.list(half) {
+                let site = self.at(address);
+                if site.bits & Site::WRITE != 0 && site.tag != Site::EMPTY && host.is_none_or(|h| site.host_page() == h) {
+                    site.clear();
+                    self.epoch += 1;
+                }
+            }
+        }
+    }
+}
+
+const _: () = assert!(size_of::<Site>() == 32);

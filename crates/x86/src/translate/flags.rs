@@ -1,0 +1,298 @@
+//! Where the guest's status flags are while a trace runs, and how they are had back.
+//!
+//! The engine's own checks clobber the host's flags all the time, and whoever leaves a trace must find the guest's exact. Saving them costs
+//! about six instructions, so it is put off: most flags come from an instruction that can be run again, or undone and done again, on
+//! registers that still hold what is needed ([`Recipe`]). Only when neither the frame nor a recipe has them are they saved.
+//!
+//! Invariant: at every point where code can be left, at least one of host, frame and recipe has the flags.
+use super::{T0, Translator, full_number, in_frame, is_high_byte};
+use crate::undefined::Independent;
+use iced_x86::{Instruction, Mnemonic, OpKind, Register, RflagsBits};
+
+pub(super) const STATUS: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
+/// What an instruction does to the status flags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Effect {
+    None,
+    /// Some of the flags before it show through.
+    Partial,
+    /// All flags follow from its operands.
+    Full,
+}
+
+/// How flags are made again from registers. Clobbers r11 at most.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Recipe {
+    /// Run this CMP or TEST of registers and constants once more.
+    Again(Instruction),
+    /// The instruction is ADD (or SUB) of something to this register: undo it in r11, and do it again there.
+    Undo { add: bool, reg: u8, bytes: usize, source: Source },
+    /// TEST of this register with itself.
+    Result { reg: u8, bytes: usize },
+    /// The flags of a zero.
+    Zero,
+}
+
+/// What was added or subtracted.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source {
+    Constant(i32),
+    Register(u8),
+}
+
+impl Recipe {
+    /// The guest registers it needs, a bit each.
+    pub(super) fn inputs(&self) -> u16 {
+        match *self {
+            Self::Again(insn) => (0..insn.op_count())
+                .filter(|&i| insn.op_kind(i) == OpKind::Register)
+                .filter_map(|i| full_number(insn.op_register(i)))
+                .fold(0, |mask, n| mask | 1 << n),
+            Self::Undo { reg, source: Source::Register(other), .. } => 1 << reg | 1 << other,
+            Self::Undo { reg, .. } | Self::Result { reg, .. } => 1 << reg,
+            Self::Zero => 0,
+        }
+    }
+}
+
+/// Where the flags are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Flags {
+    pub(super) host: bool,
+    pub(super) frame: bool,
+    pub(super) recipe: Option<Recipe>,
+}
+
+impl Flags {
+    /// In the frame: how every block begins.
+    pub(super) const FRAME: Self = Self { host: false, frame: true, recipe: None };
+}
+
+/// What an instruction that the silicon executes does to the status flags.
+pub(super) fn effect(insn: &Instruction, silicon: &Independent) -> Effect {
+    use Mnemonic::*;
+    let m = insn.mnemonic();
+    // The decoder says that a rotation through carry all the way round (RCR of a byte by 9) does not touch flags; the silicon writes OF.
+    let touched = insn.rflags_modified() & STATUS != 0 || matches!(m, Rcl | Rcr);
+    if !touched {
+        return Effect::None;
+    }
+    let constant_shift = || {
+        let mask = if insn.memory_size().size() == 8 || insn.op0_register().size() == 8 { 63 } else { 31 };
+        let last = insn.op_count() - 1;
+        match insn.op_kind(last) {
+            OpKind::Immediate8 => insn.immediate8() as u32 & mask != 0,
+            _ => false,
+        }
+    };
+    let full = match m {
+        And | Or | Xor | Test => silicon.logic,
+        Shl | Sal | Shr | Sar => silicon.shift && constant_shift(),
+        Shld | Shrd => silicon.double_shift && constant_shift(),
+        Bsf | Bsr => silicon.scan,
+        Rol | Ror | Rcl | Rcr => false,
+        _ => (insn.rflags_written() | insn.rflags_cleared() | insn.rflags_set()) & STATUS == STATUS,
+    };
+    if full { Effect::Full } else { Effect::Partial }
+}
+
+/// How the flags that an instruction leaves can be made again, if its inputs and result stay in registers.
+pub(super) fn recipe(insn: &Instruction, silicon: &Independent) -> Option<Recipe> {
+    use Mnemonic::*;
+    let m = insn.mnemonic();
+    let high = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && is_high_byte(insn.op_register(i)));
+    if high {
+        return None;
+    }
+    let reg0 = (insn.op0_kind() == OpKind::Register).then(|| insn.op0_register());
+    let constant = matches!(
+        insn.op_kind(insn.op_count().saturating_sub(1)),
+        OpKind::Immediate8
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64
+    );
+    let reg1 = (insn.op_count() == 2 && insn.op1_kind() == OpKind::Register).then(|| insn.op1_register());
+    let number = |r: Register| full_number(r).expect("general register");
+    match m {
+        Cmp | Test => {
+            let (a, b) = (reg0?, reg1);
+            if b.is_none() && !constant {
+                return None;
+            }
+            let spilled = [Some(a), b].into_iter().flatten().filter(|&r| in_frame(number(r))).count();
+            let same = b.is_some_and(|b| b == a);
+            (spilled <= 1 || same).then_some(Recipe::Again(*insn))
+        }
+        Xor | Sub if reg0.is_some() && reg0 == reg1 => (m == Sub || silicon.logic).then_some(Recipe::Zero),
+        And | Or | Xor if silicon.logic => {
+            let reg = reg0?;
+            Some(Recipe::Result { reg: number(reg), bytes: reg.size() })
+        }
+        Add | Sub => {
+            let reg = reg0?;
+            let source = if constant {
+                Source::Constant(insn.immediate(1) as i32)
+            } else {
+                let other = reg1?;
+                if number(other) == number(reg) {
+                    return None;
+                }
+                Source::Register(number(other))
+            };
+            Some(Recipe::Undo { add: m == Add, reg: number(reg), bytes: reg.size(), source })
+        }
+        _ => None,
+    }
+}
+
+impl Translator<'_> {
+    /// Puts the flags of a recipe into the host's. Clobbers r11.
+    pub(super) fn cook(&mut self, recipe: Recipe) {
+        match recipe {
+            Recipe::Again(insn) => {
+                let mut out = insn;
+                let spilled = (0..insn.op_count())
+                    .filter(|&i| insn.op_kind(i) == OpKind::Register)
+                    .filter_map(|i| full_number(insn.op_register(i)))
+                    .find(|&n| in_frame(n));
+                if let Some(n) = spilled {
+                    self.emit.load(T0, n as usize);
+                    Self::rename(&mut out, n, T0);
+                }
+                assert!(self.emit.raw(&out), "cannot encode {out:?}");
+            }
+            Recipe::Undo { add, reg, bytes, source } => {
+                self.emit.load(T0, reg as usize);
+                match source {
+                    Source::Constant(c) => {
+                        self.emit.arith_imm(!add, T0, c, bytes);
+                        self.emit.arith_imm(add, T0, c, bytes);
+                    }
+                    Source::Register(n) => {
+                        self.emit.arith_guest(!add, T0, n as usize, bytes);
+                        self.emit.arith_guest(add, T0, n as usize, bytes);
+                    }
+                }
+            }
+            Recipe::Result { reg, bytes } => {
+                let host = if in_frame(reg) {
+                    self.emit.load(T0, reg as usize);
+                    T0
+                } else {
+                    reg
+                };
+                self.emit.test_self(host, bytes);
+            }
+            Recipe::Zero => self.emit.zero(T0),
+        }
+    }
+
+    /// The host's flags are about to be overwritten by the engine. Clobbers r11 if they must be saved.
+    pub(super) fn clobber_flags(&mut self) {
+        if !self.flags.frame && self.flags.recipe.is_none() {
+            self.emit.save_flags();
+            self.flags.frame = true;
+        }
+        self.flags.host = false;
+    }
+    /// The guest's flags must be in the host's. Clobbers r11.
+    pub(super) fn need_flags(&mut self) {
+        if self.flags.host {
+            return;
+        }
+        match self.flags.recipe {
+            Some(recipe) => self.cook(recipe),
+            None => self.emit.restore_flags(),
+        }
+        self.flags.host = true;
+    }
+    /// The frame's copy must be valid. Clobbers r11.
+    pub(super) fn settle_flags(&mut self) {
+        if !self.flags.frame {
+            self.need_flags();
+            self.emit.save_flags();
+            self.flags.frame = true;
+        }
+    }
+    /// Guest registers (a bit each) are about to be overwritten by the current instruction, which leaves the flags alone or changes only some.
+    /// Clobbers r11 and host flags.
+    pub(super) fn protect(&mut self, written: u16) {
+        let Some(recipe) = self.flags.recipe else { return };
+        if recipe.inputs() & written == 0 {
+            return;
+        }
+        if !self.flags.host && !self.flags.frame && self.live_after() {
+            self.need_flags();
+        } else if !self.flags.host && !self.flags.frame {
+            // Nobody will ask for them: whatever the host's are, they pass for the guest's.
+            self.flags.host = true;
+        }
+        self.flags.recipe = None;
+    }
+    /// Before the silicon executes an instruction, after its address was checked: readers get their flags, and flags that would be lost
+    /// are made. Clobbers r11.
+    pub(super) fn flags_before(&mut self, insn: &Instruction, effect: Effect, written: u16) {
+        let read = insn.rflags_read() & STATUS;
+        let partial = effect == Effect::Partial && self.live_after();
+        if !self.flags.host && self.flags.recipe.is_none() && only_carry_matters(insn, read, effect) {
+            // The others come out of the instruction, or stay in the frame.
+            self.emit.restore_carry();
+        } else if read != 0 || partial {
+            self.need_flags();
+        }
+        if effect != Effect::Full {
+            self.protect(written);
+        }
+    }
+    /// After the instruction.
+    pub(super) fn flags_after(&mut self, insn: &Instruction, effect: Effect) {
+        if effect != Effect::None {
+            let recipe = if effect == Effect::Full { recipe(insn, &self.silicon) } else { None };
+            self.flags = Flags { host: true, frame: false, recipe };
+        }
+    }
+    /// The current instruction may fault on the host from here on: where the fault will find the flags. Nothing that the instruction itself
+    /// does to flags or registers may come before this.
+    pub(super) fn note_flags(&mut self) {
+        let k = self.points.len() - 1;
+        self.points[k].flags_in_host = self.flags.host;
+        if let Flags { host: false, frame: false, recipe: Some(recipe) } = self.flags {
+            self.cold.push(super::Cold::Fix { point: k, recipe });
+        }
+    }
+    /// Whether anybody can see the flags as they are after the current instruction.
+    fn live_after(&self) -> bool {
+        self.live[self.current]
+    }
+}
+
+/// Whether an instruction makes nothing of the flags before it but of CF: ADC and SBB (all flags are new), INC and DEC (all but CF are), and
+/// what reads CF and changes none.
+fn only_carry_matters(insn: &Instruction, read: u32, effect: Effect) -> bool {
+    match insn.mnemonic() {
+        Mnemonic::Adc | Mnemonic::Sbb | Mnemonic::Inc | Mnemonic::Dec => true,
+        _ => read == RflagsBits::CF && effect == Effect::None,
+    }
+}
+
+/// For each instruction of a trace: whether the flags after it can be seen before they are all overwritten. `leaves` says that the
+/// instruction can leave the trace, or is an exit.
+pub(super) fn liveness(steps: impl DoubleEndedIterator<Item = (bool, bool, Effect)>) -> Vec<bool> {
+    let mut live = true;
+    let mut after: Vec<bool> = steps
+        .rev()
+        .map(|(leaves, reads, effect)| {
+            let here = live;
+            live = leaves || reads || effect != Effect::Full && live;
+            here
+        })
+        .collect();
+    after.reverse();
+    after
+}
