@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Write};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc;
@@ -25,7 +24,7 @@ const SILENCE: Duration = Duration::from_secs(180);
 /// A workload's figures.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Measure {
-    /// Host time between the marks.
+    /// Host time from the line that gave the turn to the line that said that it is done.
     pub seconds: f64,
     /// CPU time the whole machine used meanwhile.
     pub cpu_seconds: Option<f64>,
@@ -60,6 +59,8 @@ pub struct Watch {
     pub cpu: Option<usize>,
     /// The guest's RAM; 0 if there is none (a native run).
     pub ram_mib: u64,
+    /// Whether it does not take turns (a replay): its time begins when it says so.
+    pub waits_for_nobody: bool,
     /// Where the console goes, each line with its time.
     pub console: PathBuf,
 }
@@ -69,7 +70,7 @@ struct Line {
     text: Vec<u8>,
 }
 
-/// A child whose whole process group is killed when this is dropped.
+/// A child whose whole process group is killed when this is dropped. (`setsid` made it the first of its group.)
 struct Group(Child);
 
 impl Drop for Group {
@@ -86,6 +87,7 @@ impl Drop for Group {
 pub struct Session {
     group: Group,
     input: Option<ChildStdin>,
+    waits_for_nobody: bool,
     lines: mpsc::Receiver<Line>,
     console: BufWriter<File>,
     errors: PathBuf,
@@ -97,26 +99,38 @@ impl Session {
     pub fn start(line: &CommandLine, watch: &Watch) -> Result<Self> {
         let errors = watch.console.with_extension("err");
         let console = BufWriter::new(File::create(&watch.console).at("create", &watch.console)?);
-        let mut command = command(line, watch.cpu)?;
+        let mut command = command(line, watch.cpu);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        command.stderr(File::create(&errors).at("create", &errors)?).process_group(0);
+        command.stderr(File::create(&errors).at("create", &errors)?);
         let start = Instant::now();
         let mut group = Group(command.spawn().map_err(|e| {
-            Error::new(format!("cannot start {}", line.shown())).because(e).next("is util-linux (taskset, unshare) installed?")
+            Error::new(format!("cannot start {}", line.shown()))
+                .because(e)
+                .next("is util-linux (setsid, setpriv, taskset, unshare) installed?")
         })?);
         let (pid, input, stdout) = (group.0.id(), group.0.stdin.take(), group.0.stdout.take());
         let lines = listen(BufReader::new(stdout.ok_or_else(|| Error::new("the console is no pipe"))?));
-        let state =
-            State { pid, guest_kib: watch.ram_mib << 10, start, ready: None, running: None, done: false, run: Run::default() };
-        Ok(Self { group, input, lines, console, errors, state })
+        let state = State {
+            pid,
+            guest_kib: watch.ram_mib << 10,
+            start,
+            ready: None,
+            turn: None,
+            running: None,
+            done: false,
+            run: Run::default(),
+        };
+        Ok(Self { group, input, waits_for_nobody: watch.waits_for_nobody, lines, console, errors, state })
     }
 
     /// Lets it go on until it is ready for the next workload, whose name is returned; or to its end.
     pub fn go_on(&mut self) -> Option<String> {
         if self.state.ready.take().is_some()
-            && let Some(input) = &mut self.input
+            && let (Some(input), false) = (&mut self.input, self.waits_for_nobody)
         {
-            // One that does not read any more will be found at its end. A replay reads nothing at all.
+            // Taken before the line is sent: from here on, whoever is late, the time can only seem longer, never shorter.
+            self.state.turn = Some((host::cpu_seconds(self.state.pid), Instant::now()));
+            // One that does not read any more will be found at its end.
             let _ = input.write_all(b"\n").and_then(|()| input.flush());
         }
         while self.state.ready.is_none() && self.state.run.problem.is_none() {
@@ -158,18 +172,20 @@ impl Session {
     }
 }
 
-fn command(line: &CommandLine, cpu: Option<usize>) -> Result<Command> {
-    let (program, words) = line.words.split_first().ok_or_else(|| Error::new("an empty command line"))?;
-    let mut command = match cpu {
-        Some(cpu) => {
-            let mut command = Command::new("taskset");
-            command.arg("-c").arg(cpu.to_string()).arg(program);
-            command
-        }
-        None => Command::new(program),
-    };
-    command.args(words).envs(line.variables.iter().map(|(name, value)| (name, value)));
-    Ok(command)
+/// Makes its new session's scheduling group more important than the host's other ones, where that exists and is allowed. (With it, a process's own
+/// priority counts only inside its session.)
+const HURRY: &str = "{ echo -10 > /proc/self/autogroup; } 2> /dev/null; exec \"$@\"";
+
+/// In a session of its own, on its processor.
+fn command(line: &CommandLine, cpu: Option<usize>) -> Command {
+    let mut command = Command::new("setsid");
+    // When the benchmark is interrupted, what it has started goes with it.
+    command.args(["sh", "-c", HURRY, "sh", "setpriv", "--pdeathsig", "KILL"]);
+    if let Some(cpu) = cpu {
+        command.arg("taskset").arg("-c").arg(cpu.to_string());
+    }
+    command.args(&line.words).envs(line.variables.iter().map(|(name, value)| (name, value)));
+    command
 }
 
 /// Lines as they come, with their times.
@@ -193,6 +209,7 @@ struct State {
     guest_kib: u64,
     start: Instant,
     ready: Option<String>,
+    turn: Option<(Option<f64>, Instant)>,
     running: Option<(String, Instant, Option<f64>)>,
     done: bool,
     run: Run,
@@ -207,7 +224,10 @@ impl State {
                 self.run.init = Some(Measure { seconds, cpu_seconds: cpu(), ..Measure::default() });
             }
             Mark::Ready(name) => self.ready = Some(name),
-            Mark::Begin(name) => self.running = Some((name, at, cpu())),
+            Mark::Begin(name) => {
+                let (before, since) = self.turn.take().unwrap_or_else(|| (cpu(), at));
+                self.running = Some((name, since, before));
+            }
             Mark::End(name, status) => {
                 let now = cpu();
                 if let Some((begun, since, before)) = self.running.take()
@@ -268,7 +288,7 @@ mod tests {
 
     fn start(script: &str, folder: &Path) -> Session {
         let line = CommandLine { variables: Vec::new(), words: ["sh", "-c", script].map(Into::into).to_vec() };
-        Session::start(&line, &Watch { cpu: None, ram_mib: 0, console: folder.join("c.log") }).unwrap()
+        Session::start(&line, &Watch { cpu: None, ram_mib: 0, waits_for_nobody: false, console: folder.join("c.log") }).unwrap()
     }
 
     fn run(script: &str) -> Run {

@@ -111,6 +111,7 @@ fn bench(a: &Bench) -> Result<bool> {
     }
     let machine = Machine::this();
     let pinned_to = host::set_apart(a.cpu);
+    let hurried = host::hurry();
     let bench = Benchmark {
         guest: &guest,
         out: &out,
@@ -125,6 +126,7 @@ fn bench(a: &Bench) -> Result<bool> {
         called: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
         ram_mib: a.mem,
         pinned_to,
+        hurried,
         packages: guest.packages.clone(),
         engines: engines.iter().map(|e| (e.name.clone(), e.command(&bench.setting(Image::Suite)).shown())).collect(),
         workloads: plan.items.iter().map(|i| (i.workload.name.to_owned(), i.size, i.title())).collect(),
@@ -207,6 +209,7 @@ impl Benchmark<'_> {
             let native = engine.kind == Kind::Native;
             let watch = Watch {
                 cpu: self.cpu,
+                waits_for_nobody: engine.is_replay(),
                 ram_mib: if native { 0 } else { self.ram_mib },
                 console: boot::console_file(&self.out.join("consoles"), repetition + 1, &engine.name, image.name()),
             };

@@ -67,6 +67,8 @@ pub struct Report {
     pub ram_mib: u64,
     /// The processor measured on, if it was set apart.
     pub pinned_to: Option<usize>,
+    /// Whether all measured processes ran at a higher priority than the host's other work.
+    pub hurried: bool,
     /// What is in the guest.
     pub packages: Vec<String>,
     /// Names and command lines, in order.
@@ -228,7 +230,9 @@ impl Report {
         say("host", &format!("{}, {} processors, {} MiB, Linux {}, load {}", m.cpu, m.cpus, m.ram_mib, m.kernel, m.load));
         say(
             "measured on",
-            &self.pinned_to.map_or("any processor".into(), |cpu| format!("processor {cpu}, with nothing else of ours")),
+            &self.pinned_to.map_or("any processor".into(), |cpu| {
+                format!("processor {cpu}, with nothing else of ours{}", if self.hurried { ", at a higher priority" } else { "" })
+            }),
         );
         say("guest", &format!("{} MiB, one processor, {}", self.ram_mib, self.packages.first().map_or("", String::as_str)));
         say("QEMU", m.qemu.as_deref().unwrap_or("not installed"));
@@ -323,6 +327,7 @@ mod tests {
             called: "bench".into(),
             ram_mib: 1,
             pinned_to: None,
+            hurried: false,
             packages: Vec::new(),
             engines: ["native", "twinstep", "qemu"].map(|e| (e.to_owned(), String::new())).to_vec(),
             workloads: Vec::new(),

@@ -26,7 +26,7 @@ fn every_workload_works() {
     let setting =
         Setting { kernel: &built.kernel, initrd: &built.initrd, root: &built.root, ram_mib: 0, recordings: folder.to_owned() };
     let native = Engine { name: "native".into(), kind: Kind::Native };
-    let watch = Watch { cpu: None, ram_mib: 0, console: folder.join("native.log") };
+    let watch = Watch { cpu: None, ram_mib: 0, waits_for_nobody: false, console: folder.join("native.log") };
     let run = Session::start(&native.command(&setting), &watch).unwrap().finish().unwrap();
     assert_eq!(run.problem, None);
     for workload in programs {
