@@ -166,6 +166,7 @@ impl Board {
             }
             layout::PORT_RTC | 0x71 => self.rtc.read(port - layout::PORT_RTC, now),
             _ if Power::owns(port) => self.power.read(port),
+            _ if self.power.owns_debug_exit(port) => 0,
             _ => 0xff,
         }
     }
@@ -254,6 +255,11 @@ impl Bus for Board {
     fn pio_write(&mut self, position: Position, port: u16, size: u8, value: u32) {
         if port == layout::PORT_PCI_ADDRESS && size == 4 {
             return self.pci.set_address(value);
+        }
+        if self.power.owns_debug_exit(port) {
+            self.power.debug_exit(value);
+            self.attention = true;
+            return;
         }
         let first = self.outputs.len();
         let data = value.to_le_bytes();

@@ -61,6 +61,10 @@ pub const PORT_PCI_ADDRESS: u16 = 0xcf8;
 pub const PORT_RESET: u16 = 0xcf9;
 /// PCI configuration data register.
 pub const PORT_PCI_DATA: u16 = 0xcfc;
+/// The debug-exit port, as QEMU's isa-debug-exit is mostly placed; only if asked for.
+pub const PORT_DEBUG_EXIT: u16 = 0xf4;
+/// Ports of it.
+pub const PORT_DEBUG_EXIT_LEN: u16 = 4;
 /// What ACPI says to write to [`PORT_RESET`].
 pub const RESET_VALUE: u8 = 0x06;
 /// Sleep type of S5 (soft off) in the PM1 control register.

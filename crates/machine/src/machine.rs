@@ -40,6 +40,11 @@ pub enum Pause {
     PoweredOff,
     /// The guest asked for a reset: build a new machine.
     Reset,
+    /// The guest wrote to the debug-exit port.
+    DebugExit {
+        /// The exit status it asks for: twice what it wrote, plus one, cut off at eight bits.
+        status: u8,
+    },
     /// The processor shut down.
     Crashed {
         /// Why, for people.
@@ -157,6 +162,14 @@ impl Machine {
         Ok(())
     }
 
+    /// Adds QEMU's debug-exit port (0xf4, four ports): a write to it ends the run ([`Pause::DebugExit`]). It is part of the machine's state, so whoever
+    /// takes that has it as well. The machine must not have run yet.
+    pub fn add_debug_exit(&mut self) {
+        if self.position() == 0 {
+            self.board.power.add_debug_exit();
+        }
+    }
+
     /// The configuration it was built from.
     pub fn config(&self) -> &Config {
         &self.config
@@ -198,6 +211,7 @@ impl Machine {
             match self.board.ending() {
                 Some(Ending::PoweredOff) => return Pause::PoweredOff,
                 Some(Ending::Reset) => return Pause::Reset,
+                Some(&Ending::DebugExit(value)) => return Pause::DebugExit { status: (value as u8) << 1 | 1 },
                 Some(Ending::Crashed(reason)) => return Pause::Crashed { reason: reason.clone() },
                 None => {}
             }

@@ -1,4 +1,5 @@
-//! Power and reset: the PM1 registers of ACPI, the reset control register, the keyboard controller's reset line.
+//! Power and reset: the PM1 registers of ACPI, the reset control register, the keyboard controller's reset line; and the debug-exit port, if there
+//! is one.
 //!
 //! **In:** port accesses, the power button. **Out:** how the run ended, the level of the SCI. **Invariant:** once ended, a machine stays ended; the SCI is
 //! high while an enabled event is pending. Reference: ACPI 6.5, sections 4.8.3.1 and 4.8.3.2 (PM1 event and control registers).
@@ -37,6 +38,9 @@ pub(crate) enum Ending {
     /// The processor shut down.
     #[n(2)]
     Crashed(#[n(0)] String),
+    /// The guest wrote this value to the debug-exit port.
+    #[n(3)]
+    DebugExit(#[n(0)] u32),
 }
 
 /// The power and reset registers.
@@ -53,14 +57,17 @@ pub(crate) struct Power {
     /// The sleep type; the rest of the control register has no effect.
     #[n(4)]
     sleep_type: u8,
+    /// There is a debug-exit port. `None` is written as nothing at all, so a machine without one is saved as in version 1.
+    #[n(5)]
+    debug_exit: Option<bool>,
 }
 
 impl Power {
     const KIND: &'static str = "power";
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 
     pub(crate) fn new() -> Self {
-        Self { reset_control: 0, ending: None, pm1_status: 0, pm1_enable: 0, sleep_type: 0 }
+        Self { reset_control: 0, ending: None, pm1_status: 0, pm1_enable: 0, sleep_type: 0, debug_exit: None }
     }
 
     /// How the run ended, if it did.
@@ -71,6 +78,22 @@ impl Power {
     /// The processor shut down.
     pub(crate) fn crash(&mut self, reason: &str) {
         self.ending.get_or_insert_with(|| Ending::Crashed(reason.into()));
+    }
+
+    /// Adds the debug-exit port.
+    pub(crate) fn add_debug_exit(&mut self) {
+        self.debug_exit = Some(true);
+    }
+
+    /// Whether a port is part of the debug-exit port, and there is one.
+    pub(crate) fn owns_debug_exit(&self, port: u16) -> bool {
+        self.debug_exit == Some(true)
+            && (layout::PORT_DEBUG_EXIT..layout::PORT_DEBUG_EXIT + layout::PORT_DEBUG_EXIT_LEN).contains(&port)
+    }
+
+    /// The guest wrote to the debug-exit port.
+    pub(crate) fn debug_exit(&mut self, value: u32) {
+        self.end(Ending::DebugExit(value));
     }
 
     /// Whether a port is one of these registers.
@@ -178,6 +201,24 @@ mod tests {
         let mut back = Power::new();
         back.restore(&mut Payloads::new(vec![power.save()]).unwrap()).unwrap();
         assert_eq!(back, power);
+    }
+
+    #[test]
+    fn a_debug_exit_port_is_there_when_it_was_added() {
+        let mut power = Power::new();
+        let without = power.save();
+        assert!(!power.owns_debug_exit(0xf4));
+        power.add_debug_exit();
+        assert!(power.owns_debug_exit(0xf4) && power.owns_debug_exit(0xf7) && !power.owns_debug_exit(0xf8));
+        power.debug_exit(0x10);
+        assert_eq!(power.ending(), Some(&Ending::DebugExit(0x10)));
+        let mut back = Power::new();
+        back.restore(&mut Payloads::new(vec![power.save()]).unwrap()).unwrap();
+        assert_eq!(back, power);
+        // Version 1 knows none; its bytes are those of a machine without.
+        assert_eq!(without.bytes, [0x85, 0, 0xf6, 0, 0, 0]);
+        back.restore(&mut Payloads::new(vec![Payload { version: 1, ..without }]).unwrap()).unwrap();
+        assert_eq!(back, Power::new());
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub enum End {
     PoweredOff,
     /// The guest asked for a reset.
     Reset,
+    /// The guest wrote to the debug-exit port; the exit status it asks for.
+    DebugExit(u8),
     /// The guest's processor shut down.
     Crashed(String),
     /// This host could not do its part.
@@ -55,6 +57,7 @@ impl End {
         match self {
             End::PoweredOff => "the guest switched itself off".into(),
             End::Reset => "the guest asked for a reset".into(),
+            End::DebugExit(status) => format!("the guest ended with status {status}"),
             End::Crashed(why) => format!("the guest crashed: {why}"),
             End::HostFailure(why) => format!("this host failed: {why}"),
             End::Stopped(why) => format!("stopped: {why}"),
@@ -62,7 +65,7 @@ impl End {
     }
     fn reason(&self) -> EndReason {
         match self {
-            End::PoweredOff => EndReason::PowerOff,
+            End::PoweredOff | End::DebugExit(_) => EndReason::PowerOff,
             End::Reset => EndReason::Reset,
             End::Crashed(why) => EndReason::Failed(why.clone()),
             End::HostFailure(why) => EndReason::Failed(why.clone()),
@@ -184,6 +187,7 @@ impl Live {
             }
             Pause::PoweredOff => self.end = Some(End::PoweredOff),
             Pause::Reset => self.end = Some(End::Reset),
+            Pause::DebugExit { status } => self.end = Some(End::DebugExit(status)),
             Pause::Crashed { reason } => self.end = Some(End::Crashed(reason)),
             Pause::HostFailure(message) => self.end = Some(End::HostFailure(message)),
         }

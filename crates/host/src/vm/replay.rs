@@ -33,6 +33,7 @@ impl Replayable for Vm {
             _ if self.0.position() == position => RunOutcome::Reached,
             Pause::Idle { .. } => RunOutcome::Waiting,
             Pause::PoweredOff => RunOutcome::Stopped("the guest switched itself off".into()),
+            Pause::DebugExit { status } => RunOutcome::Stopped(format!("the guest ended with status {status}")),
             Pause::Reset => RunOutcome::Stopped("the guest asked for a reset".into()),
             Pause::Crashed { reason } => RunOutcome::Stopped(format!("the guest crashed: {reason}")),
             Pause::HostFailure(why) => RunOutcome::Stopped(format!("this host failed: {why}")),

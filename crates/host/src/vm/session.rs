@@ -263,6 +263,9 @@ fn make_machine(spec: &VmSpec, options: &RunOptions) -> Result<(Machine, u64)> {
     let image = read_file(kernel, "kernel")?;
     let initrd = spec.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
     let mut machine = Machine::new(spec.config(), open_disks(&spec.disk)?).map_err(cannot_build)?;
+    if spec.debug_exit {
+        machine.add_debug_exit();
+    }
     machine
         .boot(&image, initrd.as_deref(), spec.cmdline.as_deref().unwrap_or("console=ttyS0"))
         .map_err(|e| cannot_boot(kernel, e))?;

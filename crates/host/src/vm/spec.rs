@@ -16,7 +16,7 @@ use crate::passt::Forward;
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmSpec {
-    /// Linux kernel (bzImage).
+    /// Linux kernel (bzImage), ELF image with a PVH note, or multiboot image.
     pub kernel: Option<PathBuf>,
     /// Initramfs.
     pub initrd: Option<PathBuf>,
@@ -26,6 +26,9 @@ pub struct VmSpec {
     pub mem: Option<Memory>,
     /// CPU model.
     pub cpu: Option<String>,
+    /// A debug-exit port.
+    #[serde(default)]
+    pub debug_exit: bool,
     /// Disks, in order.
     #[serde(default)]
     pub disk: Vec<DiskSpec>,
@@ -200,6 +203,7 @@ impl VmSpec {
             cmdline: flags.cmdline.or(self.cmdline),
             mem: flags.mem.or(self.mem),
             cpu: flags.cpu.or(self.cpu),
+            debug_exit: flags.debug_exit || self.debug_exit,
             disk: if flags.disk.is_empty() { self.disk } else { flags.disk },
             net: if flags.net.is_empty() { self.net } else { flags.net },
         }

@@ -12,10 +12,10 @@ use twinstep_pair::{Config, Nanos};
 /// The machine, as flags.
 #[derive(Args, Clone)]
 pub struct MachineArguments {
-    /// Linux kernel (bzImage)
+    /// Linux kernel (bzImage), ELF image with a PVH note, or multiboot image
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Initramfs
+    /// Initramfs; the module of a PVH or multiboot kernel
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// Kernel command line [default: console=ttyS0]
@@ -27,6 +27,9 @@ pub struct MachineArguments {
     /// CPU model [default: x86-64-v2]
     #[arg(long, value_name = "NAME")]
     cpu: Option<String>,
+    /// A debug-exit port at 0xf4, as QEMU's isa-debug-exit: a guest that writes N there ends the run with status 2N+1
+    #[arg(long)]
+    debug_exit: bool,
     /// A disk: PATH[,ro][,serial=TEXT] (raw image; can be given several times)
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskSpec>,
@@ -44,6 +47,7 @@ impl MachineArguments {
             cmdline: self.cmdline,
             mem: self.mem,
             cpu: self.cpu,
+            debug_exit: self.debug_exit,
             disk: self.disk,
             net: self.net,
         };
@@ -141,6 +145,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
 pub fn exit_code(end: &End) -> ExitCode {
     ExitCode::from(match end {
         End::PoweredOff => 0,
+        End::DebugExit(status) => *status,
         End::HostFailure(_) => 1,
         End::Crashed(_) => 3,
         End::Reset => 4,
