@@ -1,7 +1,8 @@
 //! The command line: words to calls, results to text and exit status. No logic lives here.
 //!
 //! Exit status: 0 the guest switched itself off (or the command did what it was asked), 1 an error, 2 a wrong command line,
-//! 3 the guest crashed (or, with --debug-exit, whatever odd status the guest wants), 4 the guest asked for a reset, 5 the VM was stopped from outside, 6 a replay differs from its recording.
+//! 3 the guest crashed, 4 the guest asked for a reset, 5 the VM was stopped from outside, 6 a replay differs from its recording; with
+//! `--debug-exit` the guest's own, which is odd.
 mod commands;
 
 use std::process::ExitCode;
