@@ -27,9 +27,14 @@ fn kernels() {
     std::fs::write(&short, b"MZ").unwrap();
     let kernel = std::fs::read(&guest().kernel).unwrap();
     std::fs::write(&cut, &kernel[..kernel.len() / 2]).unwrap();
-    for file in [other, short, cut] {
-        run(&["--kernel", &text(&file)]).refused(&[&text(&file), "not a bzImage", "what to do"]);
+    for (file, why) in [(other, "none of these: a Linux bzImage"), (short, "none of these"), (cut, "not a bzImage")] {
+        run(&["--kernel", &text(&file)]).refused(&[&text(&file), why, "what to do"]);
     }
+    // ELF images that cannot be booted: this very program, and the beginning of one.
+    let (program, torn) = (env!("CARGO_BIN_EXE_twinstep"), folder.path().join("torn"));
+    run(&["--kernel", program]).refused(&[program, "neither a PVH note nor a multiboot header", "what to do"]);
+    std::fs::write(&torn, b"\x7fELF\x01\x01").unwrap();
+    run(&["--kernel", &text(&torn)]).refused(&[&text(&torn), "the ELF image cannot be booted", "what to do"]);
     run(&[]).refused(&["nothing to boot", "--kernel FILE"]);
 }
 

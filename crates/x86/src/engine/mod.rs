@@ -7,6 +7,7 @@
 //! last few instructions before a stop. The helpers at the end are what translated code calls.
 //!
 //! Invariant: whether an instruction ran in a block, alone, or was retried makes no difference to the state or to the position.
+mod fetch;
 mod helpers;
 
 use crate::cache::{Cache, CacheStats, Key};
@@ -22,7 +23,8 @@ use crate::sites::Sites;
 use crate::state::{cr0, cr4, gpr, rflags, seg};
 use crate::sys::{self, Cx, Delivery, Flow};
 use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, decode, translate};
-use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position, Segment};
+use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position};
+use fetch::Bytes;
 use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
 
 /// How an engine is built. None of it but the model is visible to the guest.
@@ -561,80 +563,6 @@ impl Core {
         Ok(id)
     }
 
-    /// RIP and where its bytes are.
-    fn fetch(&mut self, mode: Mode) -> Result<(u64, u64), Stop> {
-        let user = mode.has(Mode::USER);
-        let st = self.st();
-        let rip = st.rip;
-        let mut va = rip;
-        if mode.has(Mode::CODE_32) {
-            if st.cr0 & cr0::PE == 0 {
-                return Err(Stop::Unsupported("real mode"));
-            }
-            let cs = &st.seg[seg::CS];
-            if cs.attributes & Segment::BIG == 0 {
-                // A user program that jumps to a 16-bit segment hurts only itself.
-                return Err(if user { Stop::Fault(Exception::UD) } else { Stop::Unsupported("16-bit code") });
-            }
-            va = (cs.base as u32).wrapping_add(rip as u32).into();
-            if !segmentation::holds_code(st, rip as u32, 1) {
-                return Err(Stop::Fault(Exception::gp(0)));
-            }
-        } else if !canonical(rip) {
-            return Err(Stop::Fault(Exception::gp(0)));
-        }
-        // SAFETY: the state is not part of the MMU.
-        let st = unsafe { &(*self.frame).st };
-        Ok((rip, self.mmu.fetch(st, va, user)?))
-    }
-
-    /// The guest bytes at RIP: to the end of the page, and beyond if the first instruction needs it.
-    fn bytes(&mut self, rip: u64, gpa: u64) -> Result<Bytes, Stop> {
-        let Some((page, host)) = self.mmu.ram().page(gpa) else {
-            return Err(Stop::Unsupported("code outside RAM"));
-        };
-        let mode = self.mode();
-        // In 32-bit code the linear address is another than RIP where the code segment has a base.
-        let narrow = mode.has(Mode::CODE_32);
-        let va = if narrow { (self.st().seg[seg::CS].base as u32).wrapping_add(rip as u32).into() } else { rip };
-        let offset = (va % PAGE_SIZE) as usize;
-        let here = PAGE_SIZE as usize - offset;
-        // SAFETY: a page of RAM; nothing writes it while the slice lives.
-        let whole = unsafe { std::slice::from_raw_parts(host, PAGE_SIZE as usize) };
-        let slice = &whole[offset..];
-        let mut bytes = Bytes { joined: [0; 16], whole, slice, page, second: None, second_va: None, second_page: None };
-        if here >= 15 || !decode(slice, rip, mode).is_invalid() {
-            return Ok(bytes);
-        }
-        // Cut off by the end of the page, or invalid. If more bytes could make it an instruction, they are fetched.
-        let mut decoder = crate::translate::decoder(slice, rip, mode);
-        let _ = decoder.decode();
-        if decoder.last_error() != iced_x86::DecoderError::NoMoreBytes {
-            return Ok(bytes);
-        }
-        let mut next = (va | (PAGE_SIZE - 1)).wrapping_add(1);
-        if narrow {
-            next &= 0xffff_ffff;
-            if !segmentation::holds_code(self.st(), rip as u32, here + 1) {
-                return Err(Stop::Fault(Exception::gp(0)));
-            }
-        }
-        let user = mode.has(Mode::USER);
-        // SAFETY: the state is not part of the MMU.
-        let st = unsafe { &(*self.frame).st };
-        let second = self.mmu.fetch(st, next, user)?;
-        let Some((second_page, host)) = self.mmu.ram().page(second) else {
-            return Err(Stop::Unsupported("code outside RAM"));
-        };
-        bytes.joined[..here].copy_from_slice(slice);
-        // SAFETY: the first bytes of a page of RAM.
-        bytes.joined[here..15].copy_from_slice(unsafe { std::slice::from_raw_parts(host, 15 - here) });
-        bytes.second = Some(second);
-        bytes.second_va = Some(next);
-        bytes.second_page = Some(second_page);
-        Ok(bytes)
-    }
-
     fn translate(&mut self, key: Key, bytes: &Bytes, max: u32) -> u32 {
         let flags = self.mmu.ram().flags().clone();
         if self.cache.is_full() || self.mmu.sites().is_full(2 * MAX_TRACE as usize) {
@@ -796,20 +724,6 @@ impl Core {
             _ => return Stop::Unsupported("an instruction that faulted on the host in a way no guest could cause"),
         })
     }
-}
-
-/// Guest bytes at an address.
-struct Bytes {
-    /// The instruction, if it crosses the page.
-    joined: [u8; 16],
-    /// The page of its first byte. Valid until guest RAM is written.
-    whole: &'static [u8],
-    /// From its first byte to the end of the page.
-    slice: &'static [u8],
-    page: usize,
-    second: Option<u64>,
-    second_va: Option<u64>,
-    second_page: Option<usize>,
 }
 
 /// Why an instruction did not retire.
