@@ -202,18 +202,50 @@ impl Emit {
     pub fn store_word(&mut self, addr: i32, from: u8) {
         dynasm!(self.ops ; .arch x64 ; mov [addr], Rq(from));
     }
+    /// One instruction of 32 or (`wide`) 64 bits with a register and a memory operand [base + index*scale + disp], as short as it goes.
+    pub(super) fn reg_mem(&mut self, opcode: &[u8], wide: bool, reg: u8, base: u8, index: Option<(u8, u32)>, disp: i32) {
+        let x = index.map_or(0, |(i, _)| i >> 3);
+        let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | x << 1 | base >> 3;
+        if rex != 0x40 {
+            self.ops.push(rex);
+        }
+        self.ops.extend(opcode.iter());
+        let short = i8::try_from(disp);
+        // Without a displacement, RBP and R13 cannot be encoded as a base.
+        let mode = match short {
+            Ok(0) if base & 7 != 5 => 0,
+            Ok(_) => 1,
+            Err(_) => 2,
+        };
+        match index {
+            Some((i, scale)) => {
+                assert!(i != 4, "RSP is no index");
+                self.ops.push(mode << 6 | (reg & 7) << 3 | 4);
+                self.ops.push((scale.trailing_zeros() as u8) << 6 | (i & 7) << 3 | base & 7);
+            }
+            None => {
+                self.ops.push(mode << 6 | (reg & 7) << 3 | base & 7);
+                if base & 7 == 4 {
+                    self.ops.push(0x24);
+                }
+            }
+        }
+        match (mode, short) {
+            (1, Ok(short)) => self.ops.push_i8(short),
+            (2, _) => self.ops.push_i32(disp),
+            _ => {}
+        }
+    }
     /// lea to, [base + disp]
     pub fn lea(&mut self, to: u8, base: u8, disp: i32) {
-        dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + disp]);
+        match disp {
+            0 => self.mov(to, base),
+            _ => self.reg_mem(&[0x8d], true, to, base, None, disp),
+        }
     }
     /// lea to, [base + index*scale + disp]; scale 1, 2, 4 or 8.
     pub fn lea_index(&mut self, to: u8, base: u8, index: u8, scale: u32, disp: i32) {
-        match scale {
-            1 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + Rq(index) + disp]),
-            2 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + Rq(index) * 2 + disp]),
-            4 => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + Rq(index) * 4 + disp]),
-            _ => dynasm!(self.ops ; .arch x64 ; lea Rq(to), [Rq(base) + Rq(index) * 8 + disp]),
-        }
+        self.reg_mem(&[0x8d], true, to, base, Some((index, scale)), disp);
     }
     /// lea to, [index*scale + disp]
     pub fn lea_scaled(&mut self, to: u8, index: u8, scale: u32, disp: i32) {
@@ -315,7 +347,7 @@ impl Emit {
     /// Gives back `n` instructions; no flags.
     pub fn refund(&mut self, n: i32) {
         if n != 0 {
-            dynasm!(self.ops ; .arch x64 ; lea r15, [r15 + n]);
+            self.lea(15, 15, n);
         }
     }
 
@@ -418,7 +450,7 @@ impl Emit {
     }
     /// lea to, [base + disp], cut off at 32 bits; no flags.
     pub fn lea32(&mut self, to: u8, base: u8, disp: i32) {
-        dynasm!(self.ops ; .arch x64 ; lea Rd(to), [Rq(base) + disp]);
+        self.reg_mem(&[0x8d], false, to, base, None, disp);
     }
     /// Makes the address in r11 impossible if `size` bytes from its offset on, which is what it has beyond the 32-bit word at `base`, reach
     /// beyond 4 GiB. Clobbers r10 and flags.

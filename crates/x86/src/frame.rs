@@ -33,10 +33,12 @@ pub struct Frame {
     pub addend: u64,
     /// Scratch for code sequences.
     pub tmp: [u64; 4],
-    /// Two registers of the routine that fills sites.
-    pub save: [u64; 2],
+    /// Registers of the routine that fills sites.
+    pub save: [u64; 3],
     /// The site that a failed check belongs to, or 0.
     pub site: u64,
+    /// Not 0 if Rust has to see to that site.
+    pub hard: u64,
     /// Why code was left ([`exit`]).
     pub exit: u64,
     /// What goes with `exit`.
@@ -141,6 +143,9 @@ impl FrameAt {
     }
     pub fn site(self) -> i32 {
         field!(self.0, site)
+    }
+    pub fn hard(self) -> i32 {
+        field!(self.0, hard)
     }
     pub fn site_end(self, half: usize) -> i32 {
         field!(self.0, first.sites.ends) + 8 * half as i32

@@ -220,6 +220,12 @@ impl Mmu {
         self.groups.forget_jumps();
         self.groups.first().sites.reset();
     }
+    /// A site for the page of `va`, which is cached, can be noted afterwards.
+    pub(crate) fn make_room_for_site(&mut self, va: u64, user: bool) {
+        let page = va & !(PAGE_SIZE - 1);
+        let host = page.wrapping_add(self.addend(va, user));
+        self.groups.first().sites.make_room(page, host);
+    }
     /// The sites of translated code.
     pub(crate) fn sites(&mut self) -> &mut Sites {
         &mut self.groups.first().sites

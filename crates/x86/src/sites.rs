@@ -3,8 +3,9 @@
 //! **In:** where accesses are (the translator), which translations die (the MMU). **Out:** memory that translated code reads: a site
 //! whose tag is the accessed page gives the addend without a look into the soft TLB.
 //!
-//! A site is filled by code, from the soft TLB ([`crate::emit::Shared::sites`]), which also puts it on the list of its half of the address
-//! space; so forgetting costs no more than what was filled.
+//! A site is filled by code, from the soft TLB ([`crate::emit::Shared::sites`]), which also notes it in the list of its half of the address
+//! space, under the guest page, and, if it writes, under the host page; so forgetting costs no more than what was filled, and
+//! forgetting one page no more than what was filled of it.
 //!
 //! Invariant: a filled site says what a walk of the tables now would say, with the permission its access needs. Its addend keeps the
 //! last value even when it is emptied only by its tag, so nothing but the check may guard its use.
@@ -12,6 +13,31 @@ use crate::ram::PAGE_SIZE;
 
 /// Misses after which an access is translated anew to look into the TLB itself. Being emptied gives one back.
 pub const PATIENCE: u16 = 200;
+
+/// Buckets of a [`Notes`]; a power of two.
+pub const BUCKETS: usize = 256;
+/// Sites in a bucket.
+pub const BUCKET: usize = 128;
+
+/// Addresses of sites by the low bits of a page number, as translated code notes them when it fills them. A site may be in a bucket that it left
+/// long ago, or several times.
+#[repr(C)]
+pub struct Notes {
+    /// Sites noted in each bucket.
+    pub count: [u16; BUCKETS],
+    /// Their addresses.
+    pub sites: [[u32; BUCKET]; BUCKETS],
+}
+
+impl Notes {
+    fn bucket(page: u64) -> usize {
+        (page / PAGE_SIZE) as usize & (BUCKETS - 1)
+    }
+    fn of(&self, page: u64) -> &[u32] {
+        let b = Self::bucket(page);
+        &self.sites[b][..self.count[b] as usize]
+    }
+}
 
 /// One site, in the layout translated code knows.
 #[repr(C)]
@@ -71,6 +97,10 @@ pub struct Sites {
     lists: [*mut u32; 2],
     /// Where the lists end; translated code appends to them.
     pub ends: [u64; 2],
+    /// Sites by guest page.
+    pub by_guest: Notes,
+    /// Sites that write, by host page.
+    pub by_host: Notes,
     /// Counts changes that took something away.
     pub epoch: u64,
 }
@@ -88,7 +118,16 @@ impl Sites {
     pub unsafe fn new(start: *mut u8, capacity: usize) -> Self {
         let sites = start.cast::<Site>();
         let low = sites.wrapping_add(capacity).cast::<u32>();
-        let mut all = Self { sites, capacity, used: 0, lists: [low, low.wrapping_add(capacity)], ends: [0; 2], epoch: 0 };
+        let mut all = Self {
+            sites,
+            capacity,
+            used: 0,
+            lists: [low, low.wrapping_add(capacity)],
+            ends: [0; 2],
+            by_guest: Notes { count: [0; _], sites: [[0; _]; _] },
+            by_host: Notes { count: [0; _], sites: [[0; _]; _] },
+            epoch: 0,
+        };
         all.reset();
         all
     }
@@ -99,6 +138,8 @@ impl Sites {
         self.epoch += 1;
         self.set_len(0, 0);
         self.set_len(1, 0);
+        self.by_guest.count = [0; _];
+        self.by_host.count = [0; _];
     }
     /// Host address of the next site to be added.
     pub fn next(&self) -> u32 {
@@ -167,6 +208,17 @@ impl Sites {
     }
     /// Empties the sites of the guest pages in the range of `1 << shift` bytes that holds `va`.
     pub fn clear_range(&mut self, va: u64, shift: u32) {
+        if shift == 12 {
+            let bucket = Notes::bucket(va);
+            for i in 0..self.by_guest.count[bucket] as usize {
+                let site = self.at(self.by_guest.sites[bucket][i]);
+                if site.tag == va & !(PAGE_SIZE - 1) {
+                    site.clear();
+                    self.epoch += 1;
+                }
+            }
+            return;
+        }
         for &address in self.list((va >> 63) as usize) {
             let site = self.at(address);
             if (site.tag ^ va) >> shift == 0 {
@@ -175,17 +227,69 @@ impl Sites {
             }
         }
     }
-    /// Empties the writing sites of the RAM page at host address `host`, or of all.
-    pub fn forbid_writes(&mut self, host: Option<u64>) {
+    /// Empties the writing sites of the RAM page at host address `host`.
+    pub fn forbid_writes(&mut self, host: u64) {
+        let bucket = Notes::bucket(host);
+        for i in 0..self.by_host.count[bucket] as usize {
+            let site = self.at(self.by_host.sites[bucket][i]);
+            if site.bits & Site::WRITE != 0 && site.tag != Site::EMPTY && site.host_page() == host {
+                site.clear();
+                self.epoch += 1;
+            }
+        }
+    }
+    /// Empties all writing sites.
+    pub fn forbid_all_writes(&mut self) {
         for half in 0..2 {
             for &address in self.list(half) {
                 let site = self.at(address);
-                if site.bits & Site::WRITE != 0 && site.tag != Site::EMPTY && host.is_none_or(|h| site.host_page() == h) {
+                if site.bits & Site::WRITE != 0 && site.tag != Site::EMPTY {
                     site.clear();
                     self.epoch += 1;
                 }
             }
         }
+    }
+    /// Makes room to note one more site of a guest page and of the host page it is at, where there is none left.
+    pub fn make_room(&mut self, page: u64, host: u64) {
+        let bucket = Notes::bucket(page);
+        if self.by_guest.count[bucket] as usize == BUCKET {
+            let of = |site: &Site| site.tag;
+            self.by_guest.count[bucket] =
+                self.compact(self.by_guest.of(page).to_vec(), bucket, of, &mut |s, i, a| s.by_guest.sites[bucket][i] = a);
+        }
+        let bucket = Notes::bucket(host);
+        if self.by_host.count[bucket] as usize == BUCKET {
+            let of = |site: &Site| site.host_page();
+            self.by_host.count[bucket] =
+                self.compact(self.by_host.of(host).to_vec(), bucket, of, &mut |s, i, a| s.by_host.sites[bucket][i] = a);
+        }
+    }
+    /// Keeps those of `noted` that are filled and belong into `bucket`, once each; empties all if they are too many still.
+    fn compact(
+        &mut self,
+        mut noted: Vec<u32>,
+        bucket: usize,
+        page: impl Fn(&Site) -> u64,
+        put: &mut dyn FnMut(&mut Self, usize, u32),
+    ) -> u16 {
+        noted.sort_unstable();
+        noted.dedup();
+        noted.retain(|&address| {
+            let site = self.at(address);
+            site.tag != Site::EMPTY && Notes::bucket(page(site)) == bucket
+        });
+        if noted.len() > BUCKET / 2 {
+            for &address in &noted {
+                self.at(address).clear();
+            }
+            self.epoch += 1;
+            noted.clear();
+        }
+        for (i, &address) in noted.iter().enumerate() {
+            put(self, i, address);
+        }
+        noted.len() as u16
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! **In:** the linear address in r11. **Out:** in r10 what leads to the host's bytes ([`At`]); r11 is free. Flags are clobbered.
 use super::{Emit, Shared};
-use crate::mmu::first::TLB_ENTRIES;
-use crate::sites::Site;
+use crate::mmu::first::{First, TLB_ENTRIES};
+use crate::sites::{BUCKET, BUCKETS, Notes, Site, Sites};
 use dynasmrt::{DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
@@ -62,47 +62,37 @@ impl Emit {
         out
     }
 
+    fn there(&mut self, opcode: &[u8], wide: bool, reg: u8, at: At) {
+        match at {
+            At::Sum(base, disp) => self.reg_mem(opcode, wide, reg, base, Some((10, 1)), disp),
+            At::Host => self.reg_mem(opcode, wide, reg, 10, None, 0),
+        }
+    }
     /// to = the 64 bits there.
     pub fn load_at(&mut self, to: u8, at: At) {
-        match at {
-            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov Rq(to), [Rq(base) + r10 + disp]),
-            At::Host => dynasm!(self.ops ; .arch x64 ; mov Rq(to), [r10]),
-        }
-    }
-    /// to = the 32 bits there, zero-extended.
-    pub fn load_at32(&mut self, to: u8, at: At) {
-        match at {
-            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov Rd(to), [Rq(base) + r10 + disp]),
-            At::Host => dynasm!(self.ops ; .arch x64 ; mov Rd(to), [r10]),
-        }
-    }
-    /// The 32 bits there = from.
-    pub fn store_at32(&mut self, at: At, from: u8) {
-        match at {
-            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + r10 + disp], Rd(from)),
-            At::Host => dynasm!(self.ops ; .arch x64 ; mov [r10], Rd(from)),
-        }
-    }
-    /// to = the 16 bits there, zero-extended.
-    pub fn load_at16(&mut self, to: u8, at: At) {
-        match at {
-            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; movzx Rd(to), WORD [Rq(base) + r10 + disp]),
-            At::Host => dynasm!(self.ops ; .arch x64 ; movzx Rd(to), WORD [r10]),
-        }
+        self.there(&[0x8b], true, to, at);
     }
     /// The 64 bits there = from.
     pub fn store_at(&mut self, at: At, from: u8) {
-        match at {
-            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + r10 + disp], Rq(from)),
-            At::Host => dynasm!(self.ops ; .arch x64 ; mov [r10], Rq(from)),
-        }
+        self.there(&[0x89], true, from, at);
+    }
+    /// to = the 32 bits there, zero-extended.
+    pub fn load_at32(&mut self, to: u8, at: At) {
+        self.there(&[0x8b], false, to, at);
+    }
+    /// The 32 bits there = from.
+    pub fn store_at32(&mut self, at: At, from: u8) {
+        self.there(&[0x89], false, from, at);
+    }
+    /// to = the 16 bits there, zero-extended.
+    pub fn load_at16(&mut self, to: u8, at: At) {
+        self.there(&[0x0f, 0xb7], false, to, at);
     }
     /// The 16 bits there = from.
     pub fn store_at16(&mut self, at: At, from: u8) {
-        match at {
-            At::Sum(base, disp) => dynasm!(self.ops ; .arch x64 ; mov [Rq(base) + r10 + disp], Rw(from)),
-            At::Host => dynasm!(self.ops ; .arch x64 ; mov [r10], Rw(from)),
-        }
+        // The operand size prefix comes before REX.
+        self.ops.push(0x66);
+        self.there(&[0x89], false, from, at);
     }
 
     /// Goes to the routine that fills `site`, for the address in r11.
@@ -118,12 +108,18 @@ impl Emit {
     }
 
     /// The routine that fills the site in the frame from the soft TLB, for the address in r11. Goes on at the site's `retry`, or
-    /// at its `slow` if the TLB does not know or the site missed too often. Clobbers r10, r11 and flags.
+    /// at its `slow` if the TLB does not know, the site missed too often or cannot be noted. Clobbers r10, r11 and flags.
     pub(super) fn site_routine(&mut self, user: bool, write: bool, constant: bool) {
         let at = self.at;
         let tags = if write { at.tlb_write(user) } else { at.tlb_read(user) };
         let (addends, slot, save0, save1) = (at.tlb_addend(user), at.site(), at.save(0), at.save(1));
-        let (low, high) = (at.site_end(0), at.site_end(1));
+        let (low, high, save2, hard) = (at.site_end(0), at.site_end(1), at.save(2), at.hard());
+        let notes = |of: usize| {
+            let first = at.first() + (offset_of!(First, sites) + of) as i32;
+            (first + offset_of!(Notes, count) as i32, first + offset_of!(Notes, sites) as i32)
+        };
+        let (guest_count, guest_sites) = notes(offset_of!(Sites, by_guest));
+        let (host_count, host_sites) = notes(offset_of!(Sites, by_host));
         dynasm!(self.ops ; .arch x64
             ; mov [save0], rax ; mov [save1], rcx
             ; mov r10, [slot]
@@ -131,8 +127,24 @@ impl Emit {
             ; mov rcx, r11 ; xor rcx, [rax * 8 + tags]
             ; cmp rcx, 0xfff ; ja >slow
             ; cmp ecx, [r10 + LIMIT] ; ja >slow
-            ; sub WORD [r10 + MISSES], 1 ; jbe >slow
+            ; sub WORD [r10 + MISSES], 1 ; jbe >hard
+            // Noted under the guest page.
+            ; mov ecx, r11d ; shr ecx, 12 ; and ecx, BUCKETS as i32 - 1
+            ; movzx eax, WORD [rcx * 2 + guest_count] ; cmp eax, BUCKET as i32 ; jae >hard
+            ; inc WORD [rcx * 2 + guest_count]
+            ; shl ecx, BUCKET.trailing_zeros() as i8 ; add ecx, eax ; mov [rcx * 4 + guest_sites], r10d
+            ; mov eax, r11d ; shr eax, 12 ; and eax, (TLB_ENTRIES - 1) as i32
             ; mov rax, [rax * 8 + addends]);
+        if write {
+            dynasm!(self.ops ; .arch x64
+                // And under the host page.
+                ; lea rcx, [rax + r11] ; shr rcx, 12 ; and ecx, BUCKETS as i32 - 1
+                ; mov [save2], rax
+                ; movzx eax, WORD [rcx * 2 + host_count] ; cmp eax, BUCKET as i32 ; jae >hard
+                ; inc WORD [rcx * 2 + host_count]
+                ; shl ecx, BUCKET.trailing_zeros() as i8 ; add ecx, eax ; mov [rcx * 4 + host_sites], r10d
+                ; mov rax, [save2]);
+        }
         if constant {
             dynasm!(self.ops ; .arch x64 ; add rax, r11);
         }
@@ -151,6 +163,8 @@ impl Emit {
             ; or BYTE [r10 + BITS], Site::HIGH as i8
             ; mov rcx, [high] ; mov [rcx], r10d ; add QWORD [high], 4
             ; jmp <done
+            ; hard:
+            ; mov QWORD [hard], 1
             ; slow:
             ; mov rax, [save0] ; mov rcx, [save1]
             ; mov r10d, [r10 + SLOW] ; jmp r10);

@@ -20,7 +20,7 @@ impl Emit {
     /// it was if it does not hit. Clobbers r10 and flags.
     pub(super) fn second_level(&mut self, slow: DynamicLabel) {
         let at = self.at;
-        let (arg, cpl, ea, ret) = (at.arg(), at.cpl(), at.ea(), at.ret());
+        let (arg, cpl, ea, ret, hard) = (at.arg(), at.cpl(), at.ea(), at.ret(), at.hard());
         let (spill0, spill1) = (at.spill(0), at.spill(1));
         let first = at.first();
         let small = [0, 8].map(|i| first + offset_of!(First, small) as i32 + i);
@@ -33,6 +33,7 @@ impl Emit {
         let found = self.label();
         let done = self.label();
         dynasm!(self.ops ; .arch x64
+            ; cmp QWORD [hard], 0 ; jne =>slow
             ; mov [spill0], rax ; mov [spill1], rcx
             // Across pages?
             ; movzx eax, WORD [arg] ; mov ecx, r11d ; and ecx, 0xfff ; add eax, ecx ; cmp eax, 0x1000 ; ja =>miss

@@ -30,9 +30,8 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
     let write = arg >> 16 & 1 != 0;
     let k = (arg >> 20) as usize;
     // SAFETY: as above.
-    let site = unsafe { (*frame).site };
-    let given_up = site != 0 && core.mmu.sites().misses_left(site) == 0;
-    if given_up {
+    let (site, hard) = unsafe { ((*frame).site, std::mem::take(&mut (*frame).hard) != 0) };
+    if hard && core.mmu.sites().misses_left(site) == 0 {
         core.give_up.push((ret, k));
     } else if ea % PAGE_SIZE + size <= PAGE_SIZE {
         // SAFETY: the state is not part of the MMU.
@@ -40,6 +39,9 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
         let user = st.cpl == 3;
         let access = if write { Access::Write } else { Access::Read };
         if core.mmu.fill(st, ea, access, user).is_ok() && core.mmu.is_cached(ea, write, user) {
+            if hard {
+                core.mmu.make_room_for_site(ea, user);
+            }
             return 0;
         }
     }

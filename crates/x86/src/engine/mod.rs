@@ -415,7 +415,7 @@ impl Core {
         while let Some((pc, k)) = self.give_up.pop() {
             self.cache.give_up_sites(pc, k, self.mmu.sites());
         }
-        if !self.mmu.pending.any() {
+        if !self.mmu.pending.any() && self.cache.dead.is_empty() {
             return;
         }
         let mut pending = std::mem::take(&mut self.mmu.pending);

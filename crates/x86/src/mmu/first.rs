@@ -171,7 +171,7 @@ impl First {
     }
     /// Takes away write entries that lead to the page at host address `host`.
     pub(super) fn forbid_writes(&mut self, host: u64) {
-        self.sites.forbid_writes(Some(host));
+        self.sites.forbid_writes(host);
         for tlb in &mut self.tlb {
             for i in 0..TLB_ENTRIES {
                 if tlb.write[i].wrapping_add(tlb.addend[i]) == host && !Tlb::is_empty(tlb.write[i], i) {
@@ -182,7 +182,7 @@ impl First {
     }
     /// Takes away all write entries.
     pub(super) fn forbid_all_writes(&mut self) {
-        self.sites.forbid_writes(None);
+        self.sites.forbid_all_writes();
         for tlb in &mut self.tlb {
             Tlb::clear(&mut tlb.write);
         }
