@@ -14,28 +14,66 @@ use crate::ram::PAGE_SIZE;
 /// Misses after which an access is translated anew to look into the TLB itself. Being emptied gives one back.
 pub const PATIENCE: u16 = 200;
 
-/// Buckets of a [`Notes`]; a power of two.
-pub const BUCKETS: usize = 256;
-/// Sites in a bucket.
-pub const BUCKET: usize = 128;
+/// Buckets by guest page, for both halves of the address space; a power of two.
+pub const GUEST_BUCKETS: usize = 1024;
+/// The same, for one half.
+pub const HALF_BUCKETS: usize = GUEST_BUCKETS / 2;
+/// Buckets by host page; a power of two.
+pub const HOST_BUCKETS: usize = 128;
 
-/// Addresses of sites by the low bits of a page number, as translated code notes them when it fills them. A site may be in a bucket that it left
-/// long ago, or several times.
+/// Addresses of sites by the low bits of a page number, as translated code notes them when it fills them. A site is in the bucket that it names,
+/// and may be in others that it left.
 #[repr(C)]
-pub struct Notes {
-    /// Sites noted in each bucket.
-    pub count: [u16; BUCKETS],
-    /// Their addresses.
-    pub sites: [[u32; BUCKET]; BUCKETS],
+pub struct Notes<const N: usize> {
+    /// Where each bucket's sites are noted.
+    pub slots: [*mut u32; N],
+    /// How many.
+    pub count: [u32; N],
+    /// How many there is room for.
+    pub room: [u32; N],
 }
 
-impl Notes {
-    fn bucket(page: u64) -> usize {
-        (page / PAGE_SIZE) as usize & (BUCKETS - 1)
+/// The bucket of a guest page.
+fn guest_bucket(va: u64) -> usize {
+    (va / PAGE_SIZE) as usize & (HALF_BUCKETS - 1) | (va >> 63) as usize * HALF_BUCKETS
+}
+/// The bucket of a host page.
+fn host_bucket(host: u64) -> usize {
+    (host / PAGE_SIZE) as usize & (HOST_BUCKETS - 1)
+}
+
+impl<const N: usize> Notes<N> {
+    fn new() -> Self {
+        Self { slots: [std::ptr::null_mut(); N], count: [0; N], room: [0; N] }
     }
-    fn of(&self, page: u64) -> &[u32] {
-        let b = Self::bucket(page);
-        &self.sites[b][..self.count[b] as usize]
+    fn of(&self, bucket: usize) -> &'static mut [u32] {
+        if self.room[bucket] == 0 {
+            return &mut [];
+        }
+        // SAFETY: `count` of the `room` slots that `make_room` allocated were written; no result outlives a method.
+        unsafe { std::slice::from_raw_parts_mut(self.slots[bucket], self.count[bucket] as usize) }
+    }
+    /// Makes room for one more in a bucket, of which `is_there` says which sites name it (and marks them: the second time it says no).
+    fn make_room(&mut self, bucket: usize, mut is_there: impl FnMut(u32) -> bool) {
+        if self.count[bucket] < self.room[bucket] {
+            return;
+        }
+        let mut noted = self.of(bucket).to_vec();
+        noted.retain(|&address| is_there(address));
+        self.free(bucket);
+        let room = (2 * noted.len()).max(16);
+        self.count[bucket] = noted.len() as u32;
+        self.room[bucket] = room as u32;
+        noted.resize(room, 0);
+        self.slots[bucket] = Box::into_raw(noted.into_boxed_slice()).cast();
+    }
+    fn free(&mut self, bucket: usize) {
+        if self.room[bucket] != 0 {
+            let slots = std::ptr::slice_from_raw_parts_mut(self.slots[bucket], self.room[bucket] as usize);
+            // SAFETY: made by `make_room` from a box of this length.
+            drop(unsafe { Box::from_raw(slots) });
+            (self.count[bucket], self.room[bucket]) = (0, 0);
+        }
     }
 }
 
@@ -52,13 +90,15 @@ pub struct Site {
     /// Host code that asks the MMU.
     pub slow: u32,
     /// 4096 minus the size of the access.
-    pub limit: u32,
+    pub limit: u16,
     /// Misses left before the access is translated anew.
     pub misses: u16,
+    /// The bucket by guest page that it is noted in, or [`Site::NOWHERE`].
+    pub guest: u16,
+    /// The bucket by host page that it is noted in, or the low byte of [`Site::NOWHERE`].
+    pub host: u8,
     /// [`Site::LOW`], [`Site::HIGH`] (on that list), [`Site::CONSTANT`], [`Site::WRITE`].
     pub bits: u8,
-    /// Zero.
-    pub pad: u8,
 }
 
 impl Site {
@@ -74,6 +114,25 @@ impl Site {
     pub const CONSTANT: u8 = 4;
     /// The access writes.
     pub const WRITE: u8 = 8;
+    /// Seen, while buckets are tidied.
+    const MARK: u8 = 16;
+    /// No bucket.
+    pub const NOWHERE: u16 = 0xffff;
+
+    /// A new one.
+    pub fn new(retry: usize, size: usize, bits: u8) -> Self {
+        Self {
+            tag: Self::EMPTY,
+            addend: Self::EMPTY_ADDEND,
+            retry: retry as u32,
+            slow: 0,
+            limit: 0x1000 - size as u16,
+            misses: PATIENCE,
+            guest: Self::NOWHERE,
+            host: Self::NOWHERE as u8,
+            bits,
+        }
+    }
 
     fn clear(&mut self) {
         self.tag = Self::EMPTY;
@@ -98,9 +157,9 @@ pub struct Sites {
     /// Where the lists end; translated code appends to them.
     pub ends: [u64; 2],
     /// Sites by guest page.
-    pub by_guest: Notes,
+    pub by_guest: Notes<GUEST_BUCKETS>,
     /// Sites that write, by host page.
-    pub by_host: Notes,
+    pub by_host: Notes<HOST_BUCKETS>,
     /// Counts changes that took something away.
     pub epoch: u64,
 }
@@ -124,8 +183,8 @@ impl Sites {
             used: 0,
             lists: [low, low.wrapping_add(capacity)],
             ends: [0; 2],
-            by_guest: Notes { count: [0; _], sites: [[0; _]; _] },
-            by_host: Notes { count: [0; _], sites: [[0; _]; _] },
+            by_guest: Notes::new(),
+            by_host: Notes::new(),
             epoch: 0,
         };
         all.reset();
@@ -138,8 +197,8 @@ impl Sites {
         self.epoch += 1;
         self.set_len(0, 0);
         self.set_len(1, 0);
-        self.by_guest.count = [0; _];
-        self.by_host.count = [0; _];
+        self.by_guest.count.fill(0);
+        self.by_host.count.fill(0);
     }
     /// Host address of the next site to be added.
     pub fn next(&self) -> u32 {
@@ -203,15 +262,18 @@ impl Sites {
             if (site.tag >> 63) as usize == half {
                 site.clear();
             }
+            if site.guest as usize / HALF_BUCKETS == half {
+                site.guest = Site::NOWHERE;
+            }
         }
+        self.by_guest.count[half * HALF_BUCKETS..][..HALF_BUCKETS].fill(0);
         self.set_len(half, 0);
     }
     /// Empties the sites of the guest pages in the range of `1 << shift` bytes that holds `va`.
     pub fn clear_range(&mut self, va: u64, shift: u32) {
         if shift == 12 {
-            let bucket = Notes::bucket(va);
-            for i in 0..self.by_guest.count[bucket] as usize {
-                let site = self.at(self.by_guest.sites[bucket][i]);
+            for &address in self.by_guest.of(guest_bucket(va)).iter() {
+                let site = self.at(address);
                 if site.tag == va & !(PAGE_SIZE - 1) {
                     site.clear();
                     self.epoch += 1;
@@ -229,9 +291,8 @@ impl Sites {
     }
     /// Empties the writing sites of the RAM page at host address `host`.
     pub fn forbid_writes(&mut self, host: u64) {
-        let bucket = Notes::bucket(host);
-        for i in 0..self.by_host.count[bucket] as usize {
-            let site = self.at(self.by_host.sites[bucket][i]);
+        for &address in self.by_host.of(host_bucket(host)).iter() {
+            let site = self.at(address);
             if site.bits & Site::WRITE != 0 && site.tag != Site::EMPTY && site.host_page() == host {
                 site.clear();
                 self.epoch += 1;
@@ -252,44 +313,34 @@ impl Sites {
     }
     /// Makes room to note one more site of a guest page and of the host page it is at, where there is none left.
     pub fn make_room(&mut self, page: u64, host: u64) {
-        let bucket = Notes::bucket(page);
-        if self.by_guest.count[bucket] as usize == BUCKET {
-            let of = |site: &Site| site.tag;
-            self.by_guest.count[bucket] =
-                self.compact(self.by_guest.of(page).to_vec(), bucket, of, &mut |s, i, a| s.by_guest.sites[bucket][i] = a);
-        }
-        let bucket = Notes::bucket(host);
-        if self.by_host.count[bucket] as usize == BUCKET {
-            let of = |site: &Site| site.host_page();
-            self.by_host.count[bucket] =
-                self.compact(self.by_host.of(host).to_vec(), bucket, of, &mut |s, i, a| s.by_host.sites[bucket][i] = a);
+        let at = |address: u32| address as usize as *mut Site;
+        // SAFETY: noted addresses are those of sites; one borrow at a time.
+        let mark = |there: &dyn Fn(&Site) -> bool, address: u32| unsafe {
+            let site = &mut *at(address);
+            let fresh = there(site) && site.bits & Site::MARK == 0;
+            if fresh {
+                site.bits |= Site::MARK;
+            }
+            fresh
+        };
+        let bucket = guest_bucket(page);
+        self.by_guest.make_room(bucket, |address| mark(&|site| site.guest as usize == bucket, address));
+        self.unmark(self.by_guest.of(bucket));
+        let bucket = host_bucket(host);
+        self.by_host.make_room(bucket, |address| mark(&|site| site.host as usize == bucket, address));
+        self.unmark(self.by_host.of(bucket));
+    }
+    fn unmark(&self, noted: &[u32]) {
+        for &address in noted {
+            self.at(address).bits &= !Site::MARK;
         }
     }
-    /// Keeps those of `noted` that are filled and belong into `bucket`, once each; empties all if they are too many still.
-    fn compact(
-        &mut self,
-        mut noted: Vec<u32>,
-        bucket: usize,
-        page: impl Fn(&Site) -> u64,
-        put: &mut dyn FnMut(&mut Self, usize, u32),
-    ) -> u16 {
-        noted.sort_unstable();
-        noted.dedup();
-        noted.retain(|&address| {
-            let site = self.at(address);
-            site.tag != Site::EMPTY && Notes::bucket(page(site)) == bucket
-        });
-        if noted.len() > BUCKET / 2 {
-            for &address in &noted {
-                self.at(address).clear();
-            }
-            self.epoch += 1;
-            noted.clear();
-        }
-        for (i, &address) in noted.iter().enumerate() {
-            put(self, i, address);
-        }
-        noted.len() as u16
+}
+
+impl Drop for Sites {
+    fn drop(&mut self) {
+        (0..GUEST_BUCKETS).for_each(|b| self.by_guest.free(b));
+        (0..HOST_BUCKETS).for_each(|b| self.by_host.free(b));
     }
 }
 

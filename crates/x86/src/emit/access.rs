@@ -3,7 +3,7 @@
 //! **In:** the linear address in r11. **Out:** in r10 what leads to the host's bytes ([`At`]); r11 is free. Flags are clobbered.
 use super::{Emit, Shared};
 use crate::mmu::first::{First, TLB_ENTRIES};
-use crate::sites::{BUCKET, BUCKETS, Notes, Site, Sites};
+use crate::sites::{GUEST_BUCKETS, HALF_BUCKETS, HOST_BUCKETS, Notes, Site, Sites};
 use dynasmrt::{DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
@@ -22,6 +22,8 @@ const RETRY: i32 = offset_of!(Site, retry) as i32;
 const SLOW: i32 = offset_of!(Site, slow) as i32;
 const LIMIT: i32 = offset_of!(Site, limit) as i32;
 const MISSES: i32 = offset_of!(Site, misses) as i32;
+const GUEST: i32 = offset_of!(Site, guest) as i32;
+const HOST: i32 = offset_of!(Site, host) as i32;
 const BITS: i32 = offset_of!(Site, bits) as i32;
 
 impl Emit {
@@ -114,36 +116,56 @@ impl Emit {
         let tags = if write { at.tlb_write(user) } else { at.tlb_read(user) };
         let (addends, slot, save0, save1) = (at.tlb_addend(user), at.site(), at.save(0), at.save(1));
         let (low, high, save2, hard) = (at.site_end(0), at.site_end(1), at.save(2), at.hard());
-        let notes = |of: usize| {
-            let first = at.first() + (offset_of!(First, sites) + of) as i32;
-            (first + offset_of!(Notes, count) as i32, first + offset_of!(Notes, sites) as i32)
-        };
-        let (guest_count, guest_sites) = notes(offset_of!(Sites, by_guest));
-        let (host_count, host_sites) = notes(offset_of!(Sites, by_host));
+        let guest = at.first() + (offset_of!(First, sites) + offset_of!(Sites, by_guest)) as i32;
+        let guest_slots = guest + offset_of!(Notes::<GUEST_BUCKETS>, slots) as i32;
+        let guest_count = guest + offset_of!(Notes::<GUEST_BUCKETS>, count) as i32;
+        let guest_room = guest + offset_of!(Notes::<GUEST_BUCKETS>, room) as i32;
+        let host = at.first() + (offset_of!(First, sites) + offset_of!(Sites, by_host)) as i32;
+        let host_slots = host + offset_of!(Notes::<HOST_BUCKETS>, slots) as i32;
+        let host_count = host + offset_of!(Notes::<HOST_BUCKETS>, count) as i32;
+        let host_room = host + offset_of!(Notes::<HOST_BUCKETS>, room) as i32;
         dynasm!(self.ops ; .arch x64
             ; mov [save0], rax ; mov [save1], rcx
             ; mov r10, [slot]
             ; mov eax, r11d ; shr eax, 12 ; and eax, (TLB_ENTRIES - 1) as i32
             ; mov rcx, r11 ; xor rcx, [rax * 8 + tags]
             ; cmp rcx, 0xfff ; ja >slow
-            ; cmp ecx, [r10 + LIMIT] ; ja >slow
+            ; cmp cx, [r10 + LIMIT] ; ja >slow
             ; sub WORD [r10 + MISSES], 1 ; jbe >hard
-            // Noted under the guest page.
-            ; mov ecx, r11d ; shr ecx, 12 ; and ecx, BUCKETS as i32 - 1
-            ; movzx eax, WORD [rcx * 2 + guest_count] ; cmp eax, BUCKET as i32 ; jae >hard
-            ; inc WORD [rcx * 2 + guest_count]
-            ; shl ecx, BUCKET.trailing_zeros() as i8 ; add ecx, eax ; mov [rcx * 4 + guest_sites], r10d
+            // On the list of its half, unless it is.
+            ; test r11, r11 ; js >upper
+            ; test BYTE [r10 + BITS], Site::LOW as i8 ; jne >listed
+            ; or BYTE [r10 + BITS], Site::LOW as i8
+            ; mov rcx, [low] ; mov [rcx], r10d ; add QWORD [low], 4
+            ; jmp >listed
+            ; upper:
+            ; test BYTE [r10 + BITS], Site::HIGH as i8 ; jne >listed
+            ; or BYTE [r10 + BITS], Site::HIGH as i8
+            ; mov rcx, [high] ; mov [rcx], r10d ; add QWORD [high], 4
+            ; listed:
+            // Noted under the guest page, unless it is.
+            ; mov rcx, r11 ; shr rcx, 38 ; and ecx, HALF_BUCKETS as i32
+            ; mov eax, r11d ; shr eax, 12 ; and eax, HALF_BUCKETS as i32 - 1 ; or ecx, eax
+            ; cmp [r10 + GUEST], cx ; je >noted
+            ; mov eax, [rcx * 4 + guest_count] ; cmp eax, [rcx * 4 + guest_room] ; jae >hard
+            ; inc DWORD [rcx * 4 + guest_count]
+            ; mov [r10 + GUEST], cx
+            ; mov rcx, [rcx * 8 + guest_slots] ; mov [rcx + rax * 4], r10d
+            ; noted:
             ; mov eax, r11d ; shr eax, 12 ; and eax, (TLB_ENTRIES - 1) as i32
             ; mov rax, [rax * 8 + addends]);
         if write {
             dynasm!(self.ops ; .arch x64
                 // And under the host page.
-                ; lea rcx, [rax + r11] ; shr rcx, 12 ; and ecx, BUCKETS as i32 - 1
+                ; lea rcx, [rax + r11] ; shr rcx, 12 ; and ecx, HOST_BUCKETS as i32 - 1
+                ; cmp [r10 + HOST], cl ; je >noted
                 ; mov [save2], rax
-                ; movzx eax, WORD [rcx * 2 + host_count] ; cmp eax, BUCKET as i32 ; jae >hard
-                ; inc WORD [rcx * 2 + host_count]
-                ; shl ecx, BUCKET.trailing_zeros() as i8 ; add ecx, eax ; mov [rcx * 4 + host_sites], r10d
-                ; mov rax, [save2]);
+                ; mov eax, [rcx * 4 + host_count] ; cmp eax, [rcx * 4 + host_room] ; jae >hard
+                ; inc DWORD [rcx * 4 + host_count]
+                ; mov [r10 + HOST], cl
+                ; mov rcx, [rcx * 8 + host_slots] ; mov [rcx + rax * 4], r10d
+                ; mov rax, [save2]
+                ; noted:);
         }
         if constant {
             dynasm!(self.ops ; .arch x64 ; add rax, r11);
@@ -151,18 +173,8 @@ impl Emit {
         dynasm!(self.ops ; .arch x64
             ; mov rcx, r11 ; and rcx, -4096
             ; mov [r10 + TAG], rcx ; mov [r10 + ADDEND], rax
-            ; test rcx, rcx ; js >upper
-            ; test BYTE [r10 + BITS], Site::LOW as i8 ; jne >done
-            ; or BYTE [r10 + BITS], Site::LOW as i8
-            ; mov rcx, [low] ; mov [rcx], r10d ; add QWORD [low], 4
-            ; done:
             ; mov rax, [save0] ; mov rcx, [save1]
             ; mov r10d, [r10 + RETRY] ; jmp r10
-            ; upper:
-            ; test BYTE [r10 + BITS], Site::HIGH as i8 ; jne <done
-            ; or BYTE [r10 + BITS], Site::HIGH as i8
-            ; mov rcx, [high] ; mov [rcx], r10d ; add QWORD [high], 4
-            ; jmp <done
             ; hard:
             ; mov QWORD [hard], 1
             ; slow:
@@ -170,3 +182,5 @@ impl Emit {
             ; mov r10d, [r10 + SLOW] ; jmp r10);
     }
 }
+
+const _: () = assert!(HALF_BUCKETS == 1 << 9, "bit 47 of an address, shifted by 38");

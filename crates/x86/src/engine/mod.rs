@@ -59,6 +59,8 @@ pub struct CpuStats {
     pub sys_calls: u64,
     pub exceptions: u64,
     pub interrupts: u64,
+    /// Times translated code was left, by reason (1 lookup, 2 link, 3 budget, 4 helper, 5 alone, 6 host fault, 7 bail).
+    pub exits: [u64; 9],
 }
 
 /// One deterministic processor.
@@ -190,6 +192,13 @@ pub struct Core {
     stats: CpuStats,
     // Last: unmapped after everything that points into it is gone.
     _area: LowArea,
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // SAFETY: written by `new`, and used no more. The rest of the frame owns nothing.
+        unsafe { (&raw mut (*self.frame).first.sites).drop_in_place() };
+    }
 }
 
 /// Room for the shared routines at the start of the code area.
@@ -469,6 +478,7 @@ impl Core {
             // SAFETY: the frame is ours.
             let frame = unsafe { &*self.frame };
             let (reason, arg, pc) = (frame.exit, frame.exit_arg, frame.fault_pc);
+            self.stats.exits[reason as usize] += 1;
             left = frame.budget;
             self.position = self.limit - left;
             match reason {

@@ -20,7 +20,7 @@ mod trace;
 use crate::classify::Kind;
 use crate::emit::{At, Emit, Shared};
 use crate::frame::{FrameAt, exit};
-use crate::sites::{PATIENCE, Site};
+use crate::sites::Site;
 use crate::undefined::{Independent, independent};
 use flags::{Flags, Recipe, STATUS, effect, liveness};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
@@ -498,16 +498,7 @@ impl Translator<'_> {
         } else {
             let address = self.src.first_site as i32 + (self.sites.len() * size_of::<Site>()) as i32;
             let bits = if constant { Site::CONSTANT } else { 0 } | if write { Site::WRITE } else { 0 };
-            self.sites.push(Site {
-                tag: Site::EMPTY,
-                addend: Site::EMPTY_ADDEND,
-                retry: retry as u32,
-                slow: 0,
-                limit: 0x1000 - size as u32,
-                misses: PATIENCE,
-                bits,
-                pad: 0,
-            });
+            self.sites.push(Site::new(retry, size, bits));
             let from = if constant {
                 self.emit.site_check_constant(address)
             } else {
