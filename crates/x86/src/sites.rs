@@ -35,7 +35,7 @@ pub struct Notes<const N: usize> {
 
 /// The bucket of a guest page.
 fn guest_bucket(va: u64) -> usize {
-    (va / PAGE_SIZE) as usize & (HALF_BUCKETS - 1) | (va >> 63) as usize * HALF_BUCKETS
+    ((va / PAGE_SIZE) as usize & (HALF_BUCKETS - 1)) + (va >> 63) as usize * HALF_BUCKETS
 }
 /// The bucket of a host page.
 fn host_bucket(host: u64) -> usize {
