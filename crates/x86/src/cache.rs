@@ -164,6 +164,14 @@ impl Cache {
             .flatten()
             .map(|i| i as u32)
     }
+    /// Which life of the cache this is: block numbers count until everything is dropped.
+    pub fn life(&self) -> u64 {
+        self.stats.full_flushes
+    }
+    /// Whether a block of this life still stands for its bytes.
+    pub fn is_alive(&self, id: u32) -> bool {
+        self.blocks[id as usize].alive
+    }
     /// The living block with this key.
     pub fn find(&self, key: Key) -> Option<u32> {
         self.by_key.get(&key).copied()

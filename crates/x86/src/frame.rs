@@ -82,7 +82,7 @@ pub mod exit {
     pub const ALONE: u64 = 5;
     /// The host faulted in translated code.
     pub const HOST_FAULT: u64 = 6;
-    /// The instruction at `exit_arg` (index) of the block whose code holds `ret` must run alone.
+    /// As `ALONE`, after a helper tried.
     pub const BAIL: u64 = 7;
     /// After a host fault: the frame's flags are the guest's now.
     pub const FLAGS: u64 = 8;

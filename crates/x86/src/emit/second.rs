@@ -5,7 +5,7 @@
 use super::Emit;
 use crate::PageFlags;
 use crate::mmu::first::{First, JUMP_ENTRIES, Jump, TLB_ENTRIES, TLB_FILLS, Tlb};
-use crate::mmu::groups::{Entry, FAR_JUMPS, LARGE, LARGE_SHIFT, SMALL, USER, USER_INDEX};
+use crate::mmu::groups::{Entry, FAR_JUMPS, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX};
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
@@ -110,33 +110,55 @@ impl Emit {
         self.jmp(slow);
     }
 
-    /// Goes on at the user code's address in r11 by the current element's jumps. Falls through with r11 as it was if they do not
-    /// know it, or if it is no user code. Clobbers r10 and flags.
+    /// Goes on at the address in r11 by the second level's jumps: the current element's for user code of the lower half, those that are
+    /// shared for kernel code of the upper half. Falls through with r11 as it was if they do not know it. Clobbers r10 and flags.
     pub(super) fn far_jump(&mut self) {
         let at = self.at;
         let (cpl, spill0) = (at.cpl(), at.spill(0));
         let first = at.first();
-        let (fills, list) = (first + offset_of!(First, jump_fills) as i32, first + offset_of!(First, jump_list) as i32);
-        let (far, jumps) = (first + offset_of!(First, far) as i32, at.jumps(true));
-        dynasm!(self.ops ; .arch x64
-            ; cmp BYTE [cpl], 3 ; jne >miss
-            ; test r11, r11 ; js >miss
-            ; mov [spill0], rax
-            ; mov r10d, r11d ; shr r10d, 6 ; mov eax, r11d ; and eax, 63 ; xor r10d, eax
-            ; and r10d, FAR_JUMPS as i32 - 1 ; shl r10d, 4 ; add r10, [far]
-            ; cmp [r10], r11 ; jne >other
-            ; mov r10, [r10 + 8]
-            // Into the first level.
-            ; mov eax, r11d ; and eax, JUMP_ENTRIES as i32 - 1 ; shl eax, 4
-            ; mov [rax + jumps], r11 ; mov [rax + jumps + 8], r10
-            ; shr eax, 4 ; or eax, 1 << 14 ; mov r11d, eax
-            ; mov eax, [fills] ; cmp eax, JUMP_ENTRIES as i32 - 1 ; ja >full
-            ; mov [rax * 2 + list], r11w ; inc eax ; mov [fills], rax
-            ; full:
-            ; mov rax, [spill0] ; jmp r10
-            ; other:
-            ; mov rax, [spill0]
-            ; miss:);
+        let other = self.label();
+        let miss = self.label();
+        dynasm!(self.ops ; .arch x64 ; cmp BYTE [cpl], 3 ; je >user);
+        for user in [false, true] {
+            let half = !user as i32;
+            let fills = first + offset_of!(First, jump_fills) as i32 + 8 * half;
+            let list = first + offset_of!(First, jump_list) as i32 + 2 * JUMP_ENTRIES as i32 * half;
+            let far = first + offset_of!(First, far) as i32 + 8 * half;
+            let jumps = at.jumps(user);
+            if user {
+                dynasm!(self.ops ; .arch x64
+                    ; user: ; test r11, r11 ; js =>miss
+                    ; mov [spill0], rax
+                    ; mov r10d, r11d ; shr r10d, 6 ; mov eax, r11d ; and eax, 63 ; xor r10d, eax
+                    ; and r10d, FAR_JUMPS as i32 - 1);
+            } else {
+                dynasm!(self.ops ; .arch x64
+                    ; test r11, r11 ; jns =>miss
+                    ; mov [spill0], rax
+                    ; imul r10d, r11d, UPPER_FACTOR as i32
+                    ; shr r10d, 32 - UPPER_JUMPS.trailing_zeros() as i8);
+            }
+            dynasm!(self.ops ; .arch x64
+                ; shl r10d, 4 ; add r10, [far]
+                ; cmp [r10], r11 ; jne =>other
+                ; mov r10, [r10 + 8]
+                // Into the first level.
+                ; mov eax, r11d ; and eax, JUMP_ENTRIES as i32 - 1 ; shl eax, 4
+                ; mov [rax + jumps], r11 ; mov [rax + jumps + 8], r10
+                ; shr eax, 4);
+            if user {
+                dynasm!(self.ops ; .arch x64 ; or eax, 1 << 14);
+            }
+            dynasm!(self.ops ; .arch x64
+                ; mov r11d, eax
+                ; mov eax, [fills] ; cmp eax, JUMP_ENTRIES as i32 - 1 ; ja >full
+                ; mov [rax * 2 + list], r11w ; inc eax ; mov [fills], rax
+                ; full:
+                ; mov rax, [spill0] ; jmp r10);
+        }
+        self.bind(other);
+        dynasm!(self.ops ; .arch x64 ; mov rax, [spill0]);
+        self.bind(miss);
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! **In:** the frame, with the argument and the address that the code left there. **Out:** 0 = go on in translated code, 1 = leave, with `exit` set.
 //! Invariant: a helper that makes the code leave has made RIP and the budget exact.
+use super::onward::Onward;
 use super::{Bounce, Core, Stop};
 use crate::PAGE_SIZE;
 use crate::frame::{Frame, exit};
@@ -21,7 +22,7 @@ fn before_wrap(ea: u64, size: usize) -> usize {
     size.min(((1u64 << 32).wrapping_sub(ea)) as usize)
 }
 
-/// A TLB check of a block of many instructions failed: 0 = repeat it, 1 = the instruction must run alone.
+/// A TLB check of a block of many instructions failed: 0 = repeat it, or go on elsewhere after the instruction ran alone; 1 = leave.
 pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
     let core = core_of(frame);
     // SAFETY: the frame is the core's.
@@ -51,8 +52,26 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
     unsafe {
         (*frame).st.rip = rip;
         (*frame).budget += unused;
-        (*frame).exit = exit::BAIL;
+        core.position = core.limit - (*frame).budget;
     }
+    core.join_flags();
+    let onward = core.alone_and_on();
+    go_on(core, onward)
+}
+
+/// Lets the shared routine go on, or leave for the loop. State and budget are exact.
+fn go_on(core: &mut Core, onward: Onward) -> u32 {
+    core.split_flags();
+    // SAFETY: the frame is the core's.
+    let frame = unsafe { &mut *core.frame };
+    frame.exit = match onward {
+        Onward::Code(code) => {
+            frame.ret = code;
+            return 0;
+        }
+        Onward::Leave => exit::HELPER,
+        Onward::Again => exit::BAIL,
+    };
     1
 }
 
@@ -147,31 +166,31 @@ pub(super) extern "sysv64" fn sys_helper(frame: *mut Frame) -> u32 {
     core.position = core.limit - budget;
     core.join_flags();
     core.st().rip = insn.ip();
-    let mut retired = 0;
-    let mut code = None;
     match core.execute_sys(&insn) {
         Ok(Flow::Next) if !core.mmu.pending.any() && !core.mmu.ram().flags().any_stale() && !core.bus().attention() => {
             core.split_flags();
-            return 0;
+            0
         }
         Ok(_) => {
-            retired = 1;
-            code = core.next_code();
+            core.position += 1;
+            // SAFETY: as above.
+            unsafe { (*frame).budget = budget - 1 };
+            let onward = core.onward(true);
+            go_on(core, onward)
         }
-        // What is not supported comes up again when it runs alone, like a fault.
-        Err(Stop::Fault(_) | Stop::Unsupported(_)) => {}
+        Err(Stop::Fault(e)) => {
+            // SAFETY: as above.
+            unsafe { (*frame).budget = budget };
+            let done = core.deliver(e).is_ok();
+            let onward = core.onward(done);
+            go_on(core, onward)
+        }
+        // What is not supported comes up again when it runs alone.
+        Err(Stop::Unsupported(_)) => {
+            // SAFETY: as above.
+            unsafe { (*frame).budget = budget };
+            go_on(core, Onward::Again)
+        }
         Err(Stop::Shutdown) => unreachable!("system instructions fault or retire"),
     }
-    core.split_flags();
-    // SAFETY: as above.
-    unsafe {
-        (*frame).budget = budget - retired;
-        if let Some(code) = code {
-            (*frame).ret = code;
-            return 0;
-        }
-        // A fault is raised by running the instruction again, alone, where it faults again: one place delivers.
-        (*frame).exit = if retired == 1 { exit::HELPER } else { exit::BAIL };
-    }
-    1
 }

@@ -7,11 +7,13 @@
 //! last few instructions before a stop. The helpers at the end are what translated code calls.
 //!
 //! Invariant: whether an instruction ran in a block, alone, or was retried makes no difference to the state or to the position.
+mod alone;
 mod fetch;
 mod helpers;
+mod onward;
 
 use crate::cache::{Cache, CacheStats, Key};
-use crate::classify::{Kind, classify, needs_fpu};
+use crate::classify::needs_fpu;
 use crate::emit::{Emit, Helpers, Shared};
 use crate::exception::Vector;
 use crate::frame::{Frame, FrameAt, LowArea, exit};
@@ -22,8 +24,9 @@ use crate::signals::Running;
 use crate::sites::Sites;
 use crate::state::{cr0, cr4, gpr, rflags, seg};
 use crate::sys::{self, Cx, Delivery, Flow};
-use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, decode, translate};
+use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, translate};
 use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position};
+use alone::{ALONE_KEPT, Alone};
 use fetch::Bytes;
 use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
 
@@ -188,6 +191,8 @@ pub struct Core {
     bounce: Bounce,
     /// Accesses (host address of the check, instruction of its block) whose sites miss too often.
     give_up: Vec<(usize, usize)>,
+    /// Instructions that ran alone not long ago.
+    alone: Box<[Option<Alone>; ALONE_KEPT]>,
     code: (usize, usize),
     stats: CpuStats,
     // Last: unmapped after everything that points into it is gone.
@@ -235,6 +240,7 @@ impl Core {
                 fault: None,
                 bounce: Bounce::default(),
                 give_up: Vec::new(),
+                alone: Box::new([const { None }; ALONE_KEPT]),
                 code: (start, len),
                 stats: CpuStats::default(),
                 _area: area,
@@ -398,24 +404,6 @@ impl Core {
                 Err(Stop::Shutdown | Stop::Fault(_)) => return Exit::TripleFault,
             }
         }
-    }
-
-    /// The code at RIP, if it may be entered without a look at the loop: nothing waits, and it was found before.
-    fn next_code(&mut self) -> Option<u64> {
-        let wanted = self.window();
-        if self.mmu.pending.any() || self.mmu.ram().flags().any_stale() || self.bus().attention() {
-            return None;
-        }
-        let mode = self.mode();
-        let stale = mode.0 & !Mode::USER != *self.jump_kind(mode.has(Mode::USER));
-        let st = self.st();
-        let careful = st.interrupt_shadow || st.rflags & (rflags::TF | rflags::RF) != 0 || matches!(st.cpl, 1 | 2);
-        let interrupt = wanted && st.rflags & rflags::IF != 0;
-        if careful || interrupt || stale || st.halted || !st.is_64_bit_code() {
-            return None;
-        }
-        let rip = st.rip;
-        self.mmu.published(rip, mode.has(Mode::USER))
     }
 
     /// Acts upon what the last instruction, or a device, changed under the caches.
@@ -625,30 +613,14 @@ impl Core {
         self.stats.alone += 1;
         let mut mode = self.mode();
         let (rip, gpa) = self.fetch(mode)?;
-        let bytes = self.bytes(rip, gpa)?;
-        let insn = decode(if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice }, rip, mode);
-        let narrow = mode.has(Mode::CODE_32);
-        if narrow && !insn.is_invalid() && !segmentation::holds_code(self.st(), rip as u32, insn.len()) {
-            return Err(Stop::Fault(Exception::gp(0)));
-        }
         let trap = self.st().rflags & rflags::TF != 0;
-        match classify(&insn, mode.has(Mode::FPU_OFF)) {
-            Kind::Invalid => return Err(Stop::Fault(Exception::UD)),
-            Kind::NoFpu => return Err(Stop::Fault(Exception::NM)),
-            Kind::Sys => {
+        mode.0 |= Mode::ALONE;
+        let (insn, id) = self.alone_block(Key { gpa, rip, mode })?;
+        match id {
+            None => {
                 self.execute_sys(&insn)?;
             }
-            // Where segments are not flat; blocks of many instructions have code of their own for these.
-            _ if narrow && sys::handles_near(&insn) => {
-                self.execute_sys(&insn)?;
-            }
-            _ => {
-                mode.0 |= Mode::ALONE;
-                let key = Key { gpa, rip, mode };
-                let id = match self.cache.find(key) {
-                    Some(id) if self.cache.block(id).second == bytes.second => id,
-                    _ => self.translate(key, &bytes, 1),
-                };
+            Some(id) => {
                 self.limit = self.position + 1;
                 self.fault = None;
                 self.bounce.active = false;

@@ -90,8 +90,8 @@ pub struct First {
     pub small: [*mut Entry; 2],
     /// See `small`; entries of large pages.
     pub large: [*mut Entry; 2],
-    /// The current element's jumps.
-    pub far: *mut Jump,
+    /// Jumps of the second level, by half.
+    pub far: [*mut Jump; 2],
     /// Entries filled with pages of the lower half: index, and from bit 9 on which TLB.
     pub tlb_list: [u16; TLB_FILLS],
     /// Jump cache entries filled, by half: index, and from bit 14 on which cache.

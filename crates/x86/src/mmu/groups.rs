@@ -60,6 +60,10 @@ pub const SMALL: [usize; 2] = [1024, 4096];
 pub const LARGE: [usize; 2] = [64, 256];
 /// Jumps in an element: groups of 64, one a page.
 pub const FAR_JUMPS: usize = 2048;
+/// Jumps that are shared, into the upper half; a power of two.
+pub const UPPER_JUMPS: usize = 1 << 15;
+/// What an address of the upper half is multiplied by to find its jump.
+pub const UPPER_FACTOR: u32 = 0x9e37_79b1;
 /// Elements at most.
 pub const MAX_ELEMENTS: usize = 64;
 /// What user permissions change in the index of a small page, so that both kinds of access to a page have room.
@@ -243,6 +247,12 @@ fn far_index(rip: u64) -> usize {
     ((rip >> 6) ^ (rip & 63)) as usize & (FAR_JUMPS - 1)
 }
 
+/// Where the jump to `rip` of the upper half is among those that are shared.
+#[inline]
+fn upper_index(rip: u64) -> usize {
+    ((rip as u32).wrapping_mul(UPPER_FACTOR) >> (32 - UPPER_JUMPS.trailing_zeros())) as usize
+}
+
 /// Counters for people.
 #[derive(Debug, Default, Clone, Copy)]
 #[allow(missing_docs)]
@@ -266,6 +276,8 @@ pub(super) struct Groups {
     elements: Vec<Element>,
     current: usize,
     shared: Second,
+    /// Jumps into kernel code of the upper half.
+    upper: Box<[Jump]>,
     /// Root entries (index, value) that what is shared was walked through.
     upper_roots: Vec<(usize, u64)>,
     limit: usize,
@@ -285,6 +297,7 @@ impl Groups {
             elements: vec![Element::new()],
             current: 0,
             shared: Second::new(1),
+            upper: vec![Jump::empty(0); UPPER_JUMPS].into(),
             upper_roots: Vec::new(),
             limit,
             clock: 0,
@@ -306,7 +319,7 @@ impl Groups {
         let e = &mut self.elements[self.current];
         let small = [e.second.small.as_mut_ptr(), self.shared.small.as_mut_ptr()];
         let large = [e.second.large.as_mut_ptr(), self.shared.large.as_mut_ptr()];
-        let far = e.far.as_mut_ptr();
+        let far = [e.far.as_mut_ptr(), self.upper.as_mut_ptr()];
         let first = self.first();
         (first.small, first.large, first.far) = (small, large, far);
     }
@@ -384,7 +397,7 @@ impl Groups {
         self.shared.clear();
         self.upper_roots.clear();
         self.first().clear_upper_or_lower(1);
-        self.first().wipe_jumps(1);
+        self.wipe_upper();
     }
     /// Forgets everything. The current element keeps its root.
     pub(super) fn clear(&mut self) {
@@ -397,6 +410,7 @@ impl Groups {
         }
         self.shared.clear();
         self.upper_roots.clear();
+        self.wipe_upper();
         self.first().clear();
     }
     /// Whether what is shared holds for `root` as well; if not the caller forgets it.
@@ -405,6 +419,12 @@ impl Groups {
             // SAFETY: a word of mapped RAM.
             ram.word(root + 8 * i as u64).is_some_and(|w| unsafe { w.read() } == value)
         })
+    }
+    /// Forgets jumps into the upper half.
+    fn wipe_upper(&mut self) {
+        self.first().wipe_jumps(1);
+        // Jumps to the lower half are never looked for here.
+        self.upper.fill(Jump::empty(0));
     }
     /// Something of the upper half is cached that was walked through root entry `index`.
     pub(super) fn note_upper_root(&mut self, index: usize, value: u64) {
@@ -447,7 +467,7 @@ impl Groups {
             drop_first(first);
             let published = self.shared.may_be_published(va, shift);
             if published {
-                first.wipe_jumps(1);
+                self.wipe_upper();
             }
             return published;
         }
@@ -495,6 +515,9 @@ impl Groups {
                 self.shared.note_published(va);
             }
         }
+        if !user && half(rip) == 1 {
+            self.upper[upper_index(rip)] = Jump { rip, code };
+        }
         // A block across pages would have to be found by its second page, too.
         if user && half(rip) == 0 && second_page.is_none() {
             self.elements[self.current].far[far_index(rip)] = Jump { rip, code };
@@ -506,8 +529,12 @@ impl Groups {
         if near.rip == rip {
             return Some(near.code);
         }
-        let far = self.elements[self.current].far[far_index(rip)];
-        if !user || half(rip) != 0 || far.rip != rip {
+        let far = match (user, half(rip)) {
+            (true, 0) => self.elements[self.current].far[far_index(rip)],
+            (false, 1) => self.upper[upper_index(rip)],
+            _ => return None,
+        };
+        if far.rip != rip {
             return None;
         }
         self.first().publish(rip, far.code, user);
@@ -517,6 +544,10 @@ impl Groups {
     pub(super) fn forget_jump(&mut self, rip: u64, user: bool) {
         self.first().forget_jump(rip, user);
         if !user {
+            let i = upper_index(rip);
+            if self.upper[i].rip == rip {
+                self.upper[i] = Jump::empty(0);
+            }
             return;
         }
         let k = far_index(rip);
@@ -529,7 +560,7 @@ impl Groups {
     /// All blocks are gone.
     pub(super) fn forget_jumps(&mut self) {
         self.first().wipe_jumps(0);
-        self.first().wipe_jumps(1);
+        self.wipe_upper();
         for e in &mut self.elements {
             e.clear_jumps();
         }

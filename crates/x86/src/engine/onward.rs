@@ -1,0 +1,74 @@
+//! Going on in translated code after something out of the ordinary, without a round through the main loop.
+//!
+//! **In:** a helper that has made the state exact. **Out:** host code to go on at, if the loop would do nothing but enter it.
+//! Invariant: this is the loop's own order of things ([`Core::run_loop`]), for the cases in which none of its exits is due.
+use super::{Core, Stop};
+use crate::state::rflags;
+use crate::translate::Mode;
+
+/// How to go on.
+pub(super) enum Onward {
+    /// At this host code.
+    Code(u64),
+    /// In the loop.
+    Leave,
+    /// In the loop, which runs the instruction at RIP alone once more and finds out what is wrong with it.
+    Again,
+}
+
+impl Core {
+    /// The code at RIP, if nothing waits for the loop. `split_flags` is the caller's.
+    fn next_code(&mut self) -> Option<u64> {
+        self.settle();
+        let wanted = self.window();
+        if self.bus().attention() {
+            return None;
+        }
+        let mode = self.mode();
+        let stale = mode.0 & !Mode::USER != *self.jump_kind(mode.has(Mode::USER));
+        let st = self.st();
+        let careful = st.interrupt_shadow || st.rflags & (rflags::TF | rflags::RF) != 0 || matches!(st.cpl, 1 | 2);
+        let interrupt = wanted && st.rflags & rflags::IF != 0;
+        if careful || interrupt || st.halted || !st.is_64_bit_code() {
+            return None;
+        }
+        let rip = st.rip;
+        if !stale && let Some(code) = self.mmu.published(rip, mode.has(Mode::USER)) {
+            return Some(code);
+        }
+        // What goes wrong here goes wrong in the loop again.
+        let id = self.find_block(false).ok()?;
+        Some(self.cache.block(id).entry as u64)
+    }
+
+    /// Runs the instruction at RIP alone, or delivers its exception, in the middle of a block that is left for good. The state is exact, the
+    /// position too; the budget is made so.
+    pub(super) fn alone_and_on(&mut self) -> Onward {
+        // What is known of the block that is left counts as long as no code is translated.
+        self.settle();
+        let limit = self.limit;
+        // SAFETY: the frame is ours; the code that called the helper is not entered again but by its `ret`.
+        let host_rsp = unsafe { (*self.frame).host_rsp };
+        let done = match self.step_alone() {
+            Ok(()) => true,
+            // If its delivery ends in a shutdown, the loop finds the same.
+            Err(Stop::Fault(e)) => self.deliver(e).is_ok(),
+            Err(_) => false,
+        };
+        self.limit = limit;
+        // SAFETY: as above.
+        unsafe {
+            (*self.frame).host_rsp = host_rsp;
+            (*self.frame).budget = limit - self.position;
+        }
+        self.onward(done)
+    }
+
+    /// How to go on after an instruction that is `done` with, its exception delivered if it had one.
+    pub(super) fn onward(&mut self, done: bool) -> Onward {
+        if !done {
+            return Onward::Again;
+        }
+        self.next_code().map_or(Onward::Leave, Onward::Code)
+    }
+}
