@@ -52,8 +52,8 @@ mod leaf1 {
     pub const COMMON: u32 = bits(&[0, 2, 3, 4, 5, 6, 8, 9, 12, 13, 15, 16, 17, 23, 24]);
     /// And SEP, CLFSH, SSE, SSE2.
     pub const EDX: u32 = COMMON | bits(&[11, 19, 25, 26]);
-    /// SSE3, SSSE3, CX16, SSE4.1, SSE4.2, x2APIC, POPCNT, TSC deadline, hypervisor.
-    pub const ECX: u32 = bits(&[0, 9, 13, 19, 20, 21, 23, 24, 31]);
+    /// SSE3, SSSE3, CX16, PCID, SSE4.1, SSE4.2, x2APIC, POPCNT, TSC deadline, hypervisor.
+    pub const ECX: u32 = bits(&[0, 9, 13, 17, 19, 20, 21, 23, 24, 31]);
     pub const XSAVE: u32 = 1 << 26;
     pub const OSXSAVE: u32 = 1 << 27;
 }
@@ -80,8 +80,8 @@ impl CpuModel {
         add(1, None, [SIGNATURE, 1 << 16 | 8 << 8, leaf1::ECX, leaf1::EDX]);
         // The APIC timer runs always (ARAT).
         add(6, None, [1 << 2, 0, 0, 0]);
-        // TSC_ADJUST; fast REP MOVSB and STOSB (they are done a page at a time here, so guests should use them).
-        add(7, Some(0), [0, bits(&[1, 9]), 0, 0]);
+        // TSC_ADJUST; INVPCID; fast REP MOVSB and STOSB (they are done a page at a time here, so guests should use them).
+        add(7, Some(0), [0, bits(&[1, 9, 10]), 0, 0]);
         // Topology: one thread a core, one core.
         add(0xb, Some(0), [0, 1, 0x100, 0]);
         add(0xb, Some(1), [0, 1, 0x201, 0]);
@@ -178,14 +178,14 @@ mod tests {
         for bit in [0, 9, 13, 19, 20, 23] {
             assert_ne!(c & 1 << bit, 0, "ECX {bit}");
         }
-        // PCLMUL, MONITOR, SMX, VMX, FMA, PCID, MOVBE, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND; VME, MCE, MCA.
-        for bit in [1, 3, 5, 6, 12, 17, 22, 25, 26, 27, 28, 29, 30] {
+        // PCLMUL, MONITOR, SMX, VMX, FMA, MOVBE, AES, XSAVE, OSXSAVE, AVX, F16C, RDRAND; VME, MCE, MCA.
+        for bit in [1, 3, 5, 6, 12, 22, 25, 26, 27, 28, 29, 30] {
             assert_eq!(c & 1 << bit, 0, "ECX {bit}");
         }
         for bit in [1, 7, 14] {
             assert_eq!(d & 1 << bit, 0, "EDX {bit}");
         }
-        assert_eq!(ask(7, 0), [0, 0x202, 0, 0]);
+        assert_eq!(ask(7, 0), [0, 0x602, 0, 0]);
         assert_eq!(ask(7, 1), [0; 4]);
         let [_, _, c, d] = ask(0x8000_0001, 0);
         assert_eq!(c, 1);

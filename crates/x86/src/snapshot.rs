@@ -256,8 +256,10 @@ fn check(st: &CpuState) -> Result<(), SnapshotError> {
         ("CR0", st.cr0 & !sys::CR0_ALLOWED == 0 && st.cr0 & cr0::ET != 0),
         ("CR0", !paging || st.cr0 & cr0::PE != 0),
         ("CR0", st.cr0 & cr0::NW == 0 || st.cr0 & cr0::CD != 0),
-        ("CR3", st.cr3 & !if lma { sys::CR3_KEPT } else { sys::CR3_KEPT_LEGACY } == 0),
+        // An identifier stays when process-context identifiers are switched off.
+        ("CR3", st.cr3 & !if lma { sys::cr3_kept(cr4::PCIDE) } else { sys::CR3_KEPT_LEGACY } == 0),
         ("CR4", st.cr4 & !sys::CR4_ALLOWED == 0),
+        ("CR4", st.cr4 & cr4::PCIDE == 0 || lma),
         ("EFER", st.efer & !sys::EFER_ALLOWED == 0 && lma == (paging && st.efer & efer::LME != 0)),
         ("EFER", !lma || st.efer & efer::LME != 0 && st.cr4 & cr4::PAE != 0),
         ("a debug register", st.dr[4] == 0 && st.dr[5] == 0),

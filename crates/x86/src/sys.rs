@@ -28,6 +28,7 @@ mod legacy;
 mod msr;
 mod near;
 mod offered;
+mod pcid;
 mod segments;
 mod stack;
 mod string;
@@ -38,11 +39,12 @@ mod hostile;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub(crate) use control::{CR0_ALLOWED, CR3_KEPT, CR3_KEPT_LEGACY, CR4_ALLOWED, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_WRITABLE};
+pub(crate) use control::{CR0_ALLOWED, CR3_KEPT_LEGACY, CR4_ALLOWED, DR6_FIXED, DR6_WRITABLE, DR7_FIXED, DR7_WRITABLE};
 pub use delivery::{Delivery, deliver_exception, deliver_interrupt};
 pub(crate) use fpu::{MXCSR_MASK, settle as settle_fx};
 pub(crate) use msr::{EFER_ALLOWED, MISC_ENABLE_ALLOWED, mtrr_def_type_ok, mtrr_fixed_ok, mtrr_var_ok, pat_ok};
 pub use near::handles as handles_near;
+pub(crate) use pcid::cr3_kept;
 
 /// What an instruction or a delivery works on.
 pub struct Cx<'a> {
@@ -114,7 +116,7 @@ fn kind(insn: &Instruction) -> Option<Kind> {
         M::Int | M::Int1 | M::Int3 | M::Into | M::Iret | M::Iretd | M::Iretq | M::Retf => Kind::Transfer,
         M::Syscall | M::Sysret | M::Sysretq | M::Sysenter | M::Sysexit | M::Sysexitq => Kind::Transfer,
         M::Smsw | M::Lmsw | M::Clts | M::Invlpg | M::Invd | M::Wbinvd | M::Wbnoinvd | M::Hlt => Kind::Control,
-        M::Cli | M::Sti | M::Rdmsr | M::Wrmsr | M::Cpuid | M::Rdtsc | M::Rdtscp => Kind::Control,
+        M::Invpcid | M::Cli | M::Sti | M::Rdmsr | M::Wrmsr | M::Cpuid | M::Rdtsc | M::Rdtscp => Kind::Control,
         M::Rdsspd | M::Rdsspq => Kind::Control,
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Fnstenv | M::Fnsave | M::Fstenv | M::Fsave => Kind::Fpu,
         M::Fldenv | M::Frstor | M::Ldmxcsr | M::Maskmovq | M::Maskmovdqu => Kind::Fpu,

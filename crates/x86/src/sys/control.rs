@@ -7,7 +7,7 @@
 //! are registers: they are loaded here and nowhere else (SDM vol. 3 section 4.4.1).
 //!
 //! References: APM vol. 2 sections 3.1 (CR0, CR3, CR4), 13.1.1 (debug registers), 14.4 to 14.6 (entering long mode).
-use super::{Cx, Flow, msr};
+use super::{Cx, Flow, msr, pcid};
 use crate::Exception;
 use crate::exception::Vector;
 use crate::mmu::PHYSICAL_BITS;
@@ -20,15 +20,13 @@ pub(crate) const CR0_ALLOWED: u64 =
 
 /// CR4 bits that can be set; those of features the models lack are reserved. MCE and PCE are stored without effect.
 pub(crate) const CR4_ALLOWED: u64 =
-    cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+    cr4::PCIDE | cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
 
 /// CR4 bits that translations depend on.
 /// (What is cached depends on the tables alone, so global pages and process-context identifiers have no part in it.)
 const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::SMEP | cr4::SMAP;
 /// CR0 bits that translations depend on.
 const CR0_PAGING: u64 = cr0::PG | cr0::WP | cr0::PE;
-/// CR3 bits that are kept: the root's address, PCD, PWT.
-pub(crate) const CR3_KEPT: u64 = ((1 << PHYSICAL_BITS) - 1) & !0xfff | 0x18;
 /// CR3 bits that are kept outside long mode: PAE's table of page-directory pointers has 32 bytes and lies anywhere.
 pub(crate) const CR3_KEPT_LEGACY: u64 = 0xffff_fff8;
 
@@ -80,6 +78,7 @@ pub(super) fn execute(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception
             cx.mmu.flush_page(va);
             Ok(Flow::Sync)
         }
+        M::Invpcid => pcid::invalidate(cx, insn),
         // Memory is coherent here: nothing to write back or to drop.
         M::Invd | M::Wbinvd | M::Wbnoinvd => {
             cx.require_cpl0()?;
@@ -192,11 +191,8 @@ fn write_cr(cx: &mut Cx, n: usize, value: u64) -> Result<Flow, Exception> {
         0 => return set_cr0(cx, value),
         2 => cx.st.cr2 = value,
         3 => {
-            if value >> PHYSICAL_BITS != 0 {
-                return Err(Exception::gp(0));
-            }
             let legacy = !cx.long_mode();
-            let value = value & if legacy { CR3_KEPT_LEGACY } else { CR3_KEPT };
+            let value = if legacy { value & CR3_KEPT_LEGACY } else { pcid::new_cr3(cx.st, value)? };
             if legacy && cx.st.cr0 & cr0::PG != 0 && cx.st.cr4 & cr4::PAE != 0 {
                 cx.st.pdpte = directory_pointers(cx, value)?;
             }
@@ -209,7 +205,7 @@ fn write_cr(cx: &mut Cx, n: usize, value: u64) -> Result<Flow, Exception> {
         }
         4 => {
             let leaves_pae = value & cr4::PAE == 0 && cx.st.efer & efer::LMA != 0;
-            if value & !CR4_ALLOWED != 0 || leaves_pae {
+            if value & !CR4_ALLOWED != 0 || leaves_pae || !pcid::allows_cr4(cx.st, value, cx.long_mode()) {
                 return Err(Exception::gp(0));
             }
             let changed = cx.st.cr4 ^ value;
@@ -248,8 +244,8 @@ fn set_cr0(cx: &mut Cx, value: u64) -> Result<Flow, Exception> {
         }
         new_efer |= efer::LMA;
     } else if !bit(cr0::PG) && was_paging && cx.long_mode() {
-        // Out of it: from compatibility mode only.
-        if long_code {
+        // Out of it: from compatibility mode only, without process-context identifiers.
+        if long_code || cx.st.cr4 & cr4::PCIDE != 0 {
             return Err(Exception::gp(0));
         }
         new_efer &= !efer::LMA;
@@ -260,8 +256,8 @@ fn set_cr0(cx: &mut Cx, value: u64) -> Result<Flow, Exception> {
     if reloads && new_efer & efer::LMA == 0 {
         cx.st.pdpte = directory_pointers(cx, cx.st.cr3)?;
     }
-    if new_efer & efer::LMA != 0 {
-        cx.st.cr3 &= CR3_KEPT;
+    if new_efer & efer::LMA != 0 && !was_paging {
+        cx.st.cr3 &= pcid::cr3_kept(cx.st.cr4);
     }
     cx.st.cr0 = new;
     cx.st.efer = new_efer;
@@ -340,7 +336,7 @@ mod tests {
         assert_eq!(w.exec(&[0x0f, 0x06]), Ok(Flow::Sync));
         assert_eq!(w.st.cr0, cr0);
         assert_eq!(write(&mut w, 4, cr4 & !cr4::PAE), gp);
-        for bit in [cr4::SMEP, cr4::SMAP, cr4::OSXSAVE, cr4::PCIDE, cr4::FSGSBASE, cr4::UMIP, cr4::VME, 1 << 12, 1 << 40] {
+        for bit in [cr4::SMEP, cr4::SMAP, cr4::OSXSAVE, cr4::FSGSBASE, cr4::UMIP, cr4::VME, 1 << 12, 1 << 40] {
             assert_eq!(write(&mut w, 4, cr4 | bit), gp);
         }
         assert_eq!(write(&mut w, 4, cr4 | cr4::TSD), Ok(Flow::Sync));

@@ -38,6 +38,7 @@ pub(super) fn exists(insn: &Instruction) -> bool {
                 | F::CMPXCHG16B
                 | F::CLFSH
                 | F::FXSR
+                | F::INVPCID
                 | F::MMX
                 | F::SSE
                 | F::SSE2
