@@ -406,6 +406,11 @@ impl Machine {
         self.cpu.0.harvest_dirty(&mut |page| dirty.mark(page));
     }
 
+    /// Drops everything the processor has cached. Invisible to the guest; for tests that prove just that.
+    pub fn drop_caches(&mut self) {
+        self.cpu.0.drop_caches();
+    }
+
     /// The digest of the whole state but the disks. Costs time in proportion to the pages changed since the last one.
     pub fn digest(&mut self) -> Digest {
         for page in self.take_dirty(self.digest_pages) {

@@ -68,6 +68,16 @@ fn every_way_to_replay_gives_the_same_digest() {
     assert_eq!((position(&first), first["end"].as_str()), (middle.parse().unwrap(), Some("stopped where asked")));
     let from_the_middle = replay(&recording, &["--from", &snapshot]);
     let one_by_one = replay(&recording, &["--from", &snapshot, "--block", "1"]);
+    for (how, arguments) in [
+        ("without cache groups", &["--cache-groups", "0"][..]),
+        ("with one element", &["--cache-groups", "1"]),
+        ("with two elements", &["--cache-groups", "2"]),
+        ("with caches cleared now and then", &["--forget", "1"]),
+        ("with one element, cleared now and then", &["--cache-groups", "1", "--forget", "2"]),
+    ] {
+        let report = replay(&recording, arguments);
+        assert_eq!((report["digest"].clone(), position(&report)), (plain["digest"].clone(), position(&plain)), "{how}");
+    }
     for (report, how) in [(&from_the_middle, "from a snapshot"), (&one_by_one, "from a snapshot, instruction by instruction")] {
         assert_eq!((report["digest"].clone(), position(report)), (plain["digest"].clone(), position(&plain)), "{how}");
         assert_eq!(report["start"].as_u64(), Some(middle.parse().unwrap()), "{how}");

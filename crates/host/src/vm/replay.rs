@@ -22,6 +22,61 @@ use crate::identity;
 /// A machine as a replay sees it.
 pub struct Vm(pub Machine);
 
+/// A machine that forgets all it has cached at positions drawn from a seed. That must make no difference.
+struct Forgetful {
+    vm: Vm,
+    /// The state of the sequence; `None`: never.
+    random: Option<u64>,
+    next: u64,
+}
+
+/// Positions between two times at most.
+const FORGET_WITHIN: u64 = 1 << 24;
+
+impl Forgetful {
+    fn new(machine: Machine, seed: Option<u64>) -> Self {
+        let next = machine.position();
+        // An odd number gives a sequence that is never zero.
+        Self { vm: Vm(machine), random: seed.map(|s| s.wrapping_mul(2) | 1), next }
+    }
+}
+
+impl Replayable for Forgetful {
+    fn position(&self) -> u64 {
+        self.vm.position()
+    }
+    fn run_to(&mut self, position: u64) -> RunOutcome {
+        while let Some(random) = &mut self.random
+            && self.next < position
+        {
+            if self.next > self.vm.position()
+                && let stopped @ (RunOutcome::Waiting | RunOutcome::Stopped(_)) = self.vm.run_to(self.next)
+            {
+                return stopped;
+            }
+            self.vm.0.drop_caches();
+            // xorshift64
+            for (left, by) in [(true, 13), (false, 7), (true, 17)] {
+                *random ^= if left { *random << by } else { *random >> by };
+            }
+            self.next += 1 + *random % FORGET_WITHIN;
+        }
+        self.vm.run_to(position)
+    }
+    fn input(&mut self, input: Input) -> std::result::Result<(), String> {
+        self.vm.input(input)
+    }
+    fn take_outputs(&mut self) -> Vec<(u64, Output)> {
+        self.vm.take_outputs()
+    }
+    fn digest(&mut self) -> Vec<u8> {
+        self.vm.digest()
+    }
+    fn explain(&self, ours: &[u8], recorded: &[u8]) -> String {
+        self.vm.explain(ours, recorded)
+    }
+}
+
 impl Replayable for Vm {
     fn position(&self) -> u64 {
         self.0.position()
@@ -179,6 +234,10 @@ pub struct Options {
     pub from: Option<PathBuf>,
     /// Instructions a block at most (1: every instruction alone in its block).
     pub block: Option<u32>,
+    /// Address spaces whose caches are kept.
+    pub cache_groups: Option<usize>,
+    /// Forget all that is cached at positions drawn from this seed.
+    pub forget: Option<u64>,
 }
 
 /// What a replay came to.
@@ -210,6 +269,9 @@ pub fn replay(
     let tune = |config: &mut Config| {
         if let Some(block) = options.block {
             config.max_block_instructions = block;
+        }
+        if let Some(groups) = options.cache_groups {
+            config.cache_groups = groups;
         }
     };
     let (machine, extra) = match &options.from {
@@ -246,11 +308,11 @@ pub fn replay(
             .next("use a snapshot that a replay of this very recording saved"));
         }
     }
-    let mut vm = Vm(machine);
+    let mut forgetful = Forgetful::new(machine, options.forget);
     let mut replayer = Replayer::new(start, ReplayOptions::default());
     let report = replayer
         .run(
-            &mut vm,
+            &mut forgetful,
             options.until,
             || {
                 let entry = match ahead.take() {
@@ -268,6 +330,7 @@ pub fn replay(
             |_, output| outputs(output),
         )
         .what(format!("replaying {}", path.display()))?;
+    let mut vm = forgetful.vm;
     if let Some(save) = &options.save {
         let disk_bytes: Vec<u64> = extra.disks.iter().map(|d| d.bytes).collect();
         save_snapshot(&vm.0, &disk_bytes, extra.last_output + report.outputs_checked, log_digest.hash.digest(), save)?;

@@ -29,6 +29,9 @@ pub struct VmSpec {
     /// A debug-exit port.
     #[serde(default)]
     pub debug_exit: bool,
+    /// Address spaces whose caches are kept. The guest cannot see it.
+    #[serde(rename = "cache-groups")]
+    pub cache_groups: Option<usize>,
     /// Disks, in order.
     #[serde(default)]
     pub disk: Vec<DiskSpec>,
@@ -204,6 +207,7 @@ impl VmSpec {
             mem: flags.mem.or(self.mem),
             cpu: flags.cpu.or(self.cpu),
             debug_exit: flags.debug_exit || self.debug_exit,
+            cache_groups: flags.cache_groups.or(self.cache_groups),
             disk: if flags.disk.is_empty() { self.disk } else { flags.disk },
             net: if flags.net.is_empty() { self.net } else { flags.net },
         }
@@ -216,6 +220,9 @@ impl VmSpec {
         }
         if let Some(cpu) = &self.cpu {
             config.cpu_model = cpu.clone();
+        }
+        if let Some(groups) = self.cache_groups {
+            config.cache_groups = groups;
         }
         config.nics = self.net.iter().enumerate().map(|(i, net)| net.mac.unwrap_or(default_mac(i))).collect();
         config.disks = self.disk.iter().map(|d| DiskConfig { read_only: d.read_only, serial: d.serial.clone() }).collect();

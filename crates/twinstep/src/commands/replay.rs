@@ -28,6 +28,12 @@ pub struct Arguments {
     /// Instructions in a translated block at most (1: each alone); must make no difference
     #[arg(long, value_name = "N")]
     block: Option<u32>,
+    /// Address spaces whose translations are kept while another one runs (0: none); must make no difference
+    #[arg(long, value_name = "N")]
+    cache_groups: Option<usize>,
+    /// Forget all translations at positions drawn from this seed; must make no difference
+    #[arg(long, value_name = "SEED")]
+    forget: Option<u64>,
     /// A copy of each disk as it was when the recording began
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskSpec>,
@@ -40,7 +46,14 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let options = Options { until: arguments.until, save: arguments.save, from: arguments.from, block: arguments.block };
+    let options = Options {
+        until: arguments.until,
+        save: arguments.save,
+        from: arguments.from,
+        block: arguments.block,
+        cache_groups: arguments.cache_groups,
+        forget: arguments.forget,
+    };
     let started = Instant::now();
     let mut last = Instant::now();
     let show = !arguments.json && std::io::stderr().is_terminal();

@@ -30,6 +30,9 @@ pub struct MachineArguments {
     /// A debug-exit port at 0xf4, as QEMU's isa-debug-exit: a guest that writes N there ends the run with status 2N+1
     #[arg(long)]
     debug_exit: bool,
+    /// Address spaces whose translations are kept while another one runs (0: none) [default: 16]; the guest cannot see it
+    #[arg(long, value_name = "N")]
+    cache_groups: Option<usize>,
     /// A disk: PATH[,ro][,serial=TEXT] (raw image; can be given several times)
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskSpec>,
@@ -48,6 +51,7 @@ impl MachineArguments {
             mem: self.mem,
             cpu: self.cpu,
             debug_exit: self.debug_exit,
+            cache_groups: self.cache_groups,
             disk: self.disk,
             net: self.net,
         };
