@@ -1,12 +1,13 @@
 //! What a machine is built from.
 use crate::disk::Disk;
+use twinstep_x86::CpuModel;
 
 /// A machine's configuration. Two machines that shall replay alike need the same one (but for what is said to be invisible to the guest).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// RAM in MiB, [`Config::MIN_RAM_MIB`]..=[`Config::MAX_RAM_MIB`].
     pub ram_mib: u32,
-    /// Name of the CPU model the guest sees.
+    /// Name of the CPU model the guest sees. A machine's own configuration has the full name: not `host-common`, but what that is here.
     pub cpu_model: String,
     /// Hardware address of each network card; at most [`Config::MAX_NICS`].
     pub nics: Vec<[u8; 6]>,
@@ -56,6 +57,14 @@ pub enum ConfigError {
     /// No such CPU model.
     #[error("there is no CPU model '{0}'")]
     CpuModel(String),
+    /// This host's processor cannot execute what the CPU model has.
+    #[error("this host's processor lacks {missing}, which the CPU model '{model}' has")]
+    HostLacks {
+        /// The model.
+        model: String,
+        /// The features, by name.
+        missing: String,
+    },
     /// RAM could not be had.
     #[error("mapping the machine's RAM failed: {0}")]
     Map(String),
@@ -70,6 +79,17 @@ impl Config {
     pub const MAX_NICS: usize = 8;
     /// Most disks.
     pub const MAX_DISKS: usize = 16;
+
+    /// The CPU model that [`Config::cpu_model`] names, if this host can run it.
+    pub fn cpu(&self) -> Result<CpuModel, ConfigError> {
+        let model = CpuModel::by_name(&self.cpu_model).ok_or_else(|| ConfigError::CpuModel(self.cpu_model.clone()))?;
+        let missing = model.missing();
+        if missing.is_empty() {
+            Ok(model)
+        } else {
+            Err(ConfigError::HostLacks { model: model.name, missing: missing.to_string() })
+        }
+    }
 
     pub(crate) fn check(&self, disks: &[Box<dyn Disk>]) -> Result<(), ConfigError> {
         if !(Self::MIN_RAM_MIB..=Self::MAX_RAM_MIB).contains(&self.ram_mib) {

@@ -145,6 +145,8 @@ fn cpu_parts(state: &CpuState) -> Vec<Part> {
         interrupt_shadow,
         pdpte,
         fx,
+        ymm_high,
+        xcr0,
     } = state;
     let mut parts = Vec::with_capacity(64);
     let mut add = |name: &str, words: &[u64]| {
@@ -196,6 +198,13 @@ fn cpu_parts(state: &CpuState) -> Vec<Part> {
     // Older recordings know of none; only PAE paging outside long mode has any.
     if *pdpte != [0; 4] {
         add("pdpte", pdpte);
+    }
+    // Told only where they are not as after reset: recordings made before there was AVX do not have them.
+    if *xcr0 != 1 {
+        add("xcr0", &[*xcr0]);
+    }
+    if ymm_high.as_flattened().iter().any(|&word| word != 0) {
+        add("ymm_high", ymm_high.as_flattened());
     }
     parts.push(Part { name: "cpu.fx".into(), hash: xxh3_128(&fx.0).into() });
     parts

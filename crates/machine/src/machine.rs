@@ -100,6 +100,7 @@ struct Slots {
 pub struct Machine {
     // First, so that it is dropped before the RAM it points to, which the board owns.
     cpu: CpuBox,
+    model: CpuModel,
     board: Board,
     config: Config,
     slots: Slots,
@@ -122,13 +123,14 @@ const HEAD_VERSION: u16 = 1;
 
 impl Machine {
     /// A machine at power-on, with `disks` in the order of `config.disks`.
-    pub fn new(config: Config, disks: Vec<Box<dyn Disk>>) -> Result<Self, ConfigError> {
+    pub fn new(mut config: Config, disks: Vec<Box<dyn Disk>>) -> Result<Self, ConfigError> {
         config.check(&disks)?;
-        let model = CpuModel::by_name(&config.cpu_model).ok_or_else(|| ConfigError::CpuModel(config.cpu_model.clone()))?;
+        let model = config.cpu()?;
+        config.cpu_model = model.name.clone();
         let (ram, phys) = memory::map(config.ram_mib).map_err(ConfigError::Map)?;
         let pages = phys.flags().pages();
         let cpu_config = CpuConfig {
-            model,
+            model: model.clone(),
             code_cache_bytes: config.code_cache_bytes,
             max_block_instructions: config.max_block_instructions,
             cache_groups: config.cache_groups,
@@ -142,6 +144,7 @@ impl Machine {
         let digest_pages = dirty.register("digest", Start::Nothing);
         Ok(Self {
             cpu: CpuBox(cpu),
+            model,
             board: Board::new(ram, PciHost::new(functions)),
             config,
             slots,
@@ -349,6 +352,9 @@ impl Machine {
             );
         }
         let state = crate::cpu_payload::restore(&mut payloads)?;
+        if !self.model.allows(&state) {
+            return Err(payload.invalid(format!("its processor is in a state that a '{}' cannot be in", self.model.name)));
+        }
         let b = &mut self.board;
         b.clock.restore(&mut payloads, head.position)?;
         b.lapic.restore(&mut payloads)?;

@@ -6,6 +6,7 @@
 //! (scratch: addend and address) and r15 (budget), whose guest values live in the frame. RSP is the guest's: code here never uses
 //! the host stack, and `call` does not exist.
 mod access;
+mod fpu;
 mod second;
 mod system;
 
@@ -73,6 +74,7 @@ pub struct Emit {
     base: usize,
     user: bool,
     shared: Shared,
+    avx: bool,
 }
 
 fn is_imm32(v: u64) -> bool {
@@ -82,7 +84,7 @@ fn is_imm32(v: u64) -> bool {
 impl Emit {
     /// Starts a piece of code at host address `base`.
     pub fn new(base: usize, at: FrameAt, user: bool, shared: Shared) -> Self {
-        Self { ops: VecAssembler::new(base), encoder: Encoder::new(64), at, base, user, shared }
+        Self { ops: VecAssembler::new(base), encoder: Encoder::new(64), at, base, user, shared, avx: false }
     }
     /// Bytes so far.
     pub fn offset(&self) -> usize {
@@ -480,21 +482,11 @@ impl Emit {
             self.store_word(at.gpr(r as usize), r);
         }
         self.store_word(at.budget(), 15);
-        let (fx, host) = (at.fx(), at.host_mxcsr());
-        for x in 0..16u8 {
-            let slot = fx + 160 + 16 * x as i32;
-            dynasm!(self.ops ; .arch x64 ; movaps [slot], Rx(x));
-        }
-        dynasm!(self.ops ; .arch x64 ; stmxcsr [fx + 24] ; ldmxcsr [host]);
+        self.save_vectors();
     }
     fn restore_all(&mut self) {
         let at = self.at;
-        let fx = at.fx();
-        dynasm!(self.ops ; .arch x64 ; ldmxcsr [fx + 24]);
-        for x in 0..16u8 {
-            let slot = fx + 160 + 16 * x as i32;
-            dynasm!(self.ops ; .arch x64 ; movaps Rx(x), [slot]);
-        }
+        self.restore_vectors();
         self.load_word(15, at.budget());
         for r in IDENTITY.into_iter().chain([4]) {
             self.load_word(r, at.gpr(r as usize));
@@ -507,8 +499,9 @@ impl Emit {
             ; add rsp, 8 ; pop r15 ; pop r14 ; pop r13 ; pop r12 ; pop rbp ; pop rbx ; ret);
     }
 
-    /// Emits the shared routines. `self` must have been made at the start of the code cache.
-    pub fn shared(mut self, frame: i32, helpers: Helpers) -> (Vec<u8>, Shared) {
+    /// Emits the shared routines, for a CPU model with or without AVX. `self` must have been made at the start of the code cache.
+    pub fn shared(mut self, frame: i32, helpers: Helpers, avx: bool) -> (Vec<u8>, Shared) {
+        self.avx = avx;
         let at = self.at;
         let mut shared = Shared { enter: self.here() as i32, ..Shared::default() };
         let (host_sp, mxcsr, tmp) = (at.host_rsp(), at.host_mxcsr(), at.tmp(0));

@@ -12,11 +12,19 @@ use std::mem::offset_of;
 #[repr(C, align(64))]
 pub struct Bounce(pub [u8; 768]);
 
+/// Whole YMM registers, aligned for translated code.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Vectors(pub [[u8; 32]; 16]);
+
 /// What translated code shares with Rust.
 #[repr(C, align(64))]
 pub struct Frame {
     /// Architectural state; `rflags` holds all but the six status flags while code runs, those are in `flags`.
     pub st: CpuState,
+    /// The YMM registers while the engine runs a CPU model with AVX. `st.fx` and `st.ymm_high` get them when somebody looks
+    /// (`engine::vectors`).
+    pub vectors: Vectors,
     /// Status flags as LAHF and SETO AL leave them in AX.
     pub flags: u64,
     /// Instructions left until the stop; in r15 while code runs.
@@ -62,7 +70,7 @@ pub struct Frame {
     /// An interrupt waits for a place where it can be taken (0 or 1).
     pub window: u64,
     /// The mode, but for USER, of the blocks that each of the jump caches is for: kernel, user.
-    pub jump_kinds: [u8; 8],
+    pub jump_kinds: [u16; 4],
     /// Scratch of the shared routines.
     pub spill: [u64; 4],
 }
@@ -113,6 +121,9 @@ impl FrameAt {
     }
     pub fn fx(self) -> i32 {
         field!(self.0, st.fx)
+    }
+    pub fn vectors(self) -> i32 {
+        field!(self.0, vectors)
     }
     pub fn flags(self) -> i32 {
         field!(self.0, flags)
@@ -172,7 +183,7 @@ impl FrameAt {
         field!(self.0, st)
     }
     pub fn jump_kind(self, user: bool) -> i32 {
-        field!(self.0, jump_kinds) + user as i32
+        field!(self.0, jump_kinds) + 2 * user as i32
     }
     pub fn window(self) -> i32 {
         field!(self.0, window)

@@ -1,13 +1,23 @@
 //! CPU models: what CPUID tells the guest, by name. A model is fixed for ever: two hosts that offer it replay alike.
 //!
-//! **In:** a leaf and a subleaf. **Out:** four registers, the same on every host.
+//! **In:** a name; then a leaf and a subleaf. **Out:** a model; four registers, the same on every host.
 //!
-//! **Invariant:** a feature bit is set only if the engine executes what it promises (see also `sys::offered`).
+//! | name | what it has |
+//! | --- | --- |
+//! | `x86-64-v2` | SSE4.2, POPCNT, CX16 |
+//! | `x86-64-v3` | and [`Features::V3`] |
+//! | `host-common` | and what this host has of [`Features::OPTIONAL`]: stands for the next |
+//! | `host-common+aes+...` | v3 and exactly the features named |
 //!
-//! References: APM vol. 3 appendix E (CPUID), Linux Documentation/virt/kvm/x86/cpuid.rst (leaves 4000_0000 and up).
-use crate::CpuState;
+//! **Invariant:** a model's name says all of it: models of the same name are the same on every host. So `host-common` is no model's name;
+//! [`CpuModel::by_name`] makes the full one of it, which snapshots, recordings and pairs carry. A feature bit is set only if the
+//! engine executes what it promises (see also `sys::offered`).
+//!
+//! References: APM vol. 3 appendix E (CPUID), SDM vol. 1 section 13.2 (leaf D), Linux Documentation/virt/kvm/x86/cpuid.rst (leaves
+//! 4000_0000 and up).
 use crate::mmu::PHYSICAL_BITS;
-use crate::state::cr4;
+use crate::state::{cr4, xcr0};
+use crate::{CpuState, Features};
 
 /// One answer of CPUID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +34,9 @@ pub struct CpuidLeaf {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuModel {
     /// Its name, as people and recordings write it.
-    pub name: &'static str,
+    pub name: String,
+    /// What it has beyond x86-64-v2.
+    pub features: Features,
     /// What CPUID answers.
     pub leaves: Vec<CpuidLeaf>,
 }
@@ -58,33 +70,95 @@ mod leaf1 {
     pub const OSXSAVE: u32 = 1 << 27;
 }
 
+/// Stands for v3 and what this host has of the optional features.
+const HOST_COMMON: &str = "host-common";
+
+/// Bytes of the legacy region and the header of an XSAVE area; and with AVX.
+const XSAVE_LEGACY_BYTES: u32 = 576;
+const XSAVE_BYTES: u32 = XSAVE_LEGACY_BYTES + 256;
+
 impl CpuModel {
-    /// The model called `name`, if there is one.
+    /// The model called `name`, if there is one. `host-common` becomes the full name of what this host has.
     pub fn by_name(name: &str) -> Option<Self> {
-        Self::all().into_iter().find(|m| m.name == name)
+        match name {
+            "x86-64-v2" => return Some(Self::x86_64_v2()),
+            "x86-64-v3" => return Some(Self::x86_64_v3()),
+            HOST_COMMON => return Some(Self::host_common(Features::of_host())),
+            _ => {}
+        }
+        let mut set = Features::NONE;
+        for feature in name.strip_prefix(HOST_COMMON)?.strip_prefix('+')?.split('+') {
+            set = set.with(Features::by_name(feature).filter(|&f| Features::OPTIONAL.has(f))?);
+        }
+        Some(Self::host_common(set))
     }
 
-    /// Every model there is.
-    pub fn all() -> Vec<Self> {
-        vec![Self::x86_64_v2()]
+    /// The names people can choose from.
+    pub const NAMES: [&str; 3] = ["x86-64-v2", "x86-64-v3", HOST_COMMON];
+
+    /// What this host lacks to run it; empty if it can.
+    pub fn missing(&self) -> Features {
+        self.features.without(Features::of_host())
+    }
+
+    /// Whether `st` is a state a processor of this model can be in, as far as the model matters.
+    pub fn allows(&self, st: &CpuState) -> bool {
+        let xsave = self.features.has(Features::XSAVE) || st.cr4 & cr4::OSXSAVE == 0;
+        xsave && st.xcr0 & !self.xcr0_bits() == 0 && (self.features.has(Features::AVX) || st.ymm_high == [[0; 2]; 16])
+    }
+
+    /// XCR0 bits that can be set.
+    pub(crate) fn xcr0_bits(&self) -> u64 {
+        match (self.features.has(Features::XSAVE), self.features.has(Features::AVX)) {
+            (false, _) => xcr0::X87,
+            (true, false) => xcr0::X87 | xcr0::SSE,
+            (true, true) => xcr0::X87 | xcr0::SSE | xcr0::AVX,
+        }
     }
 
     /// The baseline called x86-64-v2 (SSE4.2, POPCNT, CX16), as a processor of AMD's: those need no page-table
     /// isolation. One core, one thread.
     pub fn x86_64_v2() -> Self {
+        Self::with("x86-64-v2", "x86-64-v2".into(), Features::NONE)
+    }
+
+    /// The baseline called x86-64-v3 (AVX2, BMI2, FMA, MOVBE).
+    pub fn x86_64_v3() -> Self {
+        Self::with("x86-64-v3", "x86-64-v3".into(), Features::V3)
+    }
+
+    /// v3 and what `set` has of the optional features.
+    pub fn host_common(set: Features) -> Self {
+        let optional = set.common(Features::OPTIONAL);
+        let name = std::iter::once(HOST_COMMON).chain(optional.names()).collect::<Vec<_>>().join("+");
+        // With none of them it is v3, under that name: `host-common` alone says nothing.
+        if optional.is_empty() { Self::x86_64_v3() } else { Self::with(HOST_COMMON, name, Features::V3.with(optional)) }
+    }
+
+    /// A model of a family (for the brand string), its full name, and what it has beyond v2.
+    fn with(family: &str, name: String, features: Features) -> Self {
+        let [leaf1_ecx, leaf7_ebx, leaf7_ecx, extended_ecx] = features.cpuid();
         let mut leaves = Vec::new();
         let mut add = |leaf, subleaf, regs| leaves.push(CpuidLeaf { leaf, subleaf, regs });
         let [b, d, c] = text("AuthenticAMD");
         add(0, None, [0xd, b, c, d]);
         // CLFLUSH line of 8 quadwords, one logical processor.
-        add(1, None, [SIGNATURE, 1 << 16 | 8 << 8, leaf1::ECX, leaf1::EDX]);
+        add(1, None, [SIGNATURE, 1 << 16 | 8 << 8, leaf1::ECX | leaf1_ecx, leaf1::EDX]);
         // The APIC timer runs always (ARAT).
         add(6, None, [1 << 2, 0, 0, 0]);
         // TSC_ADJUST; INVPCID; fast REP MOVSB and STOSB (they are done a page at a time here, so guests should use them).
-        add(7, Some(0), [0, bits(&[1, 9, 10]), 0, 0]);
+        add(7, Some(0), [0, bits(&[1, 9, 10]) | leaf7_ebx, leaf7_ecx, 0]);
         // Topology: one thread a core, one core.
         add(0xb, Some(0), [0, 1, 0x100, 0]);
         add(0xb, Some(1), [0, 1, 0x201, 0]);
+        if features.has(Features::XSAVE) {
+            // EBX (bytes an area takes with what is enabled now) depends on the state: see `cpuid`.
+            add(0xd, Some(0), [xcr0::ALL as u32, 0, XSAVE_BYTES, 0]);
+            // XSAVEOPT, XSAVEC, XGETBV of what is in use.
+            add(0xd, Some(1), [bits(&[0, 1, 2]), 0, 0, 0]);
+            // AVX: 256 bytes behind legacy region and header.
+            add(0xd, Some(2), [256, XSAVE_LEGACY_BYTES, 0, 0]);
+        }
 
         let [b, c, d] = text("KVMKVMKVM\0\0\0");
         add(0x4000_0000, None, [0x4000_0010, b, c, d]);
@@ -98,8 +172,8 @@ impl CpuModel {
         // LAHF_LM; what leaf 1 has in common, SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
         let common = leaf1::EDX & 0x0183_f3ff & !(1 << 11);
         let extended = common | 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29;
-        add(0x8000_0001, None, [SIGNATURE, 0, 1, extended]);
-        let brand = text::<12>("Twinstep x86-64-v2\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        add(0x8000_0001, None, [SIGNATURE, 0, 1 | extended_ecx, extended]);
+        let brand = text::<12>(&format!("Twinstep {family}"));
         for (i, part) in brand.chunks_exact(4).enumerate() {
             add(0x8000_0002 + i as u32, None, [part[0], part[1], part[2], part[3]]);
         }
@@ -114,7 +188,7 @@ impl CpuModel {
         // LFENCE serialises (2), null selectors clear the base (6), automatic IBRS (8), not affected by speculative return
         // stack overflow (29); ECX: not affected by transient scheduler attacks (1, 2).
         add(0x8000_0021, None, [bits(&[2, 6, 8, 29]), 0, bits(&[1, 2]), 0]);
-        Self { name: "x86-64-v2", leaves }
+        Self { name, features, leaves }
     }
 
     /// What CPUID answers in state `st`. Leaves that do not exist read as zero, as AMD's do.
@@ -127,6 +201,10 @@ impl CpuModel {
                 if regs[2] & leaf1::XSAVE != 0 && st.cr4 & cr4::OSXSAVE != 0 {
                     regs[2] |= leaf1::OSXSAVE;
                 }
+            }
+            0xd if subleaf < 2 && found.is_some() => {
+                let avx = st.xcr0 & xcr0::AVX != 0;
+                regs[1] = if avx { XSAVE_BYTES } else { XSAVE_LEGACY_BYTES };
             }
             // Levels that do not exist still say which was asked for.
             0xb if found.is_none() => regs[2] = subleaf & 0xff,
@@ -193,6 +271,60 @@ mod tests {
             assert_ne!(d & 1 << bit, 0, "extended EDX {bit}");
         }
         assert_eq!(ask(0x8000_0008, 0)[0], 0x3028);
+    }
+
+    #[test]
+    fn v3_and_what_is_chosen_beyond() {
+        let st = CpuState::reset();
+        let v3 = CpuModel::x86_64_v3();
+        let [_, _, c, _] = v3.cpuid(1, 0, &st);
+        for bit in [12, 22, 26, 28, 29] {
+            assert_ne!(c & 1 << bit, 0, "ECX {bit}");
+        }
+        // PCLMUL, AES, OSXSAVE (not yet).
+        assert_eq!(c & (1 << 1 | 1 << 25 | 1 << 27), 0);
+        assert_eq!(v3.cpuid(7, 0, &st), [0, ask(7, 0)[1] | 1 << 3 | 1 << 5 | 1 << 8, 0, 0]);
+        assert_eq!(v3.cpuid(0x8000_0001, 0, &st)[2], 0x21);
+        let more = CpuModel::by_name("host-common+sha_ni+aes").expect("a model");
+        assert_eq!(more.name, "host-common+aes+sha_ni");
+        assert_eq!(CpuModel::by_name(&more.name).as_ref(), Some(&more));
+        assert_ne!(more.cpuid(1, 0, &st)[2] & 1 << 25, 0);
+        assert_ne!(more.cpuid(7, 0, &st)[1] & 1 << 29, 0);
+        let brand: Vec<u32> = (0x8000_0002..=0x8000_0004).flat_map(|l| more.cpuid(l, 0, &st)).collect();
+        assert_eq!(ascii(&brand), "Twinstep host-common");
+        for bad in ["host-common+", "host-common+avx", "host-common+mmx", "host-commonaes", "x86-64-v3+aes"] {
+            assert_eq!(CpuModel::by_name(bad), None, "{bad}");
+        }
+    }
+
+    /// A name says all: who is told it builds the same model, whatever that host has.
+    #[test]
+    fn host_common_has_a_full_name() {
+        let here = CpuModel::by_name("host-common").expect("a model");
+        assert_ne!(here.name, "host-common");
+        assert_eq!(CpuModel::by_name(&here.name).as_ref(), Some(&here));
+        assert!(Features::V3.with(Features::OPTIONAL).has(here.features));
+        assert_eq!(CpuModel::host_common(Features::NONE), CpuModel::x86_64_v3());
+        // What the host lacks of v3 is still missing.
+        assert_eq!(here.missing(), Features::V3.without(Features::of_host()));
+    }
+
+    /// SDM vol. 1 section 13.2.
+    #[test]
+    fn the_xsave_area() {
+        let mut st = CpuState::reset();
+        let v3 = CpuModel::x86_64_v3();
+        assert_eq!(v3.cpuid(0xd, 0, &st), [7, 576, 832, 0]);
+        assert_eq!(v3.cpuid(0xd, 1, &st), [7, 576, 0, 0]);
+        assert_eq!(v3.cpuid(0xd, 2, &st), [256, 576, 0, 0]);
+        assert_eq!(v3.cpuid(0xd, 3, &st), [0; 4]);
+        st.xcr0 = 7;
+        st.cr4 |= cr4::OSXSAVE;
+        assert_eq!(v3.cpuid(0xd, 0, &st), [7, 832, 832, 0]);
+        assert_eq!(v3.cpuid(0xd, 1, &st)[1], 832);
+        assert_ne!(v3.cpuid(1, 0, &st)[2] & 1 << 27, 0);
+        assert!(v3.allows(&st) && !CpuModel::x86_64_v2().allows(&st));
+        assert!(CpuModel::x86_64_v2().allows(&CpuState::reset()));
     }
 
     #[test]

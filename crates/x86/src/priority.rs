@@ -3,20 +3,21 @@
 //! **In:** an instruction that the silicon executes, and the exception its memory operand raised in the engine's own walk. **Out:** the
 //! exception the silicon would have raised. (What the silicon finds itself needs no help.)
 //!
-//! The order is that of the silicon (tests/silicon): a pending x87 exception before anything, a misaligned operand before its page;
+//! The order is that of the silicon (tests/silicon): a pending x87 exception before anything, a misaligned operand before its page (but
+//! for the SHA instructions, whose page comes first);
 //! and an address that is not canonical is #SS where the segment is SS.
 use crate::exception::Vector;
 use crate::mmu::canonical;
 use crate::state::gpr;
 use crate::{CpuState, Exception};
-use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 /// The exception that counts. `ea` is the address that could not be accessed, `pending` whether an unmasked x87 exception is.
 pub fn resolve(insn: &Instruction, st: &CpuState, ea: u64, pending: bool, raised: Exception) -> Exception {
     if pending && waits(insn) {
         return Exception::plain(Vector::MathFault);
     }
-    if needs_alignment(insn) && !ea.is_multiple_of(16) {
+    if !ea.is_multiple_of(alignment(insn)) {
         return Exception::gp(0);
     }
     // Outside 64-bit code the check of the segment has said which it is.
@@ -45,10 +46,25 @@ pub fn waits(insn: &Instruction) -> bool {
     (0..insn.op_count()).any(mmx) || insn.cpuid_features().iter().any(x87)
 }
 
-/// Whether the memory operand must be aligned to 16 bytes.
-fn needs_alignment(insn: &Instruction) -> bool {
+/// What the memory operand must be aligned to.
+fn alignment(insn: &Instruction) -> u64 {
     if insn.code() == Code::Cmpxchg16b_m128 {
-        return true;
+        return 16;
+    }
+    let size = insn.memory_size().size() as u64;
+    // Encoded with VEX, only the moves that say so care (SDM vol. 1 section 14.9).
+    if insn.code().encoding() == EncodingKind::VEX {
+        let aligned = matches!(
+            insn.mnemonic(),
+            Mnemonic::Vmovaps
+                | Mnemonic::Vmovapd
+                | Mnemonic::Vmovdqa
+                | Mnemonic::Vmovntps
+                | Mnemonic::Vmovntpd
+                | Mnemonic::Vmovntdq
+                | Mnemonic::Vmovntdqa
+        );
+        return if aligned { size } else { 1 };
     }
     let anywhere = matches!(
         insn.mnemonic(),
@@ -62,9 +78,9 @@ fn needs_alignment(insn: &Instruction) -> bool {
             | Mnemonic::Pcmpestrm64
             | Mnemonic::Pcmpistri
             | Mnemonic::Pcmpistrm
-    );
-    let vector = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) && insn.memory_size().size() == 16;
-    vector && !anywhere
+    ) || insn.cpuid_features().contains(&CpuidFeature::SHA);
+    let vector = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) && size == 16;
+    if vector && !anywhere { 16 } else { 1 }
 }
 
 /// Whether the access at `ea` was one through SS.

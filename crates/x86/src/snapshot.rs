@@ -12,8 +12,8 @@ use crate::sys;
 use minicbor::{Decoder, Encoder};
 use std::convert::Infallible;
 
-/// The version [`encode_state`] writes.
-pub const STATE_VERSION: u16 = 2;
+/// The version [`encode_state`] writes. [`decode_state`] reads it and all before.
+pub const STATE_VERSION: u16 = 3;
 
 /// Why bytes are no processor state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -22,7 +22,7 @@ pub enum SnapshotError {
     #[error("the processor state cannot be decoded: {0}")]
     Malformed(String),
     /// A version this program does not know.
-    #[error("the processor state has version {0}; this program knows version {STATE_VERSION}")]
+    #[error("the processor state has version {0}; this program knows versions up to {STATE_VERSION}")]
     Version(u16),
     /// A field that this version does not have, or not in this place.
     #[error("the processor state has field {found} where field {expected} belongs")]
@@ -77,9 +77,9 @@ struct Wide {
 }
 
 /// Number of fields; they are numbered from 0 and written in order.
-const FIELDS: u8 = 35;
+const FIELDS: u8 = 37;
 /// Number of fields in each version, from version 1 on. A field that a version does not have is as after reset.
-const FIELDS_OF: [u8; 2] = [34, FIELDS];
+const FIELDS_OF: [u8; 3] = [34, 35, FIELDS];
 
 /// The fields. Segments are ES, CS, SS, DS, FS, GS, TR, LDTR; tables GDTR, IDTR.
 fn field<C: Coder>(c: &mut C, number: u8, st: &mut CpuState, wide: &mut Wide) -> Result<(), C::Error> {
@@ -111,7 +111,10 @@ fn field<C: Coder>(c: &mut C, number: u8, st: &mut CpuState, wide: &mut Wide) ->
         32 => c.words(&mut wide.mode),
         33 => c.bytes(&mut st.fx.0),
         // Since version 2.
-        _ => c.words(&mut st.pdpte),
+        34 => c.words(&mut st.pdpte),
+        // Since version 3.
+        35 => c.word(&mut st.xcr0),
+        _ => c.words(st.ymm_high.as_flattened_mut()),
     }
 }
 
@@ -278,6 +281,7 @@ fn check(st: &CpuState) -> Result<(), SnapshotError> {
         ("an MTRR", st.mtrr_var.iter().enumerate().all(|(i, &m)| sys::mtrr_var_ok(i, m))),
         ("GDTR", canonical(st.gdtr.base)),
         ("IDTR", canonical(st.idtr.base)),
+        ("XCR0", sys::xcr0_ok(st.xcr0)),
         ("the FPU", fx == st.fx && mxcsr & !sys::MXCSR_MASK == 0),
     ];
     if let Some((what, _)) = rules.iter().find(|(_, holds)| !holds) {
@@ -334,8 +338,12 @@ mod tests {
         let fnv =
             |bytes: &[u8]| bytes.iter().fold(0xcbf2_9ce4_8422_2325u64, |h, &b| (h ^ b as u64).wrapping_mul(0x100_0000_01b3));
         let bytes = encode_state(&CpuState::reset());
-        assert_eq!((bytes.len(), fnv(&bytes)), (767, 11613863948946843165));
-        // Version 1 is the same without its last field, the page-directory pointers.
+        assert_eq!((bytes.len(), fnv(&bytes)), (807, 14671457327780465797));
+        // Version 2 is the same without XCR0 and YMM registers, version 1 without the page-directory pointers before them.
+        let mut second = bytes[..767].to_vec();
+        (second[1], second[3]) = (2, 35);
+        assert_eq!(fnv(&second), 11613863948946843165);
+        assert_eq!(decode_state(&second), Ok(CpuState::reset()));
         let mut first = bytes[..760].to_vec();
         (first[1], first[3]) = (1, 34);
         assert_eq!((first.len(), fnv(&first)), (760, 4150948963227879511));
@@ -360,6 +368,8 @@ mod tests {
         st.pdpte = [1, 2, 3, 4];
         st.fx.0[0x20] = 5;
         st.fx.0[160 + 255] = 6;
+        st.xcr0 = 7;
+        st.ymm_high[15] = [3, u64::MAX];
         assert_eq!(decode_state(&encode_state(&st)), Ok(st));
     }
 
@@ -394,7 +404,7 @@ mod tests {
     #[test]
     fn impossible_states_are_refused() {
         type Spoil = fn(&mut CpuState);
-        let cases: [(&str, Spoil); 16] = [
+        let cases: [(&str, Spoil); 18] = [
             ("RIP", |st| st.rip = 1 << 47),
             ("RFLAGS", |st| st.rflags |= rflags::RF),
             ("RFLAGS", |st| st.rflags = 0),
@@ -411,6 +421,8 @@ mod tests {
             ("SS", |st| st.seg[seg::SS].attributes = 0xc0f3),
             ("a segment register", |st| st.seg[seg::GS].base = 1 << 50),
             ("the FPU", |st| st.fx.0[27] = 1),
+            ("XCR0", |st| st.xcr0 = 5),
+            ("XCR0", |st| st.xcr0 = 0),
         ];
         for (what, spoil) in cases {
             let mut st = World::new().st;

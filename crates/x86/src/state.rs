@@ -138,6 +138,15 @@ pub mod cr4 {
     pub const SMAP: u64 = 1 << 21;
 }
 
+/// XCR0 bits: which state components are on, and which component is which in an XSAVE area.
+#[allow(missing_docs)]
+pub mod xcr0 {
+    pub const X87: u64 = 1 << 0;
+    pub const SSE: u64 = 1 << 1;
+    pub const AVX: u64 = 1 << 2;
+    pub const ALL: u64 = X87 | SSE | AVX;
+}
+
 /// EFER bits.
 #[allow(missing_docs)]
 pub mod efer {
@@ -234,6 +243,10 @@ pub struct CpuState {
     pub pdpte: [u64; 4],
     /// x87, MMX and SSE registers and control words. FIP, FDP and FOP are zero by definition here (docs/positions.md).
     pub fx: FxImage,
+    /// The upper halves of the YMM registers; the lower ones are in `fx`.
+    pub ymm_high: [[u64; 2]; 16],
+    /// XCR0 ([`xcr0`]).
+    pub xcr0: u64,
 }
 
 impl CpuState {
@@ -276,7 +289,14 @@ impl CpuState {
             interrupt_shadow: false,
             pdpte: [0; 4],
             fx: FxImage::RESET,
+            ymm_high: [[0; 2]; 16],
+            xcr0: xcr0::X87,
         }
+    }
+    /// Whether VEX-encoded vector instructions are switched on: CR4.OSXSAVE, and SSE and AVX in XCR0 (SDM vol. 2 section 2.4).
+    pub fn avx_on(&self) -> bool {
+        let both = xcr0::SSE | xcr0::AVX;
+        self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & both == both
     }
     /// Whether the code segment is a 64-bit one and long mode is active.
     pub fn is_64_bit_code(&self) -> bool {

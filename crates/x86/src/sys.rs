@@ -9,14 +9,16 @@
 //!
 //! One submodule per idea: [`string`] (REP and friends), [`stack`] (flags, ENTER, segment pushes), [`segments`] (descriptors
 //! and what looks at them), [`transfer`] (far jumps, IRET, SYSCALL), [`near`] (near branches and the stack, where 32-bit segments have
-//! limits), [`decimal`] (what exists outside 64-bit code only), [`delivery`] (the IDT), [`legacy`] (the IDT and the gates of protected mode), [`control`] (control and debug registers), [`msr`], [`io`], [`fpu`] (images of the FPU), [`offered`] (which instructions exist at all).
+//! limits), [`decimal`] (what exists outside 64-bit code only), [`delivery`] (the IDT), [`legacy`] (the IDT and the gates of protected
+//! mode), [`control`] (control and debug registers), [`msr`], [`io`], [`fpu`] (images of the FPU), [`xsave`] (XSAVE areas and XCR0),
+//! [`vector`] (vector accesses element by element), [`offered`] (which instructions exist at all).
 //!
 //! References: APM vol. 2 and 3, SDM vol. 2. Where the makers differ, the CPU models here are AMD's, with the exceptions noted at the
 //! functions.
 use crate::mmu::{Mmu, Place};
 use crate::segmentation;
 use crate::state::{Segment, gpr, seg};
-use crate::{Bus, CpuState, Exception, PAGE_SIZE, Position};
+use crate::{Bus, CpuState, Exception, Features, PAGE_SIZE, Position};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 mod control;
@@ -33,6 +35,8 @@ mod segments;
 mod stack;
 mod string;
 mod transfer;
+mod vector;
+mod xsave;
 
 #[cfg(test)]
 mod hostile;
@@ -45,6 +49,7 @@ pub(crate) use fpu::{MXCSR_MASK, settle as settle_fx};
 pub(crate) use msr::{EFER_ALLOWED, MISC_ENABLE_ALLOWED, mtrr_def_type_ok, mtrr_fixed_ok, mtrr_var_ok, pat_ok};
 pub use near::handles as handles_near;
 pub(crate) use pcid::cr3_kept;
+pub(crate) use xsave::xcr0_ok;
 
 /// What an instruction or a delivery works on.
 pub struct Cx<'a> {
@@ -73,8 +78,8 @@ pub enum Flow {
     Jump,
 }
 
-/// Whether [`execute`] is to be asked for this instruction. What it does not handle, the silicon executes.
-pub fn handles(insn: &Instruction) -> bool {
+/// Whether [`execute`] is to be asked for this instruction on a model with these features. What it does not handle, the silicon executes.
+pub fn handles(insn: &Instruction, features: Features) -> bool {
     use Mnemonic as M;
     match insn.mnemonic() {
         M::Mov => {
@@ -83,7 +88,7 @@ pub fn handles(insn: &Instruction) -> bool {
         }
         M::Push | M::Pop => insn.op0_register().is_segment_register(),
         M::Call | M::Jmp => transfer::is_far(insn),
-        _ => kind(insn).is_some() || !offered::exists(insn),
+        _ => kind(insn).is_some() || !offered::exists(insn, features),
     }
 }
 
@@ -96,6 +101,8 @@ enum Kind {
     Transfer,
     Control,
     Fpu,
+    Xsave,
+    Vector,
     Io,
     Near,
     Decimal,
@@ -120,6 +127,11 @@ fn kind(insn: &Instruction) -> Option<Kind> {
         M::Rdsspd | M::Rdsspq => Kind::Control,
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Fnstenv | M::Fnsave | M::Fstenv | M::Fsave => Kind::Fpu,
         M::Fldenv | M::Frstor | M::Ldmxcsr | M::Maskmovq | M::Maskmovdqu => Kind::Fpu,
+        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64 => Kind::Xsave,
+        M::Xgetbv | M::Xsetbv => Kind::Xsave,
+        M::Vldmxcsr | M::Vmaskmovdqu | M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => Kind::Vector,
+        M::Vgatherdps | M::Vgatherdpd | M::Vgatherqps | M::Vgatherqpd => Kind::Vector,
+        M::Vpgatherdd | M::Vpgatherdq | M::Vpgatherqd | M::Vpgatherqq => Kind::Vector,
         M::In | M::Out => Kind::Io,
         M::Pusha | M::Pushad | M::Popa | M::Popad => Kind::Near,
         M::Daa | M::Das | M::Aaa | M::Aas | M::Aam | M::Aad | M::Salc | M::Bound | M::Arpl => Kind::Decimal,
@@ -153,17 +165,20 @@ fn dispatch(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
         Mnemonic::Push | Mnemonic::Pop if insn.op0_register().is_segment_register() => segments::push_pop(cx, insn),
         Mnemonic::Call | Mnemonic::Jmp if transfer::is_far(insn) => transfer::execute(cx, insn),
         _ => match kind(insn) {
+            Some(Kind::Xsave | Kind::Vector) if !offered::exists(insn, cx.model.features) => Err(Exception::UD),
             Some(Kind::String) => string::execute(cx, insn),
             Some(Kind::Stack) => stack::execute(cx, insn),
             Some(Kind::Segments) => segments::execute(cx, insn),
             Some(Kind::Transfer) => transfer::execute(cx, insn),
             Some(Kind::Control) => control::execute(cx, insn),
             Some(Kind::Fpu) => fpu::execute(cx, insn),
+            Some(Kind::Xsave) => xsave::execute(cx, insn),
+            Some(Kind::Vector) => vector::execute(cx, insn),
             Some(Kind::Io) => io::execute(cx, insn),
             Some(Kind::Near) => near::execute(cx, insn),
             Some(Kind::Decimal) => decimal::execute(cx, insn),
             None if near::handles(insn) => near::execute(cx, insn),
-            // Claimed because the models do not have it.
+            // Claimed because the model does not have it.
             None => Err(Exception::UD),
         },
     }

@@ -10,6 +10,8 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use twinstep_machine::{CpuModel, Features};
+
 use super::{Cpu, Finding, Report, State};
 
 /// What x86-64-v2 has beyond the first x86-64, in the words of /proc/cpuinfo (pni is SSE3).
@@ -42,6 +44,11 @@ fn finding(subject: &str, state: State, found: impl Into<String>, therefore: &st
     }
 }
 
+/// A feature's name in /proc/cpuinfo, which calls LZCNT by the name of AMD's group it came in.
+fn cpuinfo_name(feature: &str) -> &str {
+    if feature == "lzcnt" { "abm" } else { feature }
+}
+
 fn gigabytes(bytes: u64) -> String {
     format!("{:.1} GB", bytes as f64 / 1e9)
 }
@@ -57,6 +64,7 @@ impl Host {
         let cpu = self.cpu();
         let findings = vec![
             self.processor(&cpu),
+            self.models(),
             self.own_code(),
             self.kvm(),
             self.memory(),
@@ -138,13 +146,27 @@ impl Host {
                 Some("give this host two threads or more"),
             );
         }
-        finding(
-            subject,
-            State::Good,
-            name,
-            "guests see an x86-64-v2; the other host of a pair needs a processor of the same vendor and family",
-            None,
-        )
+        finding(subject, State::Good, name, "the other host of a pair needs a processor of the same vendor and family", None)
+    }
+
+    /// Which CPU models guests can have here.
+    fn models(&self) -> Finding {
+        let subject = "CPU models";
+        let missing: Vec<_> = Features::V3.names().filter(|feature| !self.has_flag(cpuinfo_name(feature))).collect();
+        if !missing.is_empty() {
+            return finding(
+                subject,
+                State::Absent,
+                format!("x86-64-v2; not x86-64-v3, for lack of {}", missing.join(", ")),
+                "guests see an x86-64-v2",
+                None,
+            );
+        }
+        let optional = Features::OPTIONAL.names().filter(|feature| self.has_flag(cpuinfo_name(feature)));
+        let common = optional.filter_map(Features::by_name).fold(Features::NONE, Features::with);
+        let found = format!("x86-64-v2, x86-64-v3, and host-common, which is {}", CpuModel::host_common(common).name);
+        let therefore = "guests see an x86-64-v2 unless --cpu says otherwise; both hosts of a pair must have what the model has";
+        finding(subject, State::Good, found, therefore, None)
     }
 
     /// The engine writes code and runs it. Some hardened systems forbid that.
@@ -522,6 +544,19 @@ mod tests {
         assert!(report.about("processor").unwrap().found.contains("lacks popcnt, sse4_2"));
         assert!(report.in_words().contains("!!  processor"));
         assert_eq!((report.cpu.vendor.as_str(), report.cpu.family), ("AuthenticAMD", Some(25)));
+    }
+
+    #[test]
+    fn models_are_told_with_what_is_missing() {
+        let fake = Fake::new();
+        let (state, found) = fake.found("CPU models");
+        assert!(state == State::Absent && found.contains("for lack of avx, avx2"), "{found}");
+        let v3 = format!("{} avx avx2 bmi1 bmi2 f16c fma abm movbe xsave", V2.join(" "));
+        fake.cpu(&format!("{v3} sha_ni aes"));
+        let (state, found) = fake.found("CPU models");
+        assert!(state == State::Good && found.ends_with("which is host-common+aes+sha_ni"), "{found}");
+        fake.cpu(&v3);
+        assert!(fake.found("CPU models").1.ends_with("which is x86-64-v3"));
     }
 
     #[test]

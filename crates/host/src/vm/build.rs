@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 
 use minicbor::{Decode, Encode};
 use twinstep_log::{Compression, ImageItem, ImageMetadata, ImagePayload, ImageReader, ImageSummary};
-use twinstep_machine::{Config, Disk, Machine, Payload};
+use twinstep_machine::{Config, ConfigError, Disk, Machine, Payload};
 
 use crate::error::{Context, Error, Result};
 use crate::identity;
@@ -191,7 +191,11 @@ fn blank(
     if metadata.ram_pages != u64::from(config.ram_mib) * 256 {
         return Err(Error::new(format!("the image has {} pages for {} MiB of RAM", metadata.ram_pages, config.ram_mib)));
     }
-    let machine = Machine::new(config, disks(&extra.disks)?).what("cannot build the machine of the image")?;
+    let machine = Machine::new(config, disks(&extra.disks)?).map_err(|e| {
+        let lacks = matches!(e, ConfigError::HostLacks { .. });
+        let error = Error::new("cannot build the machine of the image").because(e);
+        if lacks { error.next("use a host whose processor has that") } else { error }
+    })?;
     Ok((machine, extra))
 }
 

@@ -272,10 +272,18 @@ fn make_machine(spec: &VmSpec, options: &RunOptions) -> Result<(Machine, u64)> {
     Ok((machine, 0))
 }
 
+/// The full name of the CPU model a spec asks for, if it asks.
+pub fn cpu_model(spec: &VmSpec) -> Result<Option<String>> {
+    spec.cpu.as_ref().map(|_| spec.config().cpu().map(|model| model.name).map_err(cannot_build)).transpose()
+}
+
 fn cannot_build(e: ConfigError) -> Error {
     let next = match &e {
         ConfigError::Ram(_) => "give another amount of RAM: --mem 512M",
-        ConfigError::CpuModel(_) => "leave --cpu away, or say --cpu x86-64-v2",
+        ConfigError::CpuModel(_) => "leave --cpu away, or say --cpu x86-64-v2, x86-64-v3 or host-common",
+        ConfigError::HostLacks { .. } => {
+            "leave --cpu away, or say --cpu x86-64-v2; `twinstep doctor` tells which models this host can run"
+        }
         ConfigError::TooMany { .. } => "give fewer of them",
         ConfigError::Map(_) => "give less RAM with --mem, or stop something else on this host",
         ConfigError::Disks { .. } => "give --disk once for each disk",

@@ -258,16 +258,19 @@ impl Driver {
                         self.closing = connection.close();
                     }
                 }
-                SecondaryAction::Prepare(hello) => self.events.say(
-                    "accepted",
-                    format!(
-                        "following VM {} ({} MiB, {}) in epoch {}",
-                        hello.vm.vm,
-                        hello.vm.ram_bytes >> 20,
-                        hello.vm.cpu_model,
-                        hello.epoch
-                    ),
-                ),
+                SecondaryAction::Prepare(hello) => {
+                    let (vm, mib, cpu_model) = (hello.vm.vm, hello.vm.ram_bytes >> 20, hello.vm.cpu_model);
+                    // Before the image travels: a host that cannot run the model has no use for it.
+                    match (Config { cpu_model: cpu_model.clone(), ..Config::default() }).cpu() {
+                        Ok(_) => {
+                            let text = format!("following VM {vm} ({mib} MiB, {cpu_model}) in epoch {}", hello.epoch);
+                            self.events.say("accepted", text);
+                        }
+                        Err(e) => self.take(ToStandby::Failed(format!(
+                            "{e}; run the guest with a --cpu that both hosts have (`twinstep doctor` on each tells)"
+                        ))),
+                    }
+                }
                 SecondaryAction::ImageChunk(bytes) => self.tell_replay(ToReplay::Chunk(bytes)),
                 SecondaryAction::Restore { position } => self.tell_replay(ToReplay::Restore { position }),
                 SecondaryAction::Replay { first_seq, records } => self.tell_replay(ToReplay::Records { first_seq, records }),

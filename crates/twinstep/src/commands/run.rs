@@ -24,8 +24,8 @@ pub struct MachineArguments {
     /// RAM, such as 512M or 2G [default: 512M]
     #[arg(long, value_name = "SIZE")]
     mem: Option<Memory>,
-    /// CPU model [default: x86-64-v2]
-    #[arg(long, value_name = "NAME")]
+    /// CPU model: x86-64-v2, x86-64-v3 (AVX2), or host-common (v3 and what this host has of AES, SHA and the like) [default: x86-64-v2]
+    #[arg(long, value_name = "MODEL")]
     cpu: Option<String>,
     /// A debug-exit port at 0xf4, as QEMU's isa-debug-exit: a guest that writes N there ends the run with status 2N+1
     #[arg(long)]

@@ -32,6 +32,7 @@ pub struct Arguments {
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let spec = arguments.machine.spec(None)?;
+    let cpu_model = session::cpu_model(&spec)?;
     let signals = Signals::take()?;
     let v = arguments.visibility;
     let events = Events::new("standby", v.quiet, v.events.as_deref())?;
@@ -49,7 +50,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let outcome = standby::serve(StandbyWiring {
         setup: SecondarySetup {
             config: arguments.pair.config(),
-            expect: Expectation { vm: None, cpu_model: spec.cpu.clone(), ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20) },
+            expect: Expectation { vm: None, cpu_model, ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20) },
             host: identity::host(),
             owner: OwnerId(identity::random_id()),
         },

@@ -123,9 +123,9 @@ impl Emit {
         self.jump_cache_of(true);
     }
     /// Goes to `slow` unless the jump cache of user code (or not) is for blocks of this kind of mode. Clobbers flags.
-    pub fn needs_jumps_of(&mut self, user: bool, kind: u8, slow: DynamicLabel) {
+    pub fn needs_jumps_of(&mut self, user: bool, kind: u16, slow: DynamicLabel) {
         let at = self.at.jump_kind(user);
-        dynasm!(self.ops ; .arch x64 ; cmp BYTE [at], kind as i8 ; jne =>slow);
+        dynasm!(self.ops ; .arch x64 ; cmp WORD [at], kind as i16 ; jne =>slow);
     }
     /// Goes on at the guest address in r11, in user code or not. Clobbers flags.
     fn jump_cache_of(&mut self, user: bool) {

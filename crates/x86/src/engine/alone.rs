@@ -34,12 +34,17 @@ impl Core {
             return Ok((known.insn, Some(known.id)));
         }
         let bytes = self.bytes(key.rip, key.gpa)?;
-        let insn = decode(if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice }, key.rip, key.mode);
+        let insn = decode(
+            if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice },
+            key.rip,
+            key.mode,
+            self.model.features,
+        );
         let narrow = key.mode.has(Mode::CODE_32);
         if narrow && !insn.is_invalid() && !segmentation::holds_code(self.st(), key.rip as u32, insn.len()) {
             return Err(Stop::Fault(Exception::gp(0)));
         }
-        match classify(&insn, key.mode.has(Mode::FPU_OFF)) {
+        match classify(&insn, key.mode, self.model.features) {
             Kind::Invalid => return Err(Stop::Fault(Exception::UD)),
             Kind::NoFpu => return Err(Stop::Fault(Exception::NM)),
             Kind::Sys => return Ok((insn, None)),

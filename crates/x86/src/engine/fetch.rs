@@ -53,11 +53,11 @@ impl Core {
         let whole = unsafe { std::slice::from_raw_parts(host, PAGE_SIZE as usize) };
         let slice = &whole[offset..];
         let mut bytes = Bytes { joined: [0; 16], whole, slice, page, second: None, second_va: None, second_page: None };
-        if here >= 15 || !decode(slice, rip, mode).is_invalid() {
+        if here >= 15 || !decode(slice, rip, mode, self.model.features).is_invalid() {
             return Ok(bytes);
         }
         // Cut off by the end of the page, or invalid. If more bytes could make it an instruction, they are fetched.
-        let mut decoder = crate::translate::decoder(slice, rip, mode);
+        let mut decoder = crate::translate::decoder(slice, rip, mode, self.model.features);
         let _ = decoder.decode();
         if decoder.last_error() != iced_x86::DecoderError::NoMoreBytes {
             return Ok(bytes);

@@ -10,22 +10,23 @@
 mod alone;
 mod fetch;
 mod helpers;
+mod mode;
 mod onward;
+mod vectors;
 
 use crate::cache::{Cache, CacheStats, Key};
-use crate::classify::needs_fpu;
+use crate::classify::image;
 use crate::emit::{Emit, Helpers, Shared};
 use crate::exception::Vector;
 use crate::frame::{Frame, FrameAt, LowArea, exit};
 use crate::mmu::{Mmu, MmuStats, canonical};
 use crate::priority;
-use crate::segmentation;
 use crate::signals::Running;
 use crate::sites::Sites;
-use crate::state::{cr0, cr4, gpr, rflags, seg};
+use crate::state::{cr4, gpr, rflags};
 use crate::sys::{self, Cx, Delivery, Flow};
 use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, translate};
-use crate::{Bus, CpuModel, CpuState, Exception, Exit, PAGE_SIZE, PageFlags, PhysMem, Position};
+use crate::{Bus, CpuModel, CpuState, Exception, Exit, Features, PAGE_SIZE, PageFlags, PhysMem, Position};
 use alone::{ALONE_KEPT, Alone};
 use fetch::Bytes;
 use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
@@ -80,7 +81,8 @@ impl Cpu {
     /// A processor over `ram` in the state after reset.
     ///
     /// # Panics
-    /// If the host has no executable memory below 2 GiB left for the code cache.
+    /// If the host has no executable memory below 2 GiB left for the code cache, or cannot execute the model's instructions
+    /// ([`CpuModel::missing`]).
     pub fn new(config: CpuConfig, ram: PhysMem) -> Self {
         let mut core = Core::new(config, ram);
         // SAFETY: the frame is mapped as long as the core lives.
@@ -179,6 +181,8 @@ pub struct Core {
     cache: Cache,
     shared: Shared,
     model: CpuModel,
+    /// The model has AVX.
+    avx: bool,
     max: u32,
     /// The bus, during `run`.
     bus: Option<*mut dyn Bus>,
@@ -213,13 +217,16 @@ const BYTES_PER_SITE: usize = 96;
 
 impl Core {
     fn new(config: CpuConfig, ram: PhysMem) -> Box<Self> {
+        let missing = config.model.missing();
+        assert!(missing.is_empty(), "this host lacks {missing}, which {} has", config.model.name);
         let code = config.code_cache_bytes.max(1 << 20);
         let area = LowArea::new(code + SHARED_BYTES, code / BYTES_PER_SITE);
         let frame = area.frame();
         let (start, len) = area.code();
         let emit = Emit::new(start, FrameAt(frame as usize as i32), false, Shared::default());
         let helpers = Helpers { mem: mem_helper, mem_alone: mem_alone_helper, write_back: write_back_helper, sys: sys_helper };
-        let (code, shared) = emit.shared(frame as usize as i32, helpers);
+        let avx = config.model.features.has(Features::AVX);
+        let (code, shared) = emit.shared(frame as usize as i32, helpers, avx);
         assert!(code.len() <= SHARED_BYTES);
         // SAFETY: the area is ours; the code fits; the frame is zeroed memory of its type, and its pieces are set up here.
         unsafe {
@@ -233,6 +240,7 @@ impl Core {
                 cache: Cache::new(start + SHARED_BYTES, start + len),
                 shared,
                 model: config.model,
+                avx,
                 max: config.max_block_instructions.clamp(1, MAX_TRACE),
                 bus: None,
                 limit: 0,
@@ -272,30 +280,6 @@ impl Core {
         unsafe { (*self.frame).window != 0 }
     }
 
-    /// What kind of blocks one of the jump caches is for: their mode, but for USER.
-    fn jump_kind(&mut self, user: bool) -> &mut u8 {
-        // SAFETY: the frame is ours.
-        unsafe { &mut (*self.frame).jump_kinds[user as usize] }
-    }
-
-    fn mode(&mut self) -> Mode {
-        let st = self.st();
-        let user = (st.cpl == 3) as u8 * Mode::USER;
-        let fpu_off = (st.cr0 & (cr0::TS | cr0::EM) != 0) as u8 * Mode::FPU_OFF;
-        let mut legacy = 0;
-        if !st.is_64_bit_code() {
-            let open = |s: usize, bit: u8| segmentation::is_open(&st.seg[s]) as u8 * bit;
-            legacy = Mode::CODE_32 | open(seg::FS, Mode::FS_OPEN) | open(seg::GS, Mode::GS_OPEN);
-        }
-        Mode(user | fpu_off | legacy)
-    }
-
-    /// Whether code can run in blocks of many instructions: they have no segment checks but for FS and GS.
-    fn is_flat(&mut self) -> bool {
-        let st = self.st();
-        st.is_64_bit_code() || segmentation::is_flat(st)
-    }
-
     // ---- flags between the frame's two forms ----
 
     fn split_flags(&mut self) {
@@ -311,32 +295,6 @@ impl Core {
         frame.st.rflags = frame.st.rflags & !rflags::STATUS | frame.flags >> 8 & 0xd5 | of | rflags::ONE;
     }
 
-    // ---- x87 registers: live in the host while `run` runs ----
-
-    fn load_x87(&mut self) {
-        let mut image = self.st().fx;
-        // MXCSR is Rust's here; translated code loads the guest's.
-        image.0[24..32].copy_from_slice(&[0x80, 0x1f, 0, 0, 0, 0, 0, 0]);
-        // SAFETY: loads FPU registers from an aligned image without reserved bits; all XMM registers are declared clobbered.
-        unsafe { std::arch::asm!("fxrstor64 [{}]", in(reg) image.0.as_ptr(), clobber_abi("sysv64")) };
-    }
-    /// Whether an unmasked x87 exception waits to be raised. Only during `run`.
-    fn x87_pending(&self) -> bool {
-        let status: u16;
-        // SAFETY: reads the status word of the guest's x87, which is live.
-        unsafe { std::arch::asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
-        status & 1 << 7 != 0
-    }
-    fn save_x87(&mut self) {
-        let mut image = crate::state::FxImage([0; 512]);
-        // SAFETY: stores FPU registers into an aligned buffer.
-        unsafe { std::arch::asm!("fxsave64 [{}]", in(reg) image.0.as_mut_ptr(), options(nostack)) };
-        let fx = &mut self.st().fx;
-        fx.0[..24].copy_from_slice(&image.0[..24]);
-        fx.0[32..160].copy_from_slice(&image.0[32..160]);
-        sys::settle_fx(fx);
-    }
-
     // ---- the loop ----
 
     fn run(&mut self, bus: &mut dyn Bus, until: Position) -> Exit {
@@ -347,9 +305,9 @@ impl Core {
         let mut host_fpu = crate::state::FxImage([0; 512]);
         // SAFETY: stores FPU registers into an aligned buffer.
         unsafe { std::arch::asm!("fxsave64 [{}]", in(reg) host_fpu.0.as_mut_ptr(), options(nostack)) };
-        self.load_x87();
+        self.load_fpu();
         let exit = self.run_loop(until);
-        self.save_x87();
+        self.save_fpu();
         // SAFETY: loads what was stored above.
         unsafe { std::arch::asm!("fxrstor64 [{}]", in(reg) host_fpu.0.as_ptr(), clobber_abi("sysv64")) };
         drop(running);
@@ -541,7 +499,7 @@ impl Core {
             *self.jump_kind(user) = kind;
         }
         let (rip, gpa) = self.fetch(mode)?;
-        mode.0 |= short as u8 * Mode::SHORT;
+        mode.0 |= short as u16 * Mode::SHORT;
         let max = if short { self.max.min(SHORT_TRACE) } else { self.max };
         let key = Key { gpa, rip, mode };
         let known = self.cache.find(key);
@@ -582,6 +540,7 @@ impl Core {
             offset: bytes.whole.len() as u16 - bytes.slice.len() as u16,
             rip: key.rip,
             mode: key.mode,
+            features: self.model.features,
             max,
             straddles,
             host,
@@ -665,18 +624,14 @@ impl Core {
     /// Executes a system instruction at the current position, which it does not advance. RIP is set on success.
     fn execute_sys(&mut self, insn: &iced_x86::Instruction) -> Result<Flow, Stop> {
         self.stats.sys_calls += 1;
-        let fpu = needs_fpu(insn);
-        if fpu {
-            self.save_x87();
-        }
+        let image = image(insn);
+        self.save_image(image);
         let bus = self.bus();
         let mut cx = self.cx(bus);
         let next = cx.next_ip(insn);
         let result = sys::execute(&mut cx, insn);
         let unsupported = cx.unsupported;
-        if fpu {
-            self.load_x87();
-        }
+        self.load_image(image);
         if let Some(what) = unsupported {
             return Err(Stop::Unsupported(what));
         }

@@ -8,19 +8,28 @@
 //!
 //! References: APM vol. 2 sections 3.1 (CR0, CR3, CR4), 13.1.1 (debug registers), 14.4 to 14.6 (entering long mode).
 use super::{Cx, Flow, msr, pcid};
-use crate::Exception;
 use crate::exception::Vector;
 use crate::mmu::PHYSICAL_BITS;
 use crate::state::{Segment, cr0, cr4, efer, gpr, rflags, seg};
+use crate::{Exception, Features};
 use iced_x86::{Instruction, Mnemonic as M, Register};
 
 /// CR0 bits that can be set.
 pub(crate) const CR0_ALLOWED: u64 =
     cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
 
-/// CR4 bits that can be set; those of features the models lack are reserved. MCE and PCE are stored without effect.
-pub(crate) const CR4_ALLOWED: u64 =
-    cr4::PCIDE | cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+/// CR4 bits that some model can set; those of features the models lack are reserved. MCE and PCE are stored without effect.
+pub(crate) const CR4_ALLOWED: u64 = cr4::PCIDE
+    | cr4::TSD
+    | cr4::DE
+    | cr4::PSE
+    | cr4::PAE
+    | cr4::MCE
+    | cr4::PGE
+    | cr4::PCE
+    | cr4::OSFXSR
+    | cr4::OSXMMEXCPT
+    | cr4::OSXSAVE;
 
 /// CR4 bits that translations depend on.
 /// (What is cached depends on the tables alone, so global pages and process-context identifiers have no part in it.)
@@ -205,7 +214,9 @@ fn write_cr(cx: &mut Cx, n: usize, value: u64) -> Result<Flow, Exception> {
         }
         4 => {
             let leaves_pae = value & cr4::PAE == 0 && cx.st.efer & efer::LMA != 0;
-            if value & !CR4_ALLOWED != 0 || leaves_pae || !pcid::allows_cr4(cx.st, value, cx.long_mode()) {
+            let no_xsave = value & cr4::OSXSAVE != 0 && !cx.model.features.has(Features::XSAVE);
+            let bad_pcide = !pcid::allows_cr4(cx.st, value, cx.long_mode());
+            if value & !CR4_ALLOWED != 0 || no_xsave || leaves_pae || bad_pcide {
                 return Err(Exception::gp(0));
             }
             let changed = cx.st.cr4 ^ value;
@@ -524,7 +535,7 @@ mod tests {
         ];
         for code in silicon {
             let insn = iced_x86::Decoder::new(64, code, iced_x86::DecoderOptions::NONE).decode();
-            assert!(!insn.is_invalid() && !super::super::handles(&insn), "{code:x?} {insn:?}");
+            assert!(!insn.is_invalid() && !super::super::handles(&insn, Features::NONE), "{code:x?} {insn:?}");
         }
     }
 }

@@ -19,7 +19,7 @@ pub(crate) const MXCSR_MASK: u32 = 0xffff;
 const FX_WRITTEN: usize = 464;
 
 /// Byte offsets in the FXSAVE image.
-mod at {
+pub(super) mod at {
     pub const FCW: usize = 0;
     pub const FSW: usize = 2;
     pub const FTW: usize = 4;
@@ -141,6 +141,11 @@ fn ldmxcsr(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     if cx.st.cr0 & cr0::TS != 0 {
         return Err(Exception::NM);
     }
+    load_mxcsr(cx, insn)
+}
+
+/// LDMXCSR and VLDMXCSR, after the checks in which they differ.
+pub(super) fn load_mxcsr(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     let from = cx.ea(insn);
     let value = cx.read_value(from, 4)? as u32;
     if value & !MXCSR_MASK != 0 {
@@ -292,6 +297,12 @@ fn masked_move(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     if mmx && pending(&cx.st.fx) {
         return Err(Exception::plain(Vector::MathFault));
     }
+    masked_bytes(cx, insn)
+}
+
+/// MASKMOVQ, MASKMOVDQU and VMASKMOVDQU, after the checks in which they differ.
+pub(super) fn masked_bytes(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
+    let mmx = insn.mnemonic() == M::Maskmovq;
     let mut fx = cx.st.fx;
     if mmx {
         // An MMX instruction: TOP is zero from now on, all registers valid.

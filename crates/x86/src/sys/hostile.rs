@@ -199,7 +199,7 @@ fn random_instructions_keep_the_invariants() {
         code.extend(r.next().to_le_bytes());
         let bits = if wide { 64 } else { 32 };
         let insn = Decoder::with_ip(bits, &code, w.st.rip, DecoderOptions::NONE).decode();
-        if insn.is_invalid() || !handles(&insn) {
+        if insn.is_invalid() || !handles(&insn, w.model.features) {
             continue;
         }
         let before = w.st.clone();

@@ -1,25 +1,53 @@
 //! Which instructions exist: those of the CPU models, whatever the host's silicon could do.
 //!
-//! **In:** a decoded instruction. **Out:** whether the guest may have it; everything else is #UD, so that two hosts agree.
+//! **In:** a decoded instruction and the model's features. **Out:** whether the guest may have it; everything else is #UD, so that two hosts
+//! agree.
 //!
 //! **Invariant:** agrees with the feature bits of CPUID ([`crate::CpuModel`]), with these exceptions, which are no-operations or
 //! plain encodings on a processor without the feature: ENDBR, RDSSP, CLDEMOTE and prefetches (they live in the hint space), TZCNT
-//! and LZCNT (BSF and BSR with an ignored prefix: the translator decodes them as such).
+//! and LZCNT (BSF and BSR with an ignored prefix: the translator decodes them as such for a model without them).
+use crate::Features;
 use iced_x86::{CpuidFeature as F, Instruction, Mnemonic as M};
 
-/// Whether the models have this instruction.
-pub(super) fn exists(insn: &Instruction) -> bool {
+/// The model's feature that a feature of the decoder's belongs to, if there is one.
+fn feature(f: F) -> Option<Features> {
+    Some(match f {
+        F::ADX => Features::ADX,
+        F::AES => Features::AES,
+        F::AVX => Features::AVX,
+        F::AVX2 => Features::AVX2,
+        F::BMI1 => Features::BMI1,
+        F::BMI2 => Features::BMI2,
+        F::F16C => Features::F16C,
+        F::FMA => Features::FMA,
+        F::GFNI => Features::GFNI,
+        F::LZCNT => Features::LZCNT,
+        F::MOVBE => Features::MOVBE,
+        F::PCLMULQDQ => Features::PCLMULQDQ,
+        F::SHA => Features::SHA,
+        F::VAES => Features::VAES,
+        F::VPCLMULQDQ => Features::VPCLMULQDQ,
+        F::XSAVE | F::XSAVEOPT | F::XSAVEC => Features::XSAVE,
+        _ => return None,
+    })
+}
+
+/// Whether a model with these features has this instruction.
+pub(super) fn exists(insn: &Instruction, features: Features) -> bool {
     match insn.mnemonic() {
         // These come under features that are offered, but are not.
         M::Rdpmc | M::Ud0 | M::Ud1 | M::Ud2 | M::Rsm | M::INVALID => return false,
         // Hint space.
         M::Rdsspd | M::Rdsspq | M::Endbr32 | M::Endbr64 | M::Cldemote | M::Prefetchw | M::Prefetchwt1 => return true,
-        M::Prefetch | M::Tzcnt | M::Lzcnt => return true,
+        M::Prefetch => return true,
         // WBINVD with an ignored prefix.
         M::Wbnoinvd => return true,
         _ => {}
     }
-    insn.cpuid_features().iter().all(|f| {
+    insn.cpuid_features().iter().all(|&f| {
+        if let Some(feature) = feature(f) {
+            return features.has(feature);
+        }
         matches!(
             f,
             F::INTEL8086
@@ -61,8 +89,9 @@ pub(super) fn exists(insn: &Instruction) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::handles;
-    use super::M;
-    use iced_x86::{Code, Instruction, OpCodeOperandKind};
+    use super::{M, exists};
+    use crate::Features;
+    use iced_x86::{Code, EncodingKind, Instruction, OpCodeOperandKind};
 
     /// One instruction of every encoding there is in 64-bit mode, register operands filled in where they decide.
     fn every_instruction() -> impl Iterator<Item = Instruction> {
@@ -92,17 +121,31 @@ mod tests {
     #[test]
     fn nothing_privileged_reaches_the_silicon() {
         let mut passed = 0;
+        let all = Features::V3.with(Features::OPTIONAL);
         for insn in every_instruction() {
-            if handles(&insn) {
+            if handles(&insn, all) {
                 continue;
             }
             passed += 1;
             let info = insn.op_code();
             // Of images of the FPU, only those without pointers: STMXCSR is one of the save instructions, too.
-            let image = info.is_save_restore() && insn.mnemonic() != M::Stmxcsr;
+            let image = info.is_save_restore() && !matches!(insn.mnemonic(), M::Stmxcsr | M::Vstmxcsr);
             assert!(info.cpl3() && !info.is_privileged() && !info.is_input_output() && !image, "{insn:?}");
             assert!(!insn.is_string_instruction(), "{insn:?}");
         }
-        assert!(passed > 500);
+        assert!(passed > 1000);
+    }
+
+    /// Every feature brings instructions, and none without it.
+    #[test]
+    fn features_bring_their_instructions() {
+        let all = Features::V3.with(Features::OPTIONAL);
+        let count = |set| every_instruction().filter(|insn| exists(insn, set)).count();
+        let most = count(all);
+        for name in all.names() {
+            let without = all.without(Features::by_name(name).expect("its name"));
+            assert!(count(without) < most, "{name}");
+        }
+        assert!(every_instruction().all(|insn| insn.op_code().encoding() != EncodingKind::VEX || !exists(&insn, Features::NONE)));
     }
 }

@@ -221,7 +221,7 @@ impl World {
         let bits = if self.st.is_64_bit_code() { 64 } else { 32 };
         let insn = Decoder::with_ip(bits, code, self.st.rip, DecoderOptions::NONE).decode();
         assert_eq!(insn.len(), code.len(), "{insn:?}");
-        assert!(handles(&insn), "{insn:?}");
+        assert!(handles(&insn, self.model.features), "{insn:?}");
         let before = self.st.clone();
         let flow = execute(&mut self.cx(), &insn);
         match flow {

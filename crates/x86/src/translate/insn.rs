@@ -50,7 +50,7 @@ impl Translator<'_> {
     }
 
     /// General registers that an instruction writes, a bit each.
-    fn written(&mut self, insn: &Instruction) -> u16 {
+    pub(super) fn written(&mut self, insn: &Instruction) -> u16 {
         self.info
             .info(insn)
             .used_registers()
@@ -61,7 +61,7 @@ impl Translator<'_> {
     }
 
     /// Guest registers in the frame that the explicit operands name: (number, must be loaded, must be stored).
-    fn spilled(&mut self, insn: &Instruction) -> Vec<(u8, bool, bool)> {
+    pub(super) fn spilled(&mut self, insn: &Instruction) -> Vec<(u8, bool, bool)> {
         let mut found: Vec<(u8, bool, bool)> = Vec::new();
         let info = self.info.info(insn);
         for i in 0..insn.op_count() {
@@ -93,11 +93,12 @@ impl Translator<'_> {
         }
     }
 
-    fn registers_only(&mut self, insn: &Instruction) {
+    pub(super) fn registers_only(&mut self, insn: &Instruction) {
         let spilled = self.spilled(insn);
+        if spilled.len() > 2 {
+            return self.three_registers(insn, &spilled);
+        }
         let mut out = *insn;
-        // At most two: no instruction here names three general registers.
-        assert!(spilled.len() <= 2, "{insn:?} names too many registers");
         let mut hosts = [0u8; 2];
         for (i, &(n, ..)) in spilled.iter().enumerate() {
             let other = if i == 0 { spilled.get(1).map(|s| s.0) } else { Some(hosts[0]) };
@@ -143,6 +144,9 @@ impl Translator<'_> {
         let op = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory).expect("caller saw one");
         let access = self.info.info(insn).op_access(op);
         let write = writes(access);
+        if !write && self.spilled(insn).len() > 1 {
+            return self.through_frame(insn);
+        }
         let size = insn.memory_size().size();
         assert!(size > 0 && size <= 512, "{insn:?} has a memory operand of {size} bytes");
         let at = self.access(Ea::Operand(*insn), size, write);
@@ -212,7 +216,7 @@ impl Translator<'_> {
         insn.set_code(code);
     }
 
-    fn set_memory(insn: &mut Instruction, base: Register, index: Register, disp: i32) {
+    pub(super) fn set_memory(insn: &mut Instruction, base: Register, index: Register, disp: i32) {
         insn.set_segment_prefix(Register::None);
         insn.set_memory_base(base);
         insn.set_memory_index(index);

@@ -16,8 +16,10 @@ mod insn;
 mod legacy;
 mod system;
 mod trace;
+mod vex;
 
-use crate::classify::Kind;
+use crate::Features;
+use crate::classify::{Kind, Unit, unit};
 use crate::emit::{At, Emit, Shared};
 use crate::frame::{FrameAt, exit};
 use crate::sites::Site;
@@ -28,26 +30,30 @@ use trace::{Follow, Step, gather};
 
 /// What translated code depends on besides its bytes and addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Mode(pub u8);
+pub struct Mode(pub u16);
 
 impl Mode {
     /// User permissions.
-    pub const USER: u8 = 1;
-    /// CR0.TS or CR0.EM is set.
-    pub const FPU_OFF: u8 = 2;
+    pub const USER: u16 = 1;
+    /// CR0.TS is set.
+    pub const TS: u16 = 2;
     /// One instruction, all accesses through helpers.
-    pub const ALONE: u8 = 4;
+    pub const ALONE: u16 = 4;
     /// GS can be accessed up to 4 GiB without a check ([`crate::segmentation::is_open`]). In 32-bit code only.
-    pub const GS_OPEN: u8 = 1 << 5;
+    pub const GS_OPEN: u16 = 1 << 5;
     /// The same for FS.
-    pub const FS_OPEN: u8 = 1 << 6;
+    pub const FS_OPEN: u16 = 1 << 6;
     /// Code that is not 64-bit: 32-bit code, with flat segments unless it runs alone.
-    pub const CODE_32: u8 = 1 << 7;
+    pub const CODE_32: u16 = 1 << 7;
     /// [`SHORT_TRACE`] instructions at most: for the last steps before a stop.
-    pub const SHORT: u8 = 8;
-    /// Whether a bit is set.
-    pub fn has(self, bit: u8) -> bool {
-        self.0 & bit != 0
+    pub const SHORT: u16 = 8;
+    /// CR0.EM is set.
+    pub const EM: u16 = 1 << 4;
+    /// VEX-encoded vector instructions are switched on.
+    pub const AVX: u16 = 1 << 8;
+    /// Whether any of these bits is set.
+    pub fn has(self, bits: u16) -> bool {
+        self.0 & bits != 0
     }
 }
 
@@ -103,6 +109,8 @@ pub struct Source<'a> {
     pub rip: u64,
     /// Mode.
     pub mode: Mode,
+    /// The CPU model's features.
+    pub features: Features,
     /// Instructions at most.
     pub max: u32,
     /// The first instruction crosses the page: the block is it alone and has no links.
@@ -126,18 +134,22 @@ pub const MAX_TRACE: u32 = 96;
 /// The same for a block of mode [`Mode::SHORT`].
 pub const SHORT_TRACE: u32 = 8;
 
-/// Decoder options: what the CPU models lack decodes as their older hardware did (F3 0F BC is BSF, not TZCNT; the hint space
+/// A decoder for code of a mode, and for a model: what it lacks decodes as older hardware did (without BMI1 F3 0F BC is BSF, not TZCNT; the hint space
 /// 0F0D, 0F18..0F1F is nothing but NOPs).
-pub const DECODER_OPTIONS: u32 = DecoderOptions::NO_MPFX_0FBC | DecoderOptions::NO_MPFX_0FBD | DecoderOptions::FORCE_RESERVED_NOP;
-
-/// A decoder for code of a mode.
-pub fn decoder(bytes: &[u8], rip: u64, mode: Mode) -> Decoder<'_> {
-    Decoder::with_ip(if mode.has(Mode::CODE_32) { 32 } else { 64 }, bytes, rip, DECODER_OPTIONS)
+pub fn decoder(bytes: &[u8], rip: u64, mode: Mode, features: Features) -> Decoder<'_> {
+    let mut options = DecoderOptions::FORCE_RESERVED_NOP;
+    if !features.has(Features::BMI1) {
+        options |= DecoderOptions::NO_MPFX_0FBC;
+    }
+    if !features.has(Features::LZCNT) {
+        options |= DecoderOptions::NO_MPFX_0FBD;
+    }
+    Decoder::with_ip(if mode.has(Mode::CODE_32) { 32 } else { 64 }, bytes, rip, options)
 }
 
 /// Decodes one instruction.
-pub fn decode(bytes: &[u8], rip: u64, mode: Mode) -> Instruction {
-    decoder(bytes, rip, mode).decode()
+pub fn decode(bytes: &[u8], rip: u64, mode: Mode, features: Features) -> Instruction {
+    decoder(bytes, rip, mode, features).decode()
 }
 
 /// Scratch registers of translated code.
@@ -246,7 +258,7 @@ fn leaves(step: &Step) -> bool {
 
 /// Whether the instruction itself, without its memory operand, can fault on the host.
 fn can_fault(insn: &Instruction) -> bool {
-    matches!(insn.mnemonic(), Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Wait) || crate::classify::needs_fpu(insn)
+    matches!(insn.mnemonic(), Mnemonic::Div | Mnemonic::Idiv | Mnemonic::Wait) || unit(insn) != Unit::Integer
 }
 
 /// Translates one block.

@@ -32,7 +32,6 @@ pub(super) struct Step {
 
 /// Collects a trace. The second result is where it goes on if its last instruction does not say.
 pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<Step>, u64) {
-    let fpu_off = src.mode.has(Mode::FPU_OFF);
     let page = src.rip >> 12;
     let mut steps: Vec<Step> = Vec::new();
     let mut at = src.rip;
@@ -40,8 +39,8 @@ pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<St
     while (steps.len() as u32) < src.max && (at >> 12 == page) {
         let single = src.straddles || src.mode.has(Mode::ALONE);
         let bytes = if single { src.bytes } else { &src.bytes[(at & 0xfff) as usize..] };
-        let insn = decode(bytes, at, src.mode);
-        let kind = classify(&insn, fpu_off);
+        let insn = decode(bytes, at, src.mode, src.features);
+        let kind = classify(&insn, src.mode, src.features);
         if matches!(kind, Kind::Invalid | Kind::NoFpu) {
             // Runs alone, where it raises its exception. (Also bytes cut at the end of the page.)
             break;

@@ -6,7 +6,7 @@ use crate::layout::{
 };
 use crate::native::Slot;
 use crate::operands::operand_size;
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, EncodingKind, Instruction};
 
 /// Where a program's addresses end on Linux.
 const USER_END: u64 = 0x7fff_ffff_f000;
@@ -28,6 +28,11 @@ pub fn registers(silicon: &Regs, engine: &Regs, out: &mut Vec<String>) {
     value("rflags", silicon.rflags, engine.rflags, out);
     value("fs base", silicon.fs_base, engine.fs_base, out);
     value("gs base", silicon.gs_base, engine.gs_base, out);
+    for (i, (a, b)) in silicon.ymm_high.iter().zip(&engine.ymm_high).enumerate() {
+        if a != b {
+            out.push(format!("ymm{i} high: silicon {:016x}{:016x} engine {:016x}{:016x}", a[1], a[0], b[1], b[0]));
+        }
+    }
     let compared = |i: usize| !FX_IGNORED.iter().any(|&(from, to)| (from..to).contains(&i));
     if (0..512).any(|i| compared(i) && silicon.fx.0[i] != engine.fx.0[i]) {
         for (from, len, name) in fx_fields() {
@@ -109,7 +114,9 @@ fn faulting<'a>(case: &'a Case, program: &Program, silicon: &Outcome) -> Option<
 /// Bytes within which the silicon may touch its operand in any order, so that any of them may be the one a fault is reported for.
 fn touches_in_any_order(instruction: &Instruction) -> u64 {
     match instruction.code() {
-        Code::Maskmovq_rDI_mm_mm | Code::Maskmovdqu_rDI_xmm_xmm | Code::Fnstenv_m14byte | Code::Fldenv_m14byte => 16,
+        Code::Maskmovq_rDI_mm_mm | Code::Maskmovdqu_rDI_xmm_xmm | Code::VEX_Vmaskmovdqu_rDI_xmm_xmm => 16,
+        Code::Fnstenv_m14byte | Code::Fldenv_m14byte => 16,
+        code if code.encoding() == EncodingKind::VEX => 0,
         _ => Some(operand_size(instruction)).filter(|&size| size > 16).unwrap_or(0),
     }
 }
@@ -228,6 +235,9 @@ pub fn start(regs: &Regs) -> String {
             hex(&regs.fx.0[from..from + len]),
             if name.starts_with("st") || name.starts_with("xmm") { "\n" } else { "" }
         );
+    }
+    for (i, half) in regs.ymm_high.iter().enumerate().filter(|(_, half)| **half != [0; 2]) {
+        text += &format!("  ymm{i} high {:016x}{:016x}\n", half[1], half[0]);
     }
     text
 }

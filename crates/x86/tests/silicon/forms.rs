@@ -1,8 +1,52 @@
 //! Which instruction forms exist, and which of them are compared with the silicon.
 //!
 //! Every `Code` of the decoder that is valid in 64-bit mode and belongs to x86-64-v2 (or is a hint that older processors take for a NOP)
-//! is a form. Each is either compared or in one of the two tables below, with the reason.
+//! or to what `host-common` has here is a form. Each is either compared or in one of the two tables below, with the reason.
 use iced_x86::{Code, CpuidFeature, EncodingKind, OpCodeInfo};
+use twinstep_x86::{CpuModel, Features};
+
+/// Which forms are looked at, on which CPU model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Those of x86-64-v2.
+    V2,
+    /// Those that `host-common` has beyond, among all forms.
+    Host,
+}
+
+impl Level {
+    /// The model.
+    pub fn model(self) -> CpuModel {
+        match self {
+            Self::V2 => CpuModel::x86_64_v2(),
+            Self::Host => CpuModel::host_common(Features::of_host()),
+        }
+    }
+}
+
+/// What a feature beyond x86-64-v2 is called by the decoder.
+fn beyond(feature: CpuidFeature) -> Option<Features> {
+    use CpuidFeature as F;
+    Some(match feature {
+        F::ADX => Features::ADX,
+        F::AES => Features::AES,
+        F::AVX => Features::AVX,
+        F::AVX2 => Features::AVX2,
+        F::BMI1 => Features::BMI1,
+        F::BMI2 => Features::BMI2,
+        F::F16C => Features::F16C,
+        F::FMA => Features::FMA,
+        F::GFNI => Features::GFNI,
+        F::LZCNT => Features::LZCNT,
+        F::MOVBE => Features::MOVBE,
+        F::PCLMULQDQ => Features::PCLMULQDQ,
+        F::SHA => Features::SHA,
+        F::VAES => Features::VAES,
+        F::VPCLMULQDQ => Features::VPCLMULQDQ,
+        F::XSAVE | F::XSAVEOPT | F::XSAVEC => Features::XSAVE,
+        _ => return None,
+    })
+}
 
 /// The features whose instructions are forms.
 const FEATURES: &[CpuidFeature] = &[
@@ -190,6 +234,20 @@ const NOT_COMPARED: &[(&[Code], &str)] = &[
         &[Code::Reservednop_rm16_r16_0F0D, Code::Reservednop_rm32_r32_0F0D, Code::Reservednop_rm64_r64_0F0D],
         "with a register it is #UD for one vendor and a NOP for the other",
     ),
+    (
+        &[
+            Code::Xsave_mem,
+            Code::Xsave64_mem,
+            Code::Xsaveopt_mem,
+            Code::Xsaveopt64_mem,
+            Code::Xsavec_mem,
+            Code::Xsavec64_mem,
+            Code::Xrstor_mem,
+            Code::Xrstor64_mem,
+            Code::Xgetbv,
+        ],
+        "depends on the host's XCR0; compared where both agree on it, in src/sys/xsave.rs",
+    ),
     (&[Code::Int1], "a host that is itself a virtual machine may be told the wrong RIP"),
     (&[Code::Ud0], "the vendors differ on whether a ModRM byte is fetched"),
 ];
@@ -246,13 +304,22 @@ pub struct Form {
     pub faulting: bool,
 }
 
-fn is_form(code: Code, narrow: bool) -> bool {
-    let info = code.op_code();
-    info.is_instruction()
-        && if narrow { info.mode32() } else { info.mode64() }
-        && code.encoding() == EncodingKind::Legacy
-        && !code.cpuid_features().is_empty()
-        && code.cpuid_features().iter().all(|f| FEATURES.contains(f))
+/// The level a form of 64-bit code, or of 32-bit code (`narrow`), belongs to; `None` if it is none, here.
+fn level(code: Code, narrow: bool) -> Option<Level> {
+    let (info, features) = (code.op_code(), code.cpuid_features());
+    let encoding = matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
+    let exists = if narrow { info.mode32() } else { info.mode64() };
+    if !info.is_instruction() || !exists || !encoding || features.is_empty() {
+        return None;
+    }
+    let mut needed = Features::NONE;
+    for &f in features.iter().filter(|f| !FEATURES.contains(f)) {
+        needed = needed.with(beyond(f)?);
+    }
+    match needed {
+        Features::NONE => Some(Level::V2),
+        _ => Level::Host.model().features.has(needed).then_some(Level::Host),
+    }
 }
 
 /// Why a form is not compared.
@@ -261,9 +328,18 @@ pub fn not_compared(code: Code, narrow: bool) -> Option<&'static str> {
     NOT_COMPARED.iter().chain(more).find(|(codes, _)| codes.contains(&code)).map(|(_, reason)| *reason)
 }
 
-/// All forms that are compared.
-pub fn compared(narrow: bool) -> Vec<Form> {
-    Code::values().filter(|&c| is_form(c, narrow) && not_compared(c, narrow).is_none()).map(form).collect()
+/// All forms of a level that are compared.
+pub fn compared(of: Level, narrow: bool) -> Vec<Form> {
+    Code::values().filter(|&c| level(c, narrow) == Some(of) && not_compared(c, narrow).is_none()).map(form).collect()
+}
+
+/// What may surround a form of a level.
+pub fn around(of: Level, narrow: bool) -> Vec<Form> {
+    let mut forms = compared(Level::V2, narrow);
+    if of == Level::Host {
+        forms.extend(compared(Level::Host, narrow));
+    }
+    forms
 }
 
 /// The number of forms that are not compared.
@@ -289,12 +365,12 @@ pub fn tables() -> String {
 pub fn check_tables() {
     let mut seen = Vec::new();
     for &code in NOT_COMPARED.iter().chain(KNOWN_GAPS).flat_map(|(codes, _)| codes.iter()) {
-        assert!(is_form(code, false), "{code:?} in a table of forms.rs is no form");
+        assert!(level(code, false).is_some(), "{code:?} in a table of forms.rs is no form");
         assert!(!seen.contains(&code), "{code:?} is twice in the tables of forms.rs");
         seen.push(code);
     }
     for &code in NARROW_NOT_COMPARED.iter().flat_map(|(codes, _)| codes.iter()) {
-        assert!(is_form(code, true), "{code:?} in a table of forms.rs is no form of 32-bit code");
+        assert!(level(code, true).is_some(), "{code:?} in a table of forms.rs is no form of 32-bit code");
         assert!(!seen.contains(&code), "{code:?} is twice in the tables of forms.rs");
         seen.push(code);
     }

@@ -4,12 +4,13 @@
 //! Some general registers are *pinned*: they start with a known value (a pointer into a window, a small index, a count), and other
 //! instructions mostly leave them alone.
 use crate::case::{Case, Item, Place};
-use crate::forms::{self, FLAG_READERS, Form, NARROW_FLAG_READERS};
+use crate::forms::{self, FLAG_READERS, Form, Level, NARROW_FLAG_READERS};
+use crate::fpu::{fcw, fx, legacy_fpu, mxcsr, vector_half};
 use crate::layout::{
-    CODE_AT, DATA, DATA_AT, DATA_BYTES, DATA_HIGH, DF, Fx, IF, IMAGE, PAGE, Regs, STACK, STACK_AT, STACK_PAGES, STATUS_FLAGS,
+    CODE_AT, DATA, DATA_AT, DATA_BYTES, DATA_HIGH, DF, IF, IMAGE, PAGE, Regs, STACK, STACK_AT, STACK_PAGES, STATUS_FLAGS,
     image_offset,
 };
-use crate::operands::{Memory, gpr, gpr_number, gpr_part, operand_size};
+use crate::operands::{Memory, gpr, gpr_number, gpr_part, is_gather, operand_size};
 use crate::prng::Rng;
 use crate::rep;
 use crate::segments::{self, Segments};
@@ -82,9 +83,9 @@ pub fn template(rng: &mut Rng) -> Box<[u8; IMAGE]> {
 }
 
 /// A random case about `focus`.
-pub fn case(rng: &mut Rng, forms: &[Form], focus: Form, narrow: bool) -> Case {
+pub fn case(rng: &mut Rng, forms: &[Form], focus: Form, level: Level, narrow: bool) -> Case {
     for _ in 0..10_000 {
-        if let Some(case) = attempt(rng, forms, focus, narrow)
+        if let Some(case) = attempt(rng, forms, focus, level, narrow)
             && let Some(program) = case.assemble()
             && program.bytes.len() <= crate::native::CODE_BYTES
             && case.code_at + program.bytes.len() <= CODE_AT + crate::layout::CODE_PAGES * PAGE
@@ -95,10 +96,10 @@ pub fn case(rng: &mut Rng, forms: &[Form], focus: Form, narrow: bool) -> Case {
     panic!("cannot build a case of {:?}", focus.code);
 }
 
-fn attempt(rng: &mut Rng, forms: &[Form], focus: Form, narrow: bool) -> Option<Case> {
+fn attempt(rng: &mut Rng, forms: &[Form], focus: Form, level: Level, narrow: bool) -> Option<Case> {
     let single = rng.chance(35);
     let (before, after) = if single { (0, 0) } else { (rng.below(5), rng.below(5)) };
-    let mut b = Builder::new(rng, forms, focus, narrow);
+    let mut b = Builder::new(rng, forms, focus, level, narrow);
     // A counted loop inside another would start its second round with a count of zero, which is 2^64 rounds.
     let counted = focus.code.is_loop() || focus.code.is_loopcc();
     let looping = !single && !focus.faulting && !focus.last && !counted && b.rng.chance(8);
@@ -143,7 +144,7 @@ fn attempt(rng: &mut Rng, forms: &[Form], focus: Form, narrow: bool) -> Option<C
 }
 
 impl<'a> Builder<'a> {
-    fn new(rng: &'a mut Rng, forms: &'a [Form], focus: Form, narrow: bool) -> Self {
+    fn new(rng: &'a mut Rng, forms: &'a [Form], focus: Form, level: Level, narrow: bool) -> Self {
         let mut init = Regs::ZERO;
         for value in &mut init.gpr {
             *value = rng.value();
@@ -163,6 +164,9 @@ impl<'a> Builder<'a> {
             _ => DATA_HIGH + rng.below(DATA_BYTES as u64),
         };
         init.fx = fx(rng);
+        if level == Level::Host && rng.chance(90) {
+            init.ymm_high = [(); 16].map(|()| [(); 2].map(|()| vector_half(rng)));
+        }
         let cpl = if narrow || focus.privileged || needs_user(focus.code) || rng.chance(70) { 3 } else { 0 };
         let code_at = CODE_AT + if rng.chance(25) { PAGE - 1 - rng.below(60) as usize } else { rng.below(1500) as usize };
         let segments = if narrow { segments::random(rng, &mut init, code_at) } else { Segments::WIDE };
@@ -570,10 +574,11 @@ impl<'a> Builder<'a> {
         }
         let rng = &mut *self.rng;
         let bytes: Vec<u8> = match instruction.memory_size() {
-            MemorySize::Float32 | MemorySize::Packed128_Float32 | MemorySize::Packed64_Float32 => {
-                (0..size / 4).flat_map(|_| rng.float().to_le_bytes()).collect()
-            }
-            MemorySize::Float64 | MemorySize::Packed128_Float64 => {
+            MemorySize::Float32
+            | MemorySize::Packed64_Float32
+            | MemorySize::Packed128_Float32
+            | MemorySize::Packed256_Float32 => (0..size / 4).flat_map(|_| rng.float().to_le_bytes()).collect(),
+            MemorySize::Float64 | MemorySize::Packed128_Float64 | MemorySize::Packed256_Float64 => {
                 (0..size / 8).flat_map(|_| rng.double().to_le_bytes()).collect()
             }
             MemorySize::Float80 => rng.extended().to_vec(),
@@ -590,7 +595,7 @@ impl<'a> Builder<'a> {
                 legacy_fpu(rng, size)
             }
             _ => match instruction.code() {
-                Code::Ldmxcsr_m32 => mxcsr(rng).to_le_bytes().to_vec(),
+                Code::Ldmxcsr_m32 | Code::VEX_Vldmxcsr_m32 => mxcsr(rng).to_le_bytes().to_vec(),
                 Code::Fldcw_m2byte => fcw(rng).to_le_bytes().to_vec(),
                 _ => return,
             },
@@ -661,7 +666,7 @@ fn implicit_registers(code: Code) -> &'static [usize] {
         Code::Insb_m8_DX | Code::Insw_m16_DX | Code::Insd_m32_DX => &[RDI],
         Code::Outsb_DX_m8 | Code::Outsw_DX_m16 | Code::Outsd_DX_m32 => &[RSI],
         Code::Xlat_m8 => &[RBX],
-        Code::Maskmovq_rDI_mm_mm | Code::Maskmovdqu_rDI_xmm_xmm => &[RDI],
+        Code::Maskmovq_rDI_mm_mm | Code::Maskmovdqu_rDI_xmm_xmm | Code::VEX_Vmaskmovdqu_rDI_xmm_xmm => &[RDI],
         Code::Leavew
         | Code::Leaved
         | Code::Leaveq
@@ -677,9 +682,12 @@ fn implicit_registers(code: Code) -> &'static [usize] {
 fn is_special(code: Code) -> bool {
     code.is_loop()
         || code.is_loopcc()
+        || is_gather(code)
         || matches!(
             code,
-            Code::Jmp_rm64
+            Code::VEX_Vmaskmovdqu_rDI_xmm_xmm
+                | Code::VEX_Vldmxcsr_m32
+                | Code::Jmp_rm64
                 | Code::Call_rm64
                 | Code::Retnq
                 | Code::Retnq_imm16
@@ -710,73 +718,4 @@ fn is_special(code: Code) -> bool {
 /// Forms whose result depends on the privilege.
 fn needs_user(code: Code) -> bool {
     matches!(code, Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg | Code::Int_imm8 | Code::Int3)
-}
-
-/// An MXCSR: mostly all masked, any rounding, flags, FTZ and DAZ.
-fn mxcsr(rng: &mut Rng) -> u32 {
-    let masks = if rng.chance(92) { 0x1f80 } else { rng.next() as u32 & 0x1f80 };
-    let modes = if rng.chance(50) { 0 } else { rng.next() as u32 & 0xe040 };
-    masks | modes | (rng.next() as u32 & 0x3f)
-}
-
-/// An x87 control word: mostly all masked, any precision and rounding.
-fn fcw(rng: &mut Rng) -> u16 {
-    let masks = if rng.chance(92) { 0x3f } else { rng.next() as u16 & 0x3f };
-    let modes = if rng.chance(50) { 0x300 } else { rng.pick(&[0x000, 0x200, 0x300]) | (rng.next() as u16 & 0xc00) };
-    0x40 | masks | modes
-}
-
-/// An x87 status word that fits the control word: with the summary bits set if an unmasked exception is pending.
-fn fsw(rng: &mut Rng, fcw: u16) -> u16 {
-    let mut exceptions = rng.next() as u16 & 0x7f;
-    if rng.chance(70) {
-        exceptions &= fcw; // nothing pending
-    }
-    let pending = exceptions & !fcw & 0x3f != 0;
-    let top = rng.below(8) as u16 * 0x800;
-    (rng.next() as u16 & 0x4700) | top | exceptions | if pending { 0x8080 } else { 0 }
-}
-
-/// A random FXSAVE image.
-fn fx(rng: &mut Rng) -> Fx {
-    let mut image = [0; 512];
-    let control = fcw(rng);
-    image[0..2].copy_from_slice(&control.to_le_bytes());
-    image[2..4].copy_from_slice(&fsw(rng, control).to_le_bytes());
-    image[4] = match rng.below(4) {
-        0 => rng.next() as u8,
-        1 => 0,
-        _ => 0xff,
-    };
-    image[24..28].copy_from_slice(&mxcsr(rng).to_le_bytes());
-    for i in 0..8 {
-        image[32 + 16 * i..42 + 16 * i].copy_from_slice(&rng.extended());
-    }
-    for i in 0..16 {
-        for half in 0..2 {
-            let value = match rng.below(4) {
-                0 => rng.value(),
-                1 => u64::from(rng.float()) << 32 | u64::from(rng.float()),
-                _ => rng.double(),
-            };
-            let at = 160 + 16 * i + 8 * half;
-            image[at..at + 8].copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    Fx(image)
-}
-
-/// An FLDENV or FRSTOR image of `size` bytes with pointers of zero.
-fn legacy_fpu(rng: &mut Rng, size: usize) -> Vec<u8> {
-    let word = if size == 14 || size == 94 { 2 } else { 4 };
-    let mut image = vec![0; size];
-    let control = fcw(rng);
-    let words = [control, fsw(rng, control), rng.next() as u16];
-    for (i, value) in words.into_iter().enumerate() {
-        image[i * word..i * word + 2].copy_from_slice(&value.to_le_bytes());
-    }
-    for register in image[7 * word..].as_chunks_mut::<10>().0 {
-        *register = rng.extended();
-    }
-    image
 }

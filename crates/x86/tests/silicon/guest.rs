@@ -1,12 +1,13 @@
 //! The engine's side: a guest in long mode with the same windows, whose exception handlers halt.
 use crate::bus::QuietBus;
 use crate::case::Program;
+use crate::forms::Level;
 use crate::layout::{Fx, IMAGE, Outcome, PAGE, PAGE_FAULT, RAN_AWAY, Regs, SHUT_DOWN, STRANGE_EXIT, WINDOWS};
 use crate::memory::{GuestRam, PageTables};
 use crate::segments::Segments;
 use crate::system;
-use twinstep_x86::state::{FxImage, seg};
-use twinstep_x86::{Cpu, CpuConfig, CpuModel, CpuState, Exit, Position, Segment};
+use twinstep_x86::state::{FxImage, cr4, seg, xcr0};
+use twinstep_x86::{Cpu, CpuConfig, CpuState, Exit, Position, Segment};
 
 /// Guest-physical addresses. The system pages are between tables and image.
 const TABLES_GPA: u64 = 0x1000;
@@ -20,13 +21,14 @@ pub struct Guest {
     bus: QuietBus,
     ram: GuestRam,
     cr3: u64,
+    level: Level,
     /// Instructions in a block at most.
     pub max_block: u32,
 }
 
 impl Guest {
     /// A guest on an engine with blocks of at most `max_block` instructions.
-    pub fn new(max_block: u32) -> Self {
+    pub fn new(max_block: u32, level: Level) -> Self {
         let mut ram = GuestRam::new(RAM_BYTES);
         let mut tables = PageTables::new(TABLES_GPA, TABLES_END);
         for w in WINDOWS {
@@ -37,14 +39,10 @@ impl Guest {
         }
         system::install(&mut ram, &mut tables);
         let cr3 = tables.root();
-        let config = CpuConfig {
-            model: CpuModel::x86_64_v2(),
-            code_cache_bytes: 8 << 20,
-            max_block_instructions: max_block,
-            cache_groups: 4,
-        };
+        let config =
+            CpuConfig { model: level.model(), code_cache_bytes: 8 << 20, max_block_instructions: max_block, cache_groups: 4 };
         let cpu = Cpu::new(config, ram.phys().clone());
-        Self { cpu, bus: QuietBus, ram, cr3, max_block }
+        Self { cpu, bus: QuietBus, ram, cr3, level, max_block }
     }
     /// Loads a case: memory and registers; the position becomes `position`.
     pub fn load(&mut self, template: &[u8; IMAGE], program: &Program, code_at: usize, cpl: u8, position: Position) {
@@ -59,10 +57,15 @@ impl Guest {
     }
     fn state(&self, regs: &Regs, segments: &Segments, cpl: u8) -> CpuState {
         let mut st = system::state(self.cr3, cpl);
+        if self.level == Level::Host {
+            st.cr4 |= cr4::OSXSAVE;
+            st.xcr0 = xcr0::ALL;
+        }
         st.gpr = regs.gpr;
         st.rip = regs.rip;
         st.rflags = regs.rflags;
         st.fx = FxImage(regs.fx.0);
+        st.ymm_high = regs.ymm_high;
         st.seg[seg::FS].base = regs.fs_base;
         st.seg[seg::GS].base = regs.gs_base;
         if segments.narrow {
@@ -82,6 +85,7 @@ impl Guest {
             fs_base: st.seg[seg::FS].base,
             gs_base: st.seg[seg::GS].base,
             fx: Fx(st.fx.0),
+            ymm_high: st.ymm_high,
         }
     }
     /// The image now.

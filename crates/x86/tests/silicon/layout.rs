@@ -86,11 +86,14 @@ pub struct Regs {
     pub fs_base: u64,
     pub gs_base: u64,
     pub fx: Fx,
+    /// The upper halves of the YMM registers; zero where there is no AVX.
+    pub ymm_high: [[u64; 2]; 16],
 }
 
 impl Regs {
     /// All zero.
-    pub const ZERO: Self = Self { gpr: [0; 16], rip: 0, rflags: 0, fs_base: 0, gs_base: 0, fx: Fx([0; 512]) };
+    pub const ZERO: Self =
+        Self { gpr: [0; 16], rip: 0, rflags: 0, fs_base: 0, gs_base: 0, fx: Fx([0; 512]), ymm_high: [[0; 2]; 16] };
 }
 
 /// How a run ended: registers at the exception that ended it.

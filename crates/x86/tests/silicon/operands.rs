@@ -2,8 +2,9 @@
 use crate::case::Item;
 use crate::generate::{Builder, Kind, Pin};
 use crate::layout::{DATA, DATA_BYTES, DATA_HIGH, PAGE, STACK, STACK_PAGES};
+use crate::prng::Rng;
 use crate::segments;
-use iced_x86::{Code, Instruction, MemorySize, OpCodeOperandKind as Op, OpKind, Register};
+use iced_x86::{Code, EncodingKind, Instruction, MemorySize, OpCodeOperandKind as Op, OpKind, Register};
 
 /// The 64-bit general register number `n`.
 pub fn gpr(n: usize) -> Register {
@@ -114,25 +115,49 @@ impl Builder<'_> {
             Op::r16_reg | Op::r16_reg_mem | Op::r16_rm | Op::r16_opcode | Op::r16_or_mem => 16,
             Op::r32_reg | Op::r32_reg_mem | Op::r32_rm | Op::r32_opcode | Op::r32_or_mem => 32,
             Op::r64_reg | Op::r64_reg_mem | Op::r64_rm | Op::r64_opcode | Op::r64_or_mem => 64,
+            Op::r32_vvvv => 32,
+            Op::r64_vvvv => 64,
             _ => 0,
         };
         let register = match kind {
             _ if fixed.is_some() => fixed,
             Op::mem | Op::mem_offs | Op::sibmem => None,
-            Op::r8_or_mem | Op::r16_or_mem | Op::r32_or_mem | Op::r64_or_mem | Op::mm_or_mem | Op::xmm_or_mem
+            Op::r8_or_mem
+            | Op::r16_or_mem
+            | Op::r32_or_mem
+            | Op::r64_or_mem
+            | Op::mm_or_mem
+            | Op::xmm_or_mem
+            | Op::ymm_or_mem
                 if self.memory_wanted() =>
             {
                 None
             }
+            Op::mem_vsib32x | Op::mem_vsib32y | Op::mem_vsib64x | Op::mem_vsib64y => {
+                instruction.set_op_kind(i, OpKind::Memory);
+                return self.vsib_operand(instruction, kind);
+            }
             Op::r8_reg | Op::r8_opcode | Op::r8_or_mem => Some(self.byte_register()),
             Op::mm_reg | Op::mm_rm | Op::mm_or_mem => Some(Register::MM0 + self.rng.below(8) as u32),
-            Op::xmm_reg | Op::xmm_rm | Op::xmm_or_mem => Some(Register::XMM0 + self.rng.below(self.registers()) as u32),
+            Op::xmm_reg | Op::xmm_rm | Op::xmm_or_mem | Op::xmm_vvvv | Op::xmm_is4 => {
+                Some(Register::XMM0 + self.rng.below(self.registers()) as u32)
+            }
+            Op::ymm_reg | Op::ymm_rm | Op::ymm_or_mem | Op::ymm_vvvv | Op::ymm_is4 => {
+                Some(Register::YMM0 + self.rng.below(self.registers()) as u32)
+            }
             Op::seg_reg => Some(Register::ES + self.rng.below(6) as u32),
             Op::cr_reg => Some(self.rng.pick(&[Register::CR0, Register::CR2, Register::CR3, Register::CR4])),
             Op::dr_reg => Some(self.rng.pick(&[Register::DR0, Register::DR3, Register::DR6, Register::DR7])),
             Op::sti_opcode => Some(Register::ST0 + self.rng.below(8) as u32),
             _ if bits != 0 => {
-                let n = if bit_test { self.bit_offset_register()? } else { self.random_gpr() };
+                let n = match () {
+                    () if bit_test => self.bit_offset_register()?,
+                    // BMI: those that have no host register of their own, up to three of them at once.
+                    () if instruction.code().encoding() == EncodingKind::VEX && self.rng.chance(40) => {
+                        self.rng.pick(&[10, 11, 15])
+                    }
+                    () => self.random_gpr(),
+                };
                 Some(gpr_part(n, bits))
             }
             _ => return self.other_operand(instruction, i, kind, memory),
@@ -270,11 +295,13 @@ impl Builder<'_> {
     }
 
     /// Chooses where an operand of `size` bytes is to be.
-    fn target(&mut self, size: u64) -> u64 {
+    fn target(&mut self, size: u64, code: Code) -> u64 {
         let end = DATA_BYTES as u64;
         let page = PAGE as u64;
-        let aligned = size >= 16 && !self.rng.chance(6);
-        let big = size > 16;
+        // Encoded with VEX, most do not care.
+        let vex = code.encoding() == EncodingKind::VEX;
+        let aligned = size >= 16 && !self.rng.chance(if vex { 60 } else { 6 });
+        let big = size > 16 && !vex;
         let offset = match self.rng.below(100) {
             0..10 if !big => page * (1 + self.rng.below(5)) - self.rng.below(size.max(2)),
             10..13 if !big => end - self.rng.below(size.max(2)),
@@ -284,13 +311,17 @@ impl Builder<'_> {
             18 => 0u64.wrapping_sub(1 + self.rng.below(100)),
             _ => self.rng.below(end - size),
         };
-        if aligned { offset & !15 } else { offset }
+        match size {
+            32 if aligned => offset & !31,
+            _ if aligned => offset & !15,
+            _ => offset,
+        }
     }
 
     /// A memory operand. Fills in base, index, scale, displacement and segment.
     fn memory_operand(&mut self, instruction: &mut Instruction, offset_only: bool) -> Option<Memory> {
         let size = operand_size(instruction);
-        let target = DATA.wrapping_add(self.target(size));
+        let target = DATA.wrapping_add(self.target(size, instruction.code()));
         let high = target.wrapping_sub(DATA).wrapping_add(DATA_HIGH);
         if self.narrow {
             return self.narrow_operand(instruction, target, offset_only);
@@ -340,7 +371,7 @@ impl Builder<'_> {
             }
             if pin.kind == Kind::Stack && sum == 0 {
                 let inside = self.rng.below((STACK_PAGES * PAGE) as u64 - size);
-                target = STACK + if size >= 16 { inside & !15 } else { inside };
+                target = STACK + if size >= 16 { inside & !(size.min(32) - 1) } else { inside };
             }
             instruction.set_memory_base(gpr_part(pin.number, if narrow { 32 } else { 64 }));
             sum = sum.wrapping_add(pin.value);
@@ -478,6 +509,40 @@ impl Builder<'_> {
         instruction.set_memory_displacement64(instruction.memory_displacement64() & 0xffff);
     }
 
+    /// The operand of a gather: a register full of small indices.
+    fn vsib_operand(&mut self, instruction: &mut Instruction, kind: Op) -> Option<()> {
+        let n = self.rng.below(16) as usize;
+        let first = if matches!(kind, Op::mem_vsib32x | Op::mem_vsib64x) { Register::XMM0 } else { Register::YMM0 };
+        let half = |rng: &mut Rng| match kind {
+            Op::mem_vsib32x | Op::mem_vsib32y => {
+                let [low, high] = [(); 2].map(|()| rng.within(-64, 64) as u32);
+                u64::from(high) << 32 | u64::from(low)
+            }
+            _ => rng.within(-64, 64) as u64,
+        };
+        let halves = [(); 4].map(|()| half(self.rng));
+        if self.rng.chance(95) {
+            let at = 160 + 16 * n;
+            self.case.init.fx.0[at..at + 8].copy_from_slice(&halves[0].to_le_bytes());
+            self.case.init.fx.0[at + 8..at + 16].copy_from_slice(&halves[1].to_le_bytes());
+            self.case.init.ymm_high[n] = [halves[2], halves[3]];
+        }
+        let scale = self.rng.pick(&[1u32, 2, 4, 8]);
+        instruction.set_memory_index(first + n as u32);
+        instruction.set_memory_index_scale(scale);
+        let pin = self.pin(&[Kind::Low, Kind::High], true)?;
+        let window = if pin.kind == Kind::High { DATA_HIGH } else { DATA };
+        let target = window.wrapping_add(self.target(8, Code::INVALID));
+        instruction.set_memory_base(gpr(pin.number));
+        let displacement = i32::try_from(target.wrapping_sub(pin.value) as i64).ok()?;
+        instruction.set_memory_displ_size(8);
+        instruction.set_memory_displacement64(i64::from(displacement) as u64);
+        if self.rng.chance(5) {
+            instruction.set_segment_prefix(Register::GS);
+        }
+        Some(())
+    }
+
     /// MOV with an absolute address.
     fn absolute_operand(&mut self, instruction: &mut Instruction, target: u64, high: u64) -> Option<Memory> {
         let narrow = self.rng.chance(20);
@@ -543,6 +608,13 @@ fn is_bit_test(code: Code) -> bool {
             | Code::Btc_rm32_r32
             | Code::Btc_rm64_r64
     )
+}
+
+/// VGATHERDPS and its kin.
+pub fn is_gather(code: Code) -> bool {
+    use Op as K;
+    let vsib = |kind: &Op| matches!(kind, K::mem_vsib32x | K::mem_vsib32y | K::mem_vsib64x | K::mem_vsib64y);
+    code.op_code().op_kinds().iter().any(vsib)
 }
 
 /// Bytes of the memory operand.

@@ -1,7 +1,7 @@
 //! Running many cases on both sides, and making failures small.
 use crate::case::{Case, Program, listing};
 use crate::compare;
-use crate::forms::{self, Form};
+use crate::forms::{self, Form, Level};
 use crate::generate;
 use crate::guest::Guest;
 use crate::layout::{BREAKPOINT, IMAGE};
@@ -19,6 +19,7 @@ pub struct Settings {
     pub seed: u64,
     pub first: u64,
     pub cases: u64,
+    pub level: Level,
 }
 
 /// Looks at a case that the silicon has run: says what is wrong with it.
@@ -59,9 +60,10 @@ const ENOUGH: u64 = 20;
 /// # Panics
 /// If any case fails, if a known gap is none, or if a form never comes to its end.
 pub fn check(settings: Settings, narrow: bool, judge: &(dyn Fn() -> Box<dyn Judge> + Sync)) {
-    let forms = forms::compared(narrow);
-    let ordinary: Vec<Form> = forms.iter().filter(|f| known_gap(f.code).is_none()).copied().collect();
-    println!("seed {} cases {}..{}", settings.seed, settings.first, settings.first + settings.cases);
+    let forms = forms::compared(settings.level, narrow);
+    let around = forms::around(settings.level, narrow);
+    let ordinary: Vec<Form> = around.into_iter().filter(|f| known_gap(f.code).is_none()).collect();
+    println!("{:?} seed {} cases {}..{}", settings.level, settings.seed, settings.first, settings.first + settings.cases);
     let next = AtomicU64::new(settings.first / BATCH as u64);
     let end = settings.first + settings.cases;
     let results = Mutex::new(Results::default());
@@ -72,7 +74,15 @@ pub fn check(settings: Settings, narrow: bool, judge: &(dyn Fn() -> Box<dyn Judg
     std::thread::scope(|scope| {
         for native in natives {
             scope.spawn(move || {
-                let mut worker = Worker { native, judge: judge(), ordinary, narrow, seed: settings.seed, first: settings.first };
+                let mut worker = Worker {
+                    native,
+                    judge: judge(),
+                    ordinary,
+                    narrow,
+                    seed: settings.seed,
+                    first: settings.first,
+                    level: settings.level,
+                };
                 loop {
                     let batch = next.fetch_add(1, Relaxed);
                     if batch * BATCH as u64 >= end {
@@ -100,6 +110,7 @@ struct Worker<'a> {
     seed: u64,
     /// Cases before this one are left out.
     first: u64,
+    level: Level,
 }
 
 impl Worker<'_> {
@@ -111,7 +122,7 @@ impl Worker<'_> {
         for index in first.max(self.first)..end.min(first + BATCH as u64) {
             let form = forms[(index % forms.len() as u64) as usize];
             let mut rng = Rng::new(self.seed, index);
-            let case = generate::case(&mut rng, self.ordinary, form, self.narrow);
+            let case = generate::case(&mut rng, self.ordinary, form, self.level, self.narrow);
             let program = case.assemble().expect("assembled before");
             fill(&mut self.native.shared().slots[cases.len()], &case, &program, index);
             cases.push((index, form, case, program));
@@ -303,8 +314,8 @@ fn straight_positions(case: &Case, program: &Program, slot: &Slot) -> Option<u64
 }
 
 /// The engine against the silicon.
-pub fn against_engine() -> Box<dyn Judge> {
-    Box::new(Engine { guests: [64, 1, 2, 3, 7].map(Guest::new) })
+pub fn against_engine(level: Level) -> Box<dyn Judge> {
+    Box::new(Engine { guests: [64, 1, 2, 3, 7].map(|max_block| Guest::new(max_block, level)) })
 }
 
 struct Engine {

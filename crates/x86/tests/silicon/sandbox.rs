@@ -62,6 +62,8 @@ static mut HOST_FS: u64 = 0;
 static mut TARGET: u64 = 0;
 /// The host's FPU state while a guest runs.
 static mut HOST_FX: crate::layout::Fx = crate::layout::Fx([0; 512]);
+/// Whether the host has AVX: 1 or 0.
+static mut HAS_AVX: u8 = 0;
 /// The stack signals are taken on.
 static mut SIGNAL_STACK: [u8; 1 << 17] = [0; 1 << 17];
 
@@ -85,6 +87,25 @@ unsafe extern "C" fn enter(regs: *const Regs) {
         "mov eax, {arch_prctl}", "mov edi, {set_gs}", "mov rsi, [r12 + {gs}]", "syscall",
         "mov eax, {arch_prctl}", "mov edi, {set_fs}", "mov rsi, [r12 + {fs}]", "syscall",
         "fxrstor64 [r12 + {fx}]",
+        "test byte ptr [rip + {has_avx}], 1",
+        "jz 2f",
+        "vinsertf128 ymm0, ymm0, xmmword ptr [r12 + {ymm} + 0], 1",
+        "vinsertf128 ymm1, ymm1, xmmword ptr [r12 + {ymm} + 16], 1",
+        "vinsertf128 ymm2, ymm2, xmmword ptr [r12 + {ymm} + 32], 1",
+        "vinsertf128 ymm3, ymm3, xmmword ptr [r12 + {ymm} + 48], 1",
+        "vinsertf128 ymm4, ymm4, xmmword ptr [r12 + {ymm} + 64], 1",
+        "vinsertf128 ymm5, ymm5, xmmword ptr [r12 + {ymm} + 80], 1",
+        "vinsertf128 ymm6, ymm6, xmmword ptr [r12 + {ymm} + 96], 1",
+        "vinsertf128 ymm7, ymm7, xmmword ptr [r12 + {ymm} + 112], 1",
+        "vinsertf128 ymm8, ymm8, xmmword ptr [r12 + {ymm} + 128], 1",
+        "vinsertf128 ymm9, ymm9, xmmword ptr [r12 + {ymm} + 144], 1",
+        "vinsertf128 ymm10, ymm10, xmmword ptr [r12 + {ymm} + 160], 1",
+        "vinsertf128 ymm11, ymm11, xmmword ptr [r12 + {ymm} + 176], 1",
+        "vinsertf128 ymm12, ymm12, xmmword ptr [r12 + {ymm} + 192], 1",
+        "vinsertf128 ymm13, ymm13, xmmword ptr [r12 + {ymm} + 208], 1",
+        "vinsertf128 ymm14, ymm14, xmmword ptr [r12 + {ymm} + 224], 1",
+        "vinsertf128 ymm15, ymm15, xmmword ptr [r12 + {ymm} + 240], 1",
+        "2:",
         "push qword ptr [r12 + {flags}]", "popfq",
         "mov rax, [r12]", "mov rcx, [r12 + 8]", "mov rdx, [r12 + 16]", "mov rbx, [r12 + 24]",
         "mov rsp, [r12 + 32]", "mov rbp, [r12 + 40]", "mov rsi, [r12 + 48]", "mov rdi, [r12 + 56]",
@@ -94,7 +115,7 @@ unsafe extern "C" fn enter(regs: *const Regs) {
         host_rsp = sym HOST_RSP, host_fx = sym HOST_FX, target = sym TARGET,
         arch_prctl = const libc::SYS_arch_prctl, set_gs = const ARCH_SET_GS, set_fs = const ARCH_SET_FS,
         gs = const offset_of!(Regs, gs_base), fs = const offset_of!(Regs, fs_base), fx = const offset_of!(Regs, fx),
-        flags = const offset_of!(Regs, rflags),
+        flags = const offset_of!(Regs, rflags), ymm = const offset_of!(Regs, ymm_high), has_avx = sym HAS_AVX,
     )
 }
 
@@ -167,10 +188,14 @@ unsafe fn enter_either(init: *const Regs, segments: *const Segments) {
 #[unsafe(naked)]
 unsafe extern "C" fn leave() {
     naked_asm!(
+        "test byte ptr [rip + {has_avx}], 1",
+        "jz 2f",
+        "vzeroupper",
+        "2:",
         "fxrstor64 [rip + {host_fx}]",
         "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
         "ret",
-        host_fx = sym HOST_FX,
+        host_fx = sym HOST_FX, has_avx = sym HAS_AVX,
     )
 }
 
@@ -224,9 +249,21 @@ unsafe fn copy_registers(context: *const libc::ucontext_t, regs: *mut Regs) {
         (*regs).rflags = from[libc::REG_EFL as usize] as u64 & !TF;
         (*regs).fs_base = (*control()).fs_base;
         (*regs).gs_base = (*control()).gs_base;
-        ptr::copy_nonoverlapping((*context).uc_mcontext.fpregs.cast::<u8>(), (&raw mut (*regs).fx).cast(), 512);
+        let image = (*context).uc_mcontext.fpregs.cast::<u8>();
+        ptr::copy_nonoverlapping(image, (&raw mut (*regs).fx).cast(), 512);
+        (*regs).ymm_high = [[0; 2]; 16];
+        let extended = image.add(SIGNAL_MAGIC_AT).cast::<u32>().read_unaligned() == SIGNAL_MAGIC;
+        if extended && image.add(XSTATE_BV_AT).cast::<u64>().read_unaligned() & 4 != 0 {
+            ptr::copy_nonoverlapping(image.add(AVX_AT), (&raw mut (*regs).ymm_high).cast(), 256);
+        }
     }
 }
+
+/// Where a signal frame's FPU image says that an XSAVE area follows (Linux, struct _fpx_sw_bytes), and parts of that area (standard format).
+const SIGNAL_MAGIC_AT: usize = 464;
+const SIGNAL_MAGIC: u32 = 0x4650_5853;
+const XSTATE_BV_AT: usize = 512;
+const AVX_AT: usize = 576;
 
 /// Called for every signal; answers the FS base to go on with.
 unsafe extern "C" fn on_signal(signal: libc::c_int, context: *mut libc::ucontext_t) -> u64 {
@@ -302,6 +339,7 @@ unsafe fn step(control: &mut Control, context: *const libc::ucontext_t, rip: u64
 pub unsafe fn install() -> bool {
     // SAFETY: plain system calls; the statics are only used by this thread.
     unsafe {
+        HAS_AVX = is_x86_feature_detected!("avx").into();
         let stack = libc::stack_t { ss_sp: (&raw mut SIGNAL_STACK).cast(), ss_flags: 0, ss_size: 1 << 17 };
         let mut ok = libc::sigaltstack(&raw const stack, ptr::null_mut()) == 0;
         ok &= libc::syscall(libc::SYS_arch_prctl, ARCH_GET_FS, &raw mut HOST_FS) == 0;
