@@ -299,7 +299,7 @@ fn cannot_boot(kernel: &Path, e: BootError) -> Error {
         BootError::BadElf(_) | BootError::BadMultiboot(_) => {
             "link the image for 1 MiB or higher, with a PVH note or a multiboot header"
         }
-        BootError::TooOld { .. } | BootError::Not64Bit => "use a 64-bit kernel of this decade",
+        BootError::TooOld { .. } => "use a kernel of this decade",
         BootError::KernelTooLarge { .. } | BootError::InitrdTooLarge { .. } => "give more RAM with --mem",
         BootError::CommandLineTooLong { .. } | BootError::CommandLineNul => "change --cmdline",
         BootError::NotFresh | BootError::Load(_) => "this is a mistake in Twinstep: report it",

@@ -1,4 +1,5 @@
-//! Starting a kernel: an unmodified Linux bzImage with its initramfs, entered at its 64-bit entry point; here. What begins in protected mode, an ELF
+//! Starting a kernel: an unmodified Linux bzImage with its initramfs, entered at its 64-bit entry point, or at its
+//! 32-bit one if that is all it has; here. What begins in protected mode, an ELF
 //! image with a PVH note or a multiboot image, is in [`bare`].
 //!
 //! **In:** the files' bytes and a command line. **Out:** guest RAM and a processor state as a boot loader leaves them. **Invariant:** everything is
@@ -22,13 +23,14 @@ use linux_loader::loader::bootparam::{boot_params, setup_header};
 use linux_loader::loader::bzimage::BzImage;
 use std::io::Cursor;
 use twinstep_x86::CpuState;
+use twinstep_x86::state::gpr;
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 const ZERO_PAGE: u64 = 0x7000;
 const COMMAND_LINE: u64 = 0x2_0000;
 /// Where the kernel's protected-mode part goes.
 const KERNEL: u64 = layout::HIGH_MEMORY;
-/// The 64-bit entry point lies this far into it.
+/// The 64-bit entry point lies this far into it. The 32-bit one is where it begins.
 const ENTRY_64: u64 = 0x200;
 
 const HEADER: usize = 0x1f1;
@@ -58,7 +60,7 @@ pub enum BootError {
     /// None of the kinds of kernel there are.
     #[error("the kernel is none of these: a Linux bzImage, an ELF image with a PVH note, a multiboot image")]
     Unknown,
-    /// Its boot protocol has no 64-bit entry point.
+    /// Its boot protocol does not say enough.
     #[error("the kernel's boot protocol {major}.{minor:02} is too old; 2.12 (Linux 3.8) or later is needed")]
     TooOld {
         /// Protocol version.
@@ -66,9 +68,6 @@ pub enum BootError {
         /// Protocol version.
         minor: u8,
     },
-    /// A 32-bit kernel.
-    #[error("the kernel has no 64-bit entry point")]
-    Not64Bit,
     /// The kernel needs more RAM than there is.
     #[error("the kernel needs {needed_mib} MiB of RAM to unpack; the machine has {have_mib} MiB below 3 GiB")]
     KernelTooLarge {
@@ -130,9 +129,6 @@ fn header(kernel: &[u8]) -> Result<setup_header, BootError> {
     }
     if header.loadflags & LOADED_HIGH == 0 {
         return Err(BootError::NotBzImage("it loads low (a zImage)"));
-    }
-    if header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(BootError::Not64Bit);
     }
     let setup = (u64::from(header.setup_sects.max(1)) + 1) * 512;
     // The size is rounded up to paragraphs of 16 bytes.
@@ -207,6 +203,7 @@ pub(crate) fn load(
 
 fn load_linux(ram: &GuestRam, ram_mib: u32, kernel: &[u8], initrd: &[u8], cmdline: &str) -> Result<CpuState, BootError> {
     let mut header = header(kernel)?;
+    let wide = header.xloadflags & XLF_KERNEL_64 != 0;
     let plan = plan(&header, kernel, initrd.len() as u64, cmdline, ram_mib)?;
     let failed = |e: &dyn std::fmt::Display| BootError::Load(e.to_string());
 
@@ -237,14 +234,20 @@ fn load_linux(ram: &GuestRam, ram_mib: u32, kernel: &[u8], initrd: &[u8], cmdlin
     params.e820_entries = map.len() as u8;
     write(ZERO_PAGE, params.as_slice())?;
 
-    entry::write_tables(ram).map_err(|e| failed(&e))?;
-    Ok(entry::state(loaded.kernel_load.0 + ENTRY_64, ZERO_PAGE))
+    if wide {
+        entry::write_tables(ram).map_err(|e| failed(&e))?;
+        return Ok(entry::state(loaded.kernel_load.0 + ENTRY_64, ZERO_PAGE));
+    }
+    entry::write_gdt_32(ram).map_err(|e| failed(&e))?;
+    let mut state = entry::state_32(loaded.kernel_load.0 as u32, 0, 0);
+    state.gpr[gpr::RSI] = ZERO_PAGE;
+    Ok(state)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use twinstep_x86::state::{gpr, seg};
+    use twinstep_x86::state::seg;
 
     /// A bzImage of one setup sector and `body` bytes.
     fn image(body: usize) -> Vec<u8> {
@@ -295,6 +298,16 @@ mod tests {
     }
 
     #[test]
+    fn a_32_bit_kernel() {
+        let (ram, _phys) = memory::map(64).unwrap();
+        let mut kernel = image(0x3000);
+        set(&mut kernel, 0x236, 0u16);
+        let state = load(&ram, 64, &kernel, None, "console=ttyS0").unwrap();
+        assert_eq!((state.rip, state.gpr[gpr::RSI], state.gpr[gpr::RBX]), (KERNEL, ZERO_PAGE, 0));
+        assert_eq!((state.seg[seg::CS].attributes, state.cr0 >> 31, state.efer), (0xc09b, 0, 0));
+    }
+
+    #[test]
     fn bad_kernels_are_named() {
         let (ram, _phys) = memory::map(64).unwrap();
         let boot = |kernel: &[u8], initrd: Option<&[u8]>, cmdline: &str| load(&ram, 64, kernel, initrd, cmdline).unwrap_err();
@@ -309,9 +322,6 @@ mod tests {
             boot(&old, None, "").to_string(),
             "the kernel's boot protocol 2.06 is too old; 2.12 (Linux 3.8) or later is needed"
         );
-        let mut small = good.clone();
-        set(&mut small, 0x236, 0u16);
-        assert_eq!(boot(&small, None, ""), BootError::Not64Bit);
         let mut big = good.clone();
         set(&mut big, 0x260, 100u32 << 20);
         assert_eq!(boot(&big, None, ""), BootError::KernelTooLarge { needed_mib: 116, have_mib: 64 });

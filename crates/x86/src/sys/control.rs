@@ -34,6 +34,8 @@ pub(crate) const CR4_ALLOWED: u64 = cr4::PCIDE
 /// CR4 bits that translations depend on.
 /// (What is cached depends on the tables alone, so global pages and process-context identifiers have no part in it.)
 const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::SMEP | cr4::SMAP;
+/// CR4 bits whose change loads PAE's page-directory pointers again.
+const CR4_POINTERS: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::SMEP;
 /// CR0 bits that translations depend on.
 const CR0_PAGING: u64 = cr0::PG | cr0::WP | cr0::PE;
 /// CR3 bits that are kept outside long mode: PAE's table of page-directory pointers has 32 bytes and lies anywhere.
@@ -220,12 +222,12 @@ fn write_cr(cx: &mut Cx, n: usize, value: u64) -> Result<Flow, Exception> {
                 return Err(Exception::gp(0));
             }
             let changed = cx.st.cr4 ^ value;
-            let reloads = changed & CR4_PAGING != 0 && value & cr4::PAE != 0;
-            if reloads && cx.st.cr0 & cr0::PG != 0 && !cx.long_mode() {
+            let reloads = changed & CR4_POINTERS != 0 && value & cr4::PAE != 0 && cx.st.cr0 & cr0::PG != 0 && !cx.long_mode();
+            if reloads {
                 cx.st.pdpte = directory_pointers(cx, cx.st.cr3)?;
             }
             cx.st.cr4 = value;
-            if changed & CR4_PAGING != 0 {
+            if changed & CR4_PAGING != 0 || reloads {
                 cx.mmu.flush_all();
             }
         }
@@ -263,8 +265,9 @@ fn set_cr0(cx: &mut Cx, value: u64) -> Result<Flow, Exception> {
     }
     let new = value & CR0_ALLOWED | cr0::ET;
     let changed = cx.st.cr0 ^ new;
-    let reloads = changed & (cr0::PG | cr0::CD | cr0::NW) != 0 && bit(cr0::PG) && cx.st.cr4 & cr4::PAE != 0;
-    if reloads && new_efer & efer::LMA == 0 {
+    let pae = bit(cr0::PG) && cx.st.cr4 & cr4::PAE != 0 && new_efer & efer::LMA == 0;
+    let reloads = changed & (cr0::PG | cr0::CD | cr0::NW) != 0 && pae;
+    if reloads {
         cx.st.pdpte = directory_pointers(cx, cx.st.cr3)?;
     }
     if new_efer & efer::LMA != 0 && !was_paging {
@@ -272,7 +275,7 @@ fn set_cr0(cx: &mut Cx, value: u64) -> Result<Flow, Exception> {
     }
     cx.st.cr0 = new;
     cx.st.efer = new_efer;
-    if changed & CR0_PAGING != 0 {
+    if changed & CR0_PAGING != 0 || reloads {
         cx.mmu.flush_all();
     }
     Ok(Flow::Sync)

@@ -1,9 +1,9 @@
 //! A guest that tries everything: random instructions of this module on random registers and descriptors.
 //!
 //! Whatever it does, nothing panics, a fault leaves no trace, and the state stays one that a snapshot would accept.
-use super::testing::{GDT, IDT, STACK, TSS, USER, World};
+use super::testing::{GDT, HANDLERS, IDT, STACK, TSS, USER, World};
 use super::{execute, handles};
-use crate::state::{gpr, rflags, seg};
+use crate::state::{cr0, cr4, efer, gpr, rflags, seg};
 use crate::{Exception, Vector, decode_state, encode_state};
 use iced_x86::{Decoder, DecoderOptions};
 
@@ -116,6 +116,31 @@ const OPCODES: &[&[u8]] = &[
     &[0xdd],
     &[0x0f, 0x0b],
     &[0x0f, 0xc7],
+    // Only outside 64-bit code, or with a meaning of their own there.
+    &[0x27],
+    &[0x37],
+    &[0x60],
+    &[0x61],
+    &[0x62],
+    &[0x63],
+    &[0x06],
+    &[0x07],
+    &[0x1e],
+    &[0x1f],
+    &[0x9a],
+    &[0xea],
+    &[0xc4],
+    &[0xd4],
+    &[0xe8],
+    &[0xe3],
+    &[0xe2],
+    &[0xc2],
+    &[0xc3],
+    &[0xc9],
+    &[0x50],
+    &[0x5c],
+    &[0x8f],
+    &[0x75],
 ];
 const MSRS: &[u64] = &[
     0x10,
@@ -174,17 +199,63 @@ fn scramble(w: &mut World, r: &mut Random) {
     w.put(IDT + 16 * 0x30 + 4, r.next() & 0xffff_ff07 | 0xe00);
 }
 
+/// Protected mode with or without 32-bit paging, and an IDT of small gates.
+fn protected_mode(w: &mut World, r: &mut Random) {
+    w.st.efer &= !(efer::LMA | efer::LME);
+    w.st.cr4 &= !cr4::PAE;
+    w.st.cr0 &= !cr0::PG;
+    if r.below(2) == 0 {
+        // 4 MiB pages, all of RAM for everybody.
+        w.put(0x6000, 0x87);
+        w.st.cr3 = 0x6000;
+        w.st.cr4 |= cr4::PSE;
+        w.st.cr0 |= cr0::PG;
+    }
+    w.mmu.flush_all();
+    for vector in 0..256 {
+        let access = r.pick(&[0x8e, 0xee, 0x8f, 0x86, 0x85, 0x0e, 0x8c]);
+        let selector = r.pick(&[0x10, 0x20, 0x50, 0x58, 0]);
+        w.put(IDT + 8 * vector, HANDLERS & 0xffff | selector << 16 | access << 40 | (HANDLERS >> 16) << 48);
+    }
+    // A 32-bit or 16-bit TSS with stacks of any kind.
+    w.st.tr.attributes = r.pick(&[0x8b, 0x83]);
+    let selector = r.pick(&[0x18, 0x50, 0x60]);
+    w.put(TSS + 4, STACK | selector << 32);
+    w.put(TSS + 2, r.next());
+}
+
+/// Gives segment registers limits, bases and types.
+fn bend(w: &mut World, r: &mut Random) {
+    for s in [seg::ES, seg::SS, seg::DS, seg::FS, seg::GS] {
+        if r.below(3) != 0 {
+            continue;
+        }
+        let dpl = (w.st.cpl as u16) << 5;
+        let attributes = r.pick(&[0xc093u16, 0x4093, 0x0093, 0xc097, 0x0097, 0xc091, 0xc09b]);
+        if s == seg::SS && attributes & 0xa != 2 {
+            continue;
+        }
+        w.st.seg[s].attributes = attributes | dpl;
+        w.st.seg[s].base = r.pick(&[0, 0, USER, 0x10, 0xffff_f000, 0xffff_ffff]);
+        w.st.seg[s].limit = r.pick(&[u32::MAX, 0xffff, 0, 0x20_0fff, USER as u32]);
+    }
+}
+
 #[test]
 fn random_instructions_keep_the_invariants() {
     let mut r = Random(1);
     let (mut done, mut faults) = (0u32, 0u32);
-    for _ in 0..12_000 {
+    for _ in 0..20_000 {
         let mut w = if r.below(2) == 0 { World::new() } else { World::new().user() };
         if r.below(4) == 0 {
             // Compatibility mode at the same level.
             let dpl = w.st.cpl as u16;
             let selector = if dpl == 3 { 0x23 } else { 0x50 };
             w.st.seg[seg::CS] = super::segments::flat_code(selector, dpl, false);
+            if r.below(2) == 0 {
+                protected_mode(&mut w, &mut r);
+            }
+            bend(&mut w, &mut r);
         }
         scramble(&mut w, &mut r);
         let mut code = Vec::new();
@@ -199,11 +270,18 @@ fn random_instructions_keep_the_invariants() {
         code.extend(r.next().to_le_bytes());
         let bits = if wide { 64 } else { 32 };
         let insn = Decoder::with_ip(bits, &code, w.st.rip, DecoderOptions::NONE).decode();
-        if insn.is_invalid() || !handles(&insn, w.model.features) {
+        let near = !wide && super::near::handles(&insn);
+        if insn.is_invalid() || !handles(&insn, w.model.features) && !near {
             continue;
         }
         let before = w.st.clone();
-        match execute(&mut w.cx(), &insn) {
+        let mut cx = w.cx();
+        let result = execute(&mut cx, &insn);
+        if cx.unsupported.is_some() {
+            assert!(result.is_err() && before == w.st, "{insn:?} left a trace");
+            continue;
+        }
+        match result {
             Ok(_) => done += 1,
             Err(e) => {
                 faults += 1;

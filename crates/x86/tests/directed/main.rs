@@ -5,6 +5,7 @@ mod bus;
 mod code;
 #[path = "../silicon/memory.rs"]
 mod memory;
+mod narrow;
 mod paging;
 mod privileged;
 mod stops;
