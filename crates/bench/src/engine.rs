@@ -37,19 +37,29 @@ pub struct Family {
     pub program: PathBuf,
     /// Variables for it.
     pub variables: Vec<(String, String)>,
-    /// Words that follow its command.
+    /// Words that follow `run`.
     pub words: Vec<String>,
+    /// Words that follow `replay`.
+    pub replay_words: Vec<String>,
 }
 
 impl Family {
-    /// A variant: `NAME=[VARIABLE=VALUE ...] ARGUMENT ...`, split at blanks.
+    /// A program as it is.
+    #[must_use]
+    pub fn plain(label: &str, program: &Path) -> Self {
+        let (label, program) = (label.to_owned(), program.to_owned());
+        Self { label, program, variables: Vec::new(), words: Vec::new(), replay_words: Vec::new() }
+    }
+
+    /// A variant: `NAME=[VARIABLE=VALUE ...] [ARGUMENT ...] [-- ARGUMENT-OF-REPLAY ...]`, split at blanks.
     pub fn variant(text: &str, program: &Path) -> Result<Self> {
         let (label, rest) = text.split_once('=').filter(|(label, _)| plain_name(label)).ok_or_else(|| {
             Error::new(format!("--variant {text}: not a NAME='ARGUMENTS'"))
                 .next("write, for example, --variant small='--some-flag 7' or --variant loud='TWINSTEP_LOG=debug'")
         })?;
-        let mut family = Self { label: label.to_owned(), program: program.to_owned(), variables: Vec::new(), words: Vec::new() };
-        for word in rest.split_whitespace() {
+        let mut family = Self::plain(label, program);
+        let mut words = rest.split_whitespace();
+        for word in words.by_ref().take_while(|w| *w != "--") {
             match word.split_once('=') {
                 Some((name, value)) if family.words.is_empty() && !name.starts_with('-') => {
                     family.variables.push((name.to_owned(), value.to_owned()));
@@ -57,6 +67,7 @@ impl Family {
                 _ => family.words.push(word.to_owned()),
             }
         }
+        family.replay_words = words.map(str::to_owned).collect();
         Ok(family)
     }
 
@@ -222,7 +233,7 @@ impl Engine {
                 line.variables.clone_from(&family.variables);
                 line.path(&family.program);
                 if *mode == Mode::Replay {
-                    line.add(&["replay"]).path(&recording).add(&["--console"]).add(&family.words);
+                    line.add(&["replay"]).path(&recording).add(&["--console"]).add(&family.replay_words);
                     return line;
                 }
                 line.add(&["run", "--quiet", "--mem", &format!("{}M", setting.ram_mib), "--cmdline", CMDLINE]);
@@ -269,14 +280,14 @@ mod tests {
     use super::*;
 
     fn family(label: &str) -> Family {
-        Family { label: label.into(), program: "/t".into(), variables: Vec::new(), words: Vec::new() }
+        Family::plain(label, Path::new("/t"))
     }
 
     #[test]
     fn variants_are_data() {
-        let v = Family::variant("plain=A=1 --x=2 B=3", Path::new("/t")).unwrap();
+        let v = Family::variant("plain=A=1 --x=2 B=3 -- --y 4", Path::new("/t")).unwrap();
         assert_eq!(v.variables, [("A".to_owned(), "1".to_owned())]);
-        assert_eq!(v.words, ["--x=2", "B=3"]);
+        assert_eq!((v.words.join(" "), v.replay_words.join(" ")), ("--x=2 B=3".into(), "--y 4".into()));
         assert_eq!((v.name(Mode::Plain), v.name(Mode::Replay)), ("plain".into(), "plain-replay".into()));
         for wrong in ["x", "=--x", "a b=--x", "native=--x"] {
             assert!(Family::variant(wrong, Path::new("/t")).is_err(), "{wrong}");

@@ -55,8 +55,8 @@ struct Bench {
     /// A second twinstep, in columns of its own called "against"
     #[arg(long, value_name = "PATH")]
     against: Option<PathBuf>,
-    /// The same twinstep with these variables, and these arguments for `run` and `replay`, in columns of its own (several times)
-    #[arg(long, value_name = "NAME='VARIABLE=VALUE --ARGUMENTS'")]
+    /// The same twinstep with these variables, arguments for `run`, and after `--` arguments for `replay`, in columns of its own (several times)
+    #[arg(long, value_name = "NAME='[VARIABLE=VALUE ...] [ARGUMENT ...] [-- ARGUMENT ...]'")]
     variant: Vec<String>,
     /// RAM of the guests, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
@@ -268,11 +268,9 @@ fn families(a: &Bench, target: &Path) -> Result<Vec<Family>> {
         Some(path) => usable(path)?,
         None => build_twinstep(target)?,
     };
-    let plain =
-        |label: &str, program: PathBuf| Family { label: label.to_owned(), program, variables: Vec::new(), words: Vec::new() };
-    let mut families = vec![plain("", program.clone())];
+    let mut families = vec![Family::plain("", &program)];
     if let Some(path) = &a.against {
-        families.push(plain("against", usable(path)?));
+        families.push(Family::plain("against", &usable(path)?));
     }
     for text in &a.variant {
         families.push(Family::variant(text, &program)?);
