@@ -127,11 +127,30 @@ impl Translator<'_> {
             Mnemonic::Push => return self.push_32(insn),
             Mnemonic::Pop => return self.pop_32(insn),
             Mnemonic::Leave => return self.leave_32(insn),
+            Mnemonic::Vzeroall | Mnemonic::Vzeroupper => return self.zero_vectors(insn.mnemonic() == Mnemonic::Vzeroall),
             _ => {}
         }
         let mut same = *insn;
         same.set_code(code_64(insn.code()));
         self.silicon(&same);
+    }
+
+    /// VZEROALL (`all`) and VZEROUPPER: in 32-bit code only for the eight registers there are.
+    fn zero_vectors(&mut self, all: bool) {
+        for register in (0..8).map(|n| Register::XMM0 + n) {
+            let mut insn = Instruction::default();
+            insn.set_op0_register(register);
+            insn.set_op1_register(register);
+            if all {
+                insn.set_code(Code::VEX_Vpxor_xmm_xmm_xmmm128);
+                insn.set_op2_register(register);
+            } else {
+                // Onto itself: the upper half is cleared.
+                insn.set_code(Code::VEX_Vmovaps_xmm_xmmm128);
+            }
+            let ok = self.emit.raw(&insn);
+            assert!(ok, "cannot encode {insn:?}");
+        }
     }
 
     // ---- the stack, of flat segments ----

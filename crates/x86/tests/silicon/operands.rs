@@ -511,7 +511,7 @@ impl Builder<'_> {
 
     /// The operand of a gather: a register full of small indices.
     fn vsib_operand(&mut self, instruction: &mut Instruction, kind: Op) -> Option<()> {
-        let n = self.rng.below(16) as usize;
+        let n = self.rng.below(self.registers()) as usize;
         let first = if matches!(kind, Op::mem_vsib32x | Op::mem_vsib64x) { Register::XMM0 } else { Register::YMM0 };
         let half = |rng: &mut Rng| match kind {
             Op::mem_vsib32x | Op::mem_vsib32y => {
@@ -532,7 +532,14 @@ impl Builder<'_> {
         instruction.set_memory_index_scale(scale);
         let pin = self.pin(&[Kind::Low, Kind::High], true)?;
         let window = if pin.kind == Kind::High { DATA_HIGH } else { DATA };
-        let target = window.wrapping_add(self.target(8, Code::INVALID));
+        let target = if self.narrow { DATA } else { window }.wrapping_add(self.target(8, Code::INVALID));
+        if self.narrow {
+            instruction.set_memory_base(gpr_part(pin.number, 32));
+            let displacement = target.wrapping_sub(pin.value).wrapping_sub(self.case.segments.base(segments::DS));
+            instruction.set_memory_displ_size(4);
+            instruction.set_memory_displacement64(displacement & 0xffff_ffff);
+            return Some(());
+        }
         instruction.set_memory_base(gpr(pin.number));
         let displacement = i32::try_from(target.wrapping_sub(pin.value) as i64).ok()?;
         instruction.set_memory_displ_size(8);

@@ -73,20 +73,10 @@ const ARCH_GET_FS: u64 = 0x1003;
 
 use crate::rep::STEP as REP_STEP;
 
-/// Loads every register from `regs` and jumps to `TARGET`; comes back through [`leave`].
-///
-/// # Safety
-/// The handlers are installed and `CONTROL` is set up.
+/// Loads the upper halves of the vector registers from the `Regs` at r12, if there are any. Part of [`enter`] and [`enter_narrow`].
 #[unsafe(naked)]
-unsafe extern "C" fn enter(regs: *const Regs) {
+unsafe extern "C" fn load_ymm() {
     naked_asm!(
-        "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
-        "mov [rip + {host_rsp}], rsp",
-        "fxsave64 [rip + {host_fx}]",
-        "mov r12, rdi",
-        "mov eax, {arch_prctl}", "mov edi, {set_gs}", "mov rsi, [r12 + {gs}]", "syscall",
-        "mov eax, {arch_prctl}", "mov edi, {set_fs}", "mov rsi, [r12 + {fs}]", "syscall",
-        "fxrstor64 [r12 + {fx}]",
         "test byte ptr [rip + {has_avx}], 1",
         "jz 2f",
         "vinsertf128 ymm0, ymm0, xmmword ptr [r12 + {ymm} + 0], 1",
@@ -106,6 +96,26 @@ unsafe extern "C" fn enter(regs: *const Regs) {
         "vinsertf128 ymm14, ymm14, xmmword ptr [r12 + {ymm} + 224], 1",
         "vinsertf128 ymm15, ymm15, xmmword ptr [r12 + {ymm} + 240], 1",
         "2:",
+        "ret",
+        ymm = const offset_of!(Regs, ymm_high), has_avx = sym HAS_AVX,
+    )
+}
+
+/// Loads every register from `regs` and jumps to `TARGET`; comes back through [`leave`].
+///
+/// # Safety
+/// The handlers are installed and `CONTROL` is set up.
+#[unsafe(naked)]
+unsafe extern "C" fn enter(regs: *const Regs) {
+    naked_asm!(
+        "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
+        "mov [rip + {host_rsp}], rsp",
+        "fxsave64 [rip + {host_fx}]",
+        "mov r12, rdi",
+        "mov eax, {arch_prctl}", "mov edi, {set_gs}", "mov rsi, [r12 + {gs}]", "syscall",
+        "mov eax, {arch_prctl}", "mov edi, {set_fs}", "mov rsi, [r12 + {fs}]", "syscall",
+        "fxrstor64 [r12 + {fx}]",
+        "call {load_ymm}",
         "push qword ptr [r12 + {flags}]", "popfq",
         "mov rax, [r12]", "mov rcx, [r12 + 8]", "mov rdx, [r12 + 16]", "mov rbx, [r12 + 24]",
         "mov rsp, [r12 + 32]", "mov rbp, [r12 + 40]", "mov rsi, [r12 + 48]", "mov rdi, [r12 + 56]",
@@ -115,7 +125,7 @@ unsafe extern "C" fn enter(regs: *const Regs) {
         host_rsp = sym HOST_RSP, host_fx = sym HOST_FX, target = sym TARGET,
         arch_prctl = const libc::SYS_arch_prctl, set_gs = const ARCH_SET_GS, set_fs = const ARCH_SET_FS,
         gs = const offset_of!(Regs, gs_base), fs = const offset_of!(Regs, fs_base), fx = const offset_of!(Regs, fx),
-        flags = const offset_of!(Regs, rflags), ymm = const offset_of!(Regs, ymm_high), has_avx = sym HAS_AVX,
+        flags = const offset_of!(Regs, rflags), load_ymm = sym load_ymm,
     )
 }
 
@@ -138,6 +148,7 @@ unsafe extern "C" fn enter_narrow(regs: *const Regs) {
         "mov es, word ptr [rip + {selectors}]", "mov ss, word ptr [rip + {selectors} + 2]",
         "mov ds, word ptr [rip + {selectors} + 4]", "mov gs, word ptr [rip + {selectors} + 6]",
         "fxrstor64 [r12 + {fx}]",
+        "call {load_ymm}",
         "push qword ptr [r12 + {flags}]", "popfq",
         "mov rax, [r12]", "mov rcx, [r12 + 8]", "mov rdx, [r12 + 16]", "mov rbx, [r12 + 24]",
         "mov rsp, [r12 + 32]", "mov rbp, [r12 + 40]", "mov rsi, [r12 + 48]", "mov rdi, [r12 + 56]",
@@ -145,7 +156,7 @@ unsafe extern "C" fn enter_narrow(regs: *const Regs) {
         "mov r13, [r12 + 104]", "mov r14, [r12 + 112]", "mov r15, [r12 + 120]", "mov r12, [r12 + 96]",
         "jmp fword ptr [rip + {target}]",
         host_rsp = sym HOST_RSP, host_fx = sym HOST_FX, target = sym FAR_TARGET, selectors = sym SELECTORS,
-        fx = const offset_of!(Regs, fx), flags = const offset_of!(Regs, rflags),
+        fx = const offset_of!(Regs, fx), flags = const offset_of!(Regs, rflags), load_ymm = sym load_ymm,
     )
 }
 
