@@ -3,7 +3,7 @@
 //! **In:** translations, and news that guest bytes or mappings changed. **Out:** host addresses of blocks.
 //!
 //! Blocks are keyed by physical *and* virtual address and mode. A jump inside one virtual page is linked directly (whoever executes
-//! the page has it mapped); a jump to another page goes through the jump cache, whose entries die with the mapping.
+//! the page has it mapped), also one between pages of the kernel's half, until anything is forgotten of that; a jump to another page else goes through the jump cache, whose entries die with the mapping.
 //! Code that is likely to run and code that is not go to two ends of the arena. When it is full everything is dropped at once.
 //!
 //! Invariant: what the cache holds is invisible: a block's code does what its bytes say now.
@@ -82,6 +82,8 @@ pub struct Cache {
     restless: HashSet<u64, FixedHasher>,
     blocks: Vec<Block>,
     links: Vec<LinkState>,
+    /// Those that were linked to another page.
+    far: Vec<u32>,
     by_key: HashMap<Key, u32, FixedHasher>,
     by_page: HashMap<usize, Vec<u32>, FixedHasher>,
     /// Addresses (and whether of user code) of blocks that were dropped: jumps must not find them any more.
@@ -116,6 +118,7 @@ impl Cache {
             restless: HashSet::default(),
             blocks: Vec::new(),
             links: Vec::new(),
+            far: Vec::new(),
             by_key: HashMap::default(),
             by_page: HashMap::default(),
             dead: Vec::new(),
@@ -215,7 +218,30 @@ impl Cache {
         id
     }
 
-    /// The key of the block that link `link` wants to jump to.
+    /// Whether link `link` leads to another page than it comes from.
+    pub fn is_far(&self, link: u32) -> bool {
+        let l = &self.links[link as usize];
+        (self.blocks[l.from as usize].key.rip ^ l.target) >> 12 != 0
+    }
+    /// Unlinks the jumps between pages: their mappings may have changed.
+    pub fn unlink_far(&mut self) {
+        let mut targets = Vec::new();
+        for link in std::mem::take(&mut self.far) {
+            let l = &mut self.links[link as usize];
+            let (patch, stub) = (l.patch, l.stub);
+            if let Some(to) = l.to.take() {
+                targets.push(to);
+                self.patch(patch, stub);
+            }
+        }
+        targets.sort_unstable();
+        targets.dedup();
+        for to in targets {
+            let links = &self.links;
+            self.blocks[to as usize].incoming.retain(|&link| links[link as usize].to == Some(to));
+        }
+    }
+    /// The key of the block that link `link`, which is not far, wants to jump to.
     pub fn link_target(&self, link: u32) -> Key {
         let l = &self.links[link as usize];
         let from = &self.blocks[l.from as usize];
@@ -236,6 +262,9 @@ impl Cache {
         }
         l.to = Some(to);
         let patch = l.patch;
+        if self.is_far(link) {
+            self.far.push(link);
+        }
         let target = &mut self.blocks[to as usize];
         target.incoming.push(link);
         let entry = target.entry;
@@ -304,6 +333,7 @@ impl Cache {
         self.stats.full_flushes += 1;
         self.blocks.clear();
         self.links.clear();
+        self.far.clear();
         self.by_key.clear();
         self.by_page.clear();
         self.dead.clear();

@@ -206,6 +206,11 @@ impl Mmu {
     pub(crate) fn published(&mut self, rip: u64, user: bool) -> Option<u64> {
         self.groups.published(rip, user)
     }
+    /// Whether mappings of the upper half were forgotten since this was asked last, on which jumps between its pages depend.
+    #[inline]
+    pub(crate) fn take_upper_forgotten(&mut self) -> bool {
+        std::mem::take(&mut self.groups.upper_forgotten)
+    }
     /// The block at `rip` is gone.
     pub(crate) fn forget_jump(&mut self, rip: u64, user: bool) {
         self.groups.forget_jump(rip, user);

@@ -370,6 +370,9 @@ impl Core {
         while let Some((pc, k)) = self.give_up.pop() {
             self.cache.give_up_sites(pc, k, self.mmu.sites());
         }
+        if self.mmu.take_upper_forgotten() {
+            self.cache.unlink_far();
+        }
         if !self.mmu.pending.any() && self.cache.dead.is_empty() {
             return;
         }
@@ -441,6 +444,10 @@ impl Core {
                     return Some(1);
                 }
                 exit::LOOKUP | exit::HELPER => return None,
+                exit::LINK if self.cache.is_far(arg as u32) => match self.far_entry(arg as u32) {
+                    Some(far) => entry = far,
+                    None => return None,
+                },
                 exit::LINK => {
                     let key = self.cache.link_target(arg as u32);
                     self.st().rip = key.rip;

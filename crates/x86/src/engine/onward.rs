@@ -41,6 +41,22 @@ impl Core {
         Some(self.cache.block(id).entry as u64)
     }
 
+    /// Where a jump to another page of the kernel's half goes on, linked for the next time. `None`: by the loop.
+    pub(super) fn far_entry(&mut self, link: u32) -> Option<u32> {
+        let key = self.cache.link_target(link);
+        self.st().rip = key.rip;
+        let life = self.cache.life();
+        if key.mode.has(Mode::SHORT) {
+            return None;
+        }
+        // Walks, and so notes that jumps into that page depend on its mapping. What goes wrong here goes wrong in the loop again.
+        let to = self.find_block(false).ok()?;
+        if life == self.cache.life() {
+            self.cache.link(link, to);
+        }
+        Some(self.cache.block(to).entry)
+    }
+
     /// Runs the instruction at RIP alone, or delivers its exception, in the middle of a block that is left for good. The state is exact, the
     /// position too; the budget is made so.
     pub(super) fn alone_and_on(&mut self) -> Onward {

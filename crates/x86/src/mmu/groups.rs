@@ -282,6 +282,8 @@ pub(super) struct Groups {
     upper_roots: Vec<(usize, u64)>,
     limit: usize,
     clock: u64,
+    /// Mappings of the upper half were forgotten that jumps may depend on.
+    pub upper_forgotten: bool,
     pub stats: GroupStats,
 }
 
@@ -301,6 +303,7 @@ impl Groups {
             upper_roots: Vec::new(),
             limit,
             clock: 0,
+            upper_forgotten: false,
             stats: GroupStats::default(),
         };
         groups.point();
@@ -422,6 +425,7 @@ impl Groups {
     }
     /// Forgets jumps into the upper half.
     fn wipe_upper(&mut self) {
+        self.upper_forgotten = true;
         self.first().wipe_jumps(1);
         // Jumps to the lower half are never looked for here.
         self.upper.fill(Jump::empty(0));

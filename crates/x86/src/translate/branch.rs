@@ -2,15 +2,18 @@
 //!
 //! **In:** a branch. **Out:** code that leaves to its target(s), or goes on with one of them: a jump that can be linked inside the page, the jump
 //! cache for other pages and for indirect targets. Invariant: wherever a block is left, the frame's copy of the flags is valid.
-use super::{Cold, Ea, Follow, Link, T0, Translator, full_number};
+use super::{Cold, Ea, Follow, Link, Mode, T0, Translator, full_number};
 use crate::emit::At;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 impl Translator<'_> {
-    /// Whether a jump to `target` can be linked: whoever executes this page has it mapped. An instruction in the last bytes may need the next
-    /// page as well.
+    /// Whether a jump to `target` can be linked: inside the page, since whoever executes it has it mapped; and between pages of the kernel's half,
+    /// which all address spaces share as long as nothing is forgotten of it ([`crate::mmu::groups`]). An instruction in the last bytes may need
+    /// the next page as well.
     pub(super) fn can_link(&self, target: u64) -> bool {
-        !self.alone() && !self.src.straddles && target >> 12 == self.src.rip >> 12 && target & 0xfff <= 0x1000 - 15
+        let same_page = target >> 12 == self.src.rip >> 12;
+        let shared = !self.src.mode.has(Mode::USER) && target >> 63 != 0 && self.src.rip >> 63 != 0;
+        !self.alone() && !self.src.straddles && (same_page || shared) && target & 0xfff <= 0x1000 - 15
     }
 
     /// Goes on at a known address. The frame's flags are valid; host flags may be clobbered.
