@@ -145,7 +145,7 @@ impl Report {
         self.engines.iter().map(|(name, _)| name.clone()).collect()
     }
 
-    /// Seconds of every workload and engine, and how many times native that is.
+    /// Seconds of every workload and engine, and how many times the first engine's that is.
     #[must_use]
     pub fn table(&self, plan: &Plan, clock: Clock) -> String {
         let (figures, engines) = (self.figures(), self.engine_names());
@@ -161,16 +161,15 @@ impl Report {
         let mut rows = vec![head];
         for item in &plan.items {
             let name = item.workload.name;
-            let native = figures.median("native", name, clock);
             let mut row = vec![item.title()];
             for engine in &engines {
-                row.push(match figures.median(engine, name, clock) {
-                    None => "–".to_owned(),
-                    Some(s) if engine == "native" => seconds(s),
-                    Some(s) => match native {
-                        Some(native) => format!("{} ({})", seconds(s), times(s / native)),
-                        None => seconds(s),
-                    },
+                // In brackets: against the first, which is the native run unless that is left out.
+                let ratio =
+                    if engine == self.reference() { None } else { figures.ratio(engine, self.reference(), &[name], clock) };
+                row.push(match (figures.median(engine, name, clock), ratio) {
+                    (None, _) => "–".to_owned(),
+                    (Some(s), None) => seconds(s),
+                    (Some(s), Some(ratio)) => format!("{} ({})", seconds(s), times(ratio.median)),
                 });
             }
             if both {
