@@ -305,25 +305,32 @@ impl Emit {
     }
     /// add or sub of a guest register, `bytes` wide.
     pub fn arith_guest(&mut self, add: bool, reg: u8, guest: usize, bytes: usize) {
-        let slot = self.at.gpr(guest);
+        if matches!(guest, 10 | 11 | 15) {
+            return self.arith_word(add, reg, self.at.gpr(guest), bytes);
+        }
         let g = guest as u8;
-        match (add, bytes, matches!(guest, 10 | 11 | 15)) {
-            (true, 1, false) => dynasm!(self.ops ; .arch x64 ; add Rb(reg), Rb(g)),
-            (true, 2, false) => dynasm!(self.ops ; .arch x64 ; add Rw(reg), Rw(g)),
-            (true, 4, false) => dynasm!(self.ops ; .arch x64 ; add Rd(reg), Rd(g)),
-            (true, _, false) => dynasm!(self.ops ; .arch x64 ; add Rq(reg), Rq(g)),
-            (false, 1, false) => dynasm!(self.ops ; .arch x64 ; sub Rb(reg), Rb(g)),
-            (false, 2, false) => dynasm!(self.ops ; .arch x64 ; sub Rw(reg), Rw(g)),
-            (false, 4, false) => dynasm!(self.ops ; .arch x64 ; sub Rd(reg), Rd(g)),
-            (false, _, false) => dynasm!(self.ops ; .arch x64 ; sub Rq(reg), Rq(g)),
-            (true, 1, true) => dynasm!(self.ops ; .arch x64 ; add Rb(reg), [slot]),
-            (true, 2, true) => dynasm!(self.ops ; .arch x64 ; add Rw(reg), [slot]),
-            (true, 4, true) => dynasm!(self.ops ; .arch x64 ; add Rd(reg), [slot]),
-            (true, _, true) => dynasm!(self.ops ; .arch x64 ; add Rq(reg), [slot]),
-            (false, 1, true) => dynasm!(self.ops ; .arch x64 ; sub Rb(reg), [slot]),
-            (false, 2, true) => dynasm!(self.ops ; .arch x64 ; sub Rw(reg), [slot]),
-            (false, 4, true) => dynasm!(self.ops ; .arch x64 ; sub Rd(reg), [slot]),
-            (false, _, true) => dynasm!(self.ops ; .arch x64 ; sub Rq(reg), [slot]),
+        match (add, bytes) {
+            (true, 1) => dynasm!(self.ops ; .arch x64 ; add Rb(reg), Rb(g)),
+            (true, 2) => dynasm!(self.ops ; .arch x64 ; add Rw(reg), Rw(g)),
+            (true, 4) => dynasm!(self.ops ; .arch x64 ; add Rd(reg), Rd(g)),
+            (true, _) => dynasm!(self.ops ; .arch x64 ; add Rq(reg), Rq(g)),
+            (false, 1) => dynasm!(self.ops ; .arch x64 ; sub Rb(reg), Rb(g)),
+            (false, 2) => dynasm!(self.ops ; .arch x64 ; sub Rw(reg), Rw(g)),
+            (false, 4) => dynasm!(self.ops ; .arch x64 ; sub Rd(reg), Rd(g)),
+            (false, _) => dynasm!(self.ops ; .arch x64 ; sub Rq(reg), Rq(g)),
+        }
+    }
+    /// add or sub of a word of the frame, `bytes` wide.
+    pub fn arith_word(&mut self, add: bool, reg: u8, slot: i32, bytes: usize) {
+        match (add, bytes) {
+            (true, 1) => dynasm!(self.ops ; .arch x64 ; add Rb(reg), [slot]),
+            (true, 2) => dynasm!(self.ops ; .arch x64 ; add Rw(reg), [slot]),
+            (true, 4) => dynasm!(self.ops ; .arch x64 ; add Rd(reg), [slot]),
+            (true, _) => dynasm!(self.ops ; .arch x64 ; add Rq(reg), [slot]),
+            (false, 1) => dynasm!(self.ops ; .arch x64 ; sub Rb(reg), [slot]),
+            (false, 2) => dynasm!(self.ops ; .arch x64 ; sub Rw(reg), [slot]),
+            (false, 4) => dynasm!(self.ops ; .arch x64 ; sub Rd(reg), [slot]),
+            (false, _) => dynasm!(self.ops ; .arch x64 ; sub Rq(reg), [slot]),
         }
     }
     /// test reg, reg, `bytes` wide.

@@ -41,6 +41,8 @@ pub struct Frame {
     pub addend: u64,
     /// Scratch for code sequences.
     pub tmp: [u64; 4],
+    /// Operands kept to make flags again; two, for one more may be kept while the last one is still asked for.
+    pub kept: [u64; 2],
     /// Registers of the routine that fills sites.
     pub save: [u64; 3],
     /// The site that a failed check belongs to, or 0.
@@ -154,6 +156,9 @@ impl FrameAt {
     }
     pub fn site(self) -> i32 {
         field!(self.0, site)
+    }
+    pub fn kept(self, n: usize) -> i32 {
+        field!(self.0, kept) + 8 * n as i32
     }
     pub fn hard(self) -> i32 {
         field!(self.0, hard)

@@ -90,6 +90,15 @@ impl Emit {
     pub fn load_at16(&mut self, to: u8, at: At) {
         self.there(&[0x0f, 0xb7], false, to, at);
     }
+    /// to = the `bytes` bytes there, zero-extended.
+    pub fn load_sized(&mut self, to: u8, at: At, bytes: usize) {
+        match bytes {
+            1 => self.there(&[0x0f, 0xb6], false, to, at),
+            2 => self.load_at16(to, at),
+            4 => self.load_at32(to, at),
+            _ => self.load_at(to, at),
+        }
+    }
     /// The 16 bits there = from.
     pub fn store_at16(&mut self, at: At, from: u8) {
         // The operand size prefix comes before REX.

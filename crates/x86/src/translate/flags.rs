@@ -2,12 +2,14 @@
 //!
 //! The engine's own checks clobber the host's flags all the time, and whoever leaves a trace must find the guest's exact. Saving them costs
 //! about six instructions, so it is put off: most flags come from an instruction that can be run again, or undone and done again, on
-//! registers that still hold what is needed ([`Recipe`]). Only when neither the frame nor a recipe has them are they saved.
+//! registers that still hold what is needed ([`Recipe`]). Where they do not, and a check is near, the missing operand is kept in the frame
+//! ([`Translator::keeping`]). Only when neither the frame nor a recipe has them are the flags saved.
 //!
 //! Invariant: at every point where code can be left, at least one of host, frame and recipe has the flags.
-use super::{T0, Translator, full_number, in_frame, is_high_byte};
+use super::{T0, T1, Translator, full_number, in_frame, is_high_byte, same_width};
+use crate::emit::At;
 use crate::undefined::Independent;
-use iced_x86::{Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 pub(super) const STATUS: u32 =
     RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
@@ -33,6 +35,10 @@ pub(super) enum Recipe {
     Result { reg: u8, bytes: usize },
     /// The flags of a zero.
     Zero,
+    /// Run this CMP or TEST, of a memory operand, with the kept word `slot` in its place.
+    Memory(Instruction, usize),
+    /// Run this instruction, on a register and perhaps a constant, on the kept word `slot`.
+    Old(Instruction, usize),
 }
 
 /// What was added or subtracted.
@@ -40,19 +46,20 @@ pub(super) enum Recipe {
 pub(super) enum Source {
     Constant(i32),
     Register(u8),
+    Kept(usize),
 }
 
 impl Recipe {
     /// The guest registers it needs, a bit each.
     pub(super) fn inputs(&self) -> u16 {
         match *self {
-            Self::Again(insn) => (0..insn.op_count())
+            Self::Again(insn) | Self::Memory(insn, _) => (0..insn.op_count())
                 .filter(|&i| insn.op_kind(i) == OpKind::Register)
                 .filter_map(|i| full_number(insn.op_register(i)))
                 .fold(0, |mask, n| mask | 1 << n),
             Self::Undo { reg, source: Source::Register(other), .. } => 1 << reg | 1 << other,
             Self::Undo { reg, .. } | Self::Result { reg, .. } => 1 << reg,
-            Self::Zero => 0,
+            Self::Zero | Self::Old(..) => 0,
         }
     }
 }
@@ -178,6 +185,10 @@ impl Translator<'_> {
                         self.emit.arith_guest(!add, T0, n as usize, bytes);
                         self.emit.arith_guest(add, T0, n as usize, bytes);
                     }
+                    Source::Kept(slot) => {
+                        self.emit.arith_word(!add, T0, self.at.kept(slot), bytes);
+                        self.emit.arith_word(add, T0, self.at.kept(slot), bytes);
+                    }
                 }
             }
             Recipe::Result { reg, bytes } => {
@@ -190,6 +201,26 @@ impl Translator<'_> {
                 self.emit.test_self(host, bytes);
             }
             Recipe::Zero => self.emit.zero(T0),
+            Recipe::Memory(insn, slot) => {
+                let mut out = insn;
+                Self::set_memory(&mut out, Register::None, Register::None, self.at.kept(slot));
+                let spilled = (0..insn.op_count())
+                    .filter(|&i| insn.op_kind(i) == OpKind::Register)
+                    .filter_map(|i| full_number(insn.op_register(i)))
+                    .find(|&n| in_frame(n));
+                if let Some(n) = spilled {
+                    self.emit.load(T0, n as usize);
+                    Self::rename(&mut out, n, T0);
+                }
+                assert!(self.emit.raw(&out), "cannot encode {out:?}");
+            }
+            Recipe::Old(insn, slot) => {
+                let mut out = insn;
+                let n = full_number(insn.op0_register()).expect("general register");
+                self.emit.load_word(T0, self.at.kept(slot));
+                Self::rename(&mut out, n, T0);
+                assert!(self.emit.raw(&out), "cannot encode {out:?}");
+            }
         }
     }
 
@@ -257,6 +288,89 @@ impl Translator<'_> {
             self.flags = Flags { host: true, frame: false, recipe };
         }
     }
+    /// The word to keep an operand in.
+    fn next_slot(&mut self) -> usize {
+        self.slot ^= 1;
+        self.slot
+    }
+    /// Whether it pays to keep an operand of the current instruction for its flags: they will be clobbered by a check before they are overwritten.
+    pub(super) fn keeping(&self) -> bool {
+        !self.alone() && self.clobbered[self.current]
+    }
+    /// Before a silicon instruction without a memory operand, whose flags no recipe of registers makes: keeps the old value, if that helps.
+    pub(super) fn keep_old(&mut self, insn: &Instruction, effect: Effect) -> Option<Recipe> {
+        use Mnemonic::*;
+        let fits = match insn.mnemonic() {
+            Shl | Sal | Shr | Sar => true,
+            Neg => true,
+            Add => insn.op1_kind() == OpKind::Register && insn.op0_register() == insn.op1_register(),
+            _ => false,
+        };
+        if effect != Effect::Full || !fits || !self.keeping() || is_high_byte(insn.op0_register()) {
+            return None;
+        }
+        let n = full_number(insn.op0_register())?;
+        let slot = self.next_slot();
+        let host = if in_frame(n) {
+            self.emit.load(T0, n as usize);
+            T0
+        } else {
+            n
+        };
+        self.emit.store_word(self.at.kept(slot), host);
+        Some(Recipe::Old(*insn, slot))
+    }
+    /// For a silicon instruction with a memory operand, whose bytes are at `at`: if it can be done on a register loaded with them, and
+    /// the operand be kept, does so. Says whether it did.
+    pub(super) fn with_kept_operand(&mut self, insn: &Instruction, at: At) -> bool {
+        use Mnemonic::*;
+        let m = insn.mnemonic();
+        let bytes = insn.memory_size().size();
+        let reg = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Register).map(|i| insn.op_register(i));
+        let adds = matches!(m, Add | Sub) && insn.op1_kind() == OpKind::Memory;
+        if !(adds || matches!(m, Cmp | Test) && (m == Cmp || self.silicon.logic))
+            || !self.keeping()
+            || reg.is_some_and(is_high_byte)
+        {
+            return false;
+        }
+        let Some(code) = register_form(insn.code()) else { return false };
+        let slot = self.next_slot();
+        self.emit.load_sized(T0, at, bytes);
+        self.emit.store_word(self.at.kept(slot), T0);
+        let n = reg.map(|r| full_number(r).expect("general register"));
+        let mut out = *insn;
+        let operand = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory).expect("caller saw one");
+        // r10 has served its turn.
+        let host = n.map(|n| {
+            if in_frame(n) {
+                self.emit.load(T1, n as usize);
+                T1
+            } else {
+                n
+            }
+        });
+        if let (Some(n), Some(host)) = (n, host)
+            && n != host
+        {
+            Self::rename(&mut out, n, host);
+        }
+        out.set_code(code);
+        out.set_op_kind(operand, OpKind::Register);
+        out.set_op_register(operand, same_width_of(bytes, T0));
+        assert!(self.emit.raw(&out), "cannot encode {out:?}");
+        let recipe = if adds {
+            let n = n.expect("an operand that is a register");
+            if in_frame(n) {
+                self.emit.store(n as usize, T1);
+            }
+            Recipe::Undo { add: m == Add, reg: n, bytes, source: Source::Kept(slot) }
+        } else {
+            Recipe::Memory(*insn, slot)
+        };
+        self.flags = Flags { host: true, frame: false, recipe: Some(recipe) };
+        true
+    }
     /// The current instruction may fault on the host from here on: where the fault will find the flags. Nothing that the instruction itself
     /// does to flags or registers may come before this.
     pub(super) fn note_flags(&mut self) {
@@ -270,6 +384,92 @@ impl Translator<'_> {
     fn live_after(&self) -> bool {
         self.live[self.current]
     }
+}
+
+/// For each instruction of a trace: whether its flags, if it sets any, are clobbered by a check before they are overwritten or saved for good.
+pub(super) fn clobbered(steps: impl DoubleEndedIterator<Item = Next>) -> Vec<bool> {
+    let mut after = false;
+    let mut all: Vec<bool> = steps
+        .rev()
+        .map(|next| {
+            let here = after;
+            after = match next {
+                Next::Check => true,
+                Next::Ends => false,
+                Next::Passes => after,
+            };
+            here
+        })
+        .collect();
+    all.reverse();
+    all
+}
+
+/// What an instruction means for flags that were set before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// A check clobbers them.
+    Check,
+    /// They are overwritten, in part at least, or saved.
+    Ends,
+    /// Nothing.
+    Passes,
+}
+
+/// The form of ADD, SUB, CMP or TEST whose memory operand is a register.
+fn register_form(code: Code) -> Option<Code> {
+    use Code::*;
+    // Operands r/m may be either; the direction stays.
+    matches!(
+        code,
+        Add_r8_rm8
+            | Add_r16_rm16
+            | Add_r32_rm32
+            | Add_r64_rm64
+            | Sub_r8_rm8
+            | Sub_r16_rm16
+            | Sub_r32_rm32
+            | Sub_r64_rm64
+            | Cmp_r8_rm8
+            | Cmp_r16_rm16
+            | Cmp_r32_rm32
+            | Cmp_r64_rm64
+            | Cmp_rm8_r8
+            | Cmp_rm16_r16
+            | Cmp_rm32_r32
+            | Cmp_rm64_r64
+            | Cmp_rm8_imm8
+            | Cmp_rm16_imm16
+            | Cmp_rm32_imm32
+            | Cmp_rm64_imm32
+            | Cmp_rm16_imm8
+            | Cmp_rm32_imm8
+            | Cmp_rm64_imm8
+            | Test_rm8_r8
+            | Test_rm16_r16
+            | Test_rm32_r32
+            | Test_rm64_r64
+            | Test_rm8_imm8
+            | Test_rm16_imm16
+            | Test_rm32_imm32
+            | Test_rm64_imm32
+            | Test_rm8_imm8_F6r1
+            | Test_rm16_imm16_F7r1
+            | Test_rm32_imm32_F7r1
+            | Test_rm64_imm32_F7r1
+    )
+    .then_some(code)
+}
+
+/// r10 or r11, so many bytes wide.
+fn same_width_of(bytes: usize, number: u8) -> Register {
+    let like = match bytes {
+        1 => Register::R8L,
+        2 => Register::R8W,
+        4 => Register::R8D,
+        _ => Register::R8,
+    };
+    same_width(like, number)
 }
 
 /// Whether an instruction makes nothing of the flags before it but of CF: ADC and SBB (all flags are new), INC and DEC (all but CF are), and

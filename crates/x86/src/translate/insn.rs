@@ -119,6 +119,7 @@ impl Translator<'_> {
         }
         let (effect, written) = (effect(insn, &self.silicon), self.written(insn));
         self.flags_before(insn, effect, written);
+        let kept = self.keep_old(insn, effect);
         for (i, &(n, loads, _)) in spilled.iter().enumerate() {
             if loads {
                 self.emit.load(hosts[i], n as usize);
@@ -138,6 +139,9 @@ impl Translator<'_> {
             }
         }
         self.flags_after(insn, effect);
+        if kept.is_some() {
+            self.flags.recipe = kept;
+        }
     }
 
     fn with_memory(&mut self, insn: &Instruction) {
@@ -163,6 +167,9 @@ impl Translator<'_> {
         match at {
             At::Sum(_, disp) => Self::set_memory(&mut out, insn.memory_base(), Register::R10, disp),
             At::Host => Self::set_memory(&mut out, Register::R10, Register::None, 0),
+        }
+        if !write && self.with_kept_operand(insn, at) {
+            return;
         }
         let data = T0;
         let (effect, written) = (effect(insn, &self.silicon), self.written(insn));

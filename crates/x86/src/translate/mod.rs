@@ -24,7 +24,7 @@ use crate::emit::{At, Emit, Shared};
 use crate::frame::{FrameAt, exit};
 use crate::sites::Site;
 use crate::undefined::{Independent, independent};
-use flags::{Flags, Recipe, STATUS, effect, liveness};
+use flags::{Flags, Next, Recipe, STATUS, clobbered, effect, liveness};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use trace::{Follow, Step, gather};
 
@@ -202,6 +202,10 @@ struct Translator<'a> {
     current: usize,
     /// For each instruction, whether the flags after it can be seen.
     live: Vec<bool>,
+    /// For each instruction, whether a check will clobber its flags ([`flags::clobbered`]).
+    clobbered: Vec<bool>,
+    /// The word of the frame that an operand was kept in last.
+    slot: usize,
 }
 
 fn full_number(reg: Register) -> Option<u8> {
@@ -247,13 +251,15 @@ fn is_narrow(insn: &Instruction) -> bool {
 fn leaves(step: &Step) -> bool {
     match step.kind {
         Kind::Branch | Kind::Sys => true,
-        Kind::Silicon => {
-            let insn = &step.insn;
-            let memory = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) && insn.mnemonic() != Mnemonic::Lea;
-            memory || insn.is_stack_instruction() || can_fault(insn)
-        }
+        Kind::Silicon => checks(&step.insn) || can_fault(&step.insn),
         _ => false,
     }
+}
+
+/// Whether an instruction that the silicon executes accesses memory.
+fn checks(insn: &Instruction) -> bool {
+    let memory = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) && insn.mnemonic() != Mnemonic::Lea;
+    memory || insn.is_stack_instruction()
 }
 
 /// Whether the instruction itself, without its memory operand, can fault on the host.
@@ -279,6 +285,8 @@ pub fn translate(src: &Source, at: FrameAt, shared: Shared) -> Translation {
         len: 0,
         current: 0,
         live: Vec::new(),
+        clobbered: Vec::new(),
+        slot: 0,
     };
     t.block()
 }
@@ -295,6 +303,14 @@ impl Translator<'_> {
         self.live = liveness(steps.iter().map(|s| {
             let reads = s.insn.rflags_read() & STATUS != 0;
             (leaves(s), reads, if s.kind == Kind::Silicon { effect(&s.insn, &self.silicon) } else { flags::Effect::None })
+        }));
+        self.clobbered = clobbered(steps.iter().map(|s| match s.kind {
+            Kind::Nop => Next::Passes,
+            Kind::Branch if s.insn.is_jcc_short_or_near() && s.follow != Follow::No => Next::Passes,
+            Kind::Branch if s.insn.is_jmp_short_or_near() && s.follow != Follow::No => Next::Passes,
+            Kind::Silicon if checks(&s.insn) => Next::Check,
+            Kind::Silicon if effect(&s.insn, &self.silicon) == flags::Effect::None => Next::Passes,
+            _ => Next::Ends,
         }));
         let n = steps.len() as i32;
         if self.alone() {
