@@ -31,7 +31,7 @@ pub fn allows(segment: &Segment, offset: u32, len: usize, write: bool) -> bool {
 }
 
 /// Whether a segment's type permits the access. A null selector permits none.
-fn permits(segment: &Segment, write: bool) -> bool {
+pub fn permits(segment: &Segment, write: bool) -> bool {
     if segment.attributes == 0 {
         return false;
     }

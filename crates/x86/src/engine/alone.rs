@@ -8,7 +8,7 @@ use crate::cache::Key;
 use crate::classify::{Kind, classify};
 use crate::segmentation;
 use crate::sys;
-use crate::translate::{Mode, decode};
+use crate::translate::{Mode, decode, length_if_refused};
 
 /// An instruction that ran alone, decoded and translated.
 pub(super) struct Alone {
@@ -34,14 +34,12 @@ impl Core {
             return Ok((known.insn, Some(known.id)));
         }
         let bytes = self.bytes(key.rip, key.gpa)?;
-        let insn = decode(
-            if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice },
-            key.rip,
-            key.mode,
-            self.model.features,
-        );
+        let code = if bytes.second.is_some() { &bytes.joined[..15] } else { bytes.slice };
+        let insn = decode(code, key.rip, key.mode, self.model.features);
         let narrow = key.mode.has(Mode::CODE_32);
-        if narrow && !insn.is_invalid() && !segmentation::holds_code(self.st(), key.rip as u32, insn.len()) {
+        // Bytes that are refused for what they say are fetched like others.
+        let len = if insn.is_invalid() { length_if_refused(code, key.rip, key.mode) } else { Some(insn.len()) };
+        if narrow && len.is_some_and(|len| !segmentation::holds_code(self.st(), key.rip as u32, len)) {
             return Err(Stop::Fault(Exception::gp(0)));
         }
         match classify(&insn, key.mode, self.model.features) {

@@ -7,10 +7,10 @@
 //! maker's silicon it ran on.
 //!
 //! References: APM vol. 3 and 5 (instruction pages), SDM vol. 1 sections 8.1.10 (environment), 10.5 (FXSAVE area).
-use super::{Cx, Ea, Flow};
-use crate::Exception;
+use super::{Cx, Ea, Flow, vector};
 use crate::exception::Vector;
 use crate::state::{FxImage, cr0, cr4};
+use crate::{Exception, segmentation};
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind};
 
 /// MXCSR bits that exist; also what the images say in MXCSR_MASK.
@@ -322,12 +322,17 @@ pub(super) fn masked_bytes(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exce
         _ => rdi,
     };
     let to = cx.linear(super::segment_number(insn.memory_segment()), offset);
+    // Outside 64-bit code, the type of the segment counts even if nothing is selected.
+    if !cx.st.is_64_bit_code() && !segmentation::permits(&cx.st.seg[to.segment], true) {
+        return Err(to.fault(Exception::gp(0)));
+    }
     let stored: Vec<usize> = (0..len).filter(|&i| fx.0[mask + i] & 0x80 != 0).collect();
     for &i in &stored {
-        cx.probe_bytes(Ea { va: to.va.wrapping_add(i as u64), ..to }, 1)?;
+        let at = vector::element_at(cx, to, i, 1)?;
+        cx.probe_bytes(at, 1)?;
     }
     for &i in &stored {
-        let at = Ea { va: to.va.wrapping_add(i as u64), ..to };
+        let at = vector::element_at(cx, to, i, 1)?;
         cx.write_value(at, 1, fx.0[data + i] as u64)?;
     }
     cx.st.fx = fx;

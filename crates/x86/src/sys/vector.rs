@@ -12,6 +12,7 @@ use super::fpu::at::XMM;
 use super::{Cx, Ea, Flow, fpu};
 use crate::Exception;
 use crate::state::cr0;
+
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
 /// Executes one of this module's instructions.
@@ -60,16 +61,28 @@ fn selected(mask: &[u8; 32], i: usize, size: usize) -> bool {
     mask[(i + 1) * size - 1] & 0x80 != 0
 }
 
+/// Where an element is that begins `offset` bytes into the operand. Outside 64-bit code, it must not lie beyond the end of what offsets reach:
+/// an operand does not wrap.
+pub(super) fn element_at(cx: &Cx, operand: Ea, offset: usize, size: usize) -> Result<Ea, Exception> {
+    let at = Ea { va: operand.va.wrapping_add(offset as u64), ..operand };
+    if cx.st.is_64_bit_code() {
+        return Ok(at);
+    }
+    let start = (operand.va as u32).wrapping_sub(cx.st.seg[operand.segment].base as u32);
+    let end = u64::from(start) + (offset + size) as u64;
+    if end <= 1 << 32 { Ok(at) } else { Err(operand.fault(Exception::gp(0))) }
+}
+
 /// VMASKMOVPS and its kin, with elements of `size` bytes.
 fn masked(cx: &mut Cx, insn: &Instruction, size: usize) -> Result<Flow, Exception> {
     let mask = vector(cx, insn.op1_register());
     let start = cx.ea(insn);
-    let at = |i: usize| Ea { va: start.va.wrapping_add((i * size) as u64), ..start };
     if insn.op0_kind() == OpKind::Register {
         let to = insn.op0_register();
         let mut loaded = [0; 32];
         for i in (0..to.size() / size).filter(|&i| selected(&mask, i, size)) {
-            let value = cx.read_value(at(i), size)?;
+            let at = element_at(cx, start, i * size, size)?;
+            let value = cx.read_value(at, size)?;
             loaded[i * size..][..size].copy_from_slice(&value.to_le_bytes()[..size]);
         }
         set_vector(cx, to, &loaded);
@@ -78,10 +91,12 @@ fn masked(cx: &mut Cx, insn: &Instruction, size: usize) -> Result<Flow, Exceptio
     let from = vector(cx, insn.op2_register());
     let stored: Vec<usize> = (0..insn.op2_register().size() / size).filter(|&i| selected(&mask, i, size)).collect();
     for &i in &stored {
-        cx.probe_bytes(at(i), size)?;
+        let at = element_at(cx, start, i * size, size)?;
+        cx.probe_bytes(at, size)?;
     }
     for &i in &stored {
-        cx.write_value(at(i), size, element(&from, i, size))?;
+        let at = element_at(cx, start, i * size, size)?;
+        cx.write_value(at, size, element(&from, i, size))?;
     }
     Ok(Flow::Next)
 }

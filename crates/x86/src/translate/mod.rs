@@ -152,6 +152,13 @@ pub fn decode(bytes: &[u8], rip: u64, mode: Mode, features: Features) -> Instruc
     decoder(bytes, rip, mode, features).decode()
 }
 
+/// The length of what is no instruction only because of its operands or prefixes (a gather that names a register twice).
+pub fn length_if_refused(bytes: &[u8], rip: u64, mode: Mode) -> Option<usize> {
+    let bits = if mode.has(Mode::CODE_32) { 32 } else { 64 };
+    let insn = Decoder::with_ip(bits, bytes, rip, DecoderOptions::NO_INVALID_CHECK).decode();
+    (!insn.is_invalid()).then_some(insn.len())
+}
+
 /// Scratch registers of translated code.
 const T0: u8 = 11;
 const T1: u8 = 10;

@@ -13,4 +13,5 @@ mod strings;
 #[allow(dead_code, reason = "the LDT is the silicon test's")]
 #[path = "../silicon/system.rs"]
 mod system;
+mod vectors;
 mod world;

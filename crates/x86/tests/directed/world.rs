@@ -39,6 +39,10 @@ pub struct World {
 impl World {
     /// Runs nothing yet.
     pub fn new(max_block: u32, code: &[u8]) -> Self {
+        Self::of(CpuModel::x86_64_v2(), max_block, code)
+    }
+    /// The same with another CPU model.
+    pub fn of(model: CpuModel, max_block: u32, code: &[u8]) -> Self {
         let mut ram = GuestRam::new(RAM_BYTES);
         let mut tables = PageTables::new(TABLES_GPA, system::SYSTEM_GPA);
         for page in 0..CODE_PAGES {
@@ -53,7 +57,7 @@ impl World {
         system::install(&mut ram, &mut tables);
         ram.write(CODE_GPA, &[0xf4; (CODE_PAGES * 4096) as usize]);
         ram.write(CODE_GPA, code);
-        let mut config = CpuConfig::new(CpuModel::x86_64_v2());
+        let mut config = CpuConfig::new(model);
         config.code_cache_bytes = 1 << 20;
         config.max_block_instructions = max_block;
         let mut cpu = Cpu::new(config, ram.phys().clone());

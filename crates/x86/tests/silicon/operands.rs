@@ -153,7 +153,7 @@ impl Builder<'_> {
                 let n = match () {
                     () if bit_test => self.bit_offset_register()?,
                     // BMI: those that have no host register of their own, up to three of them at once.
-                    () if instruction.code().encoding() == EncodingKind::VEX && self.rng.chance(40) => {
+                    () if !self.narrow && instruction.code().encoding() == EncodingKind::VEX && self.rng.chance(40) => {
                         self.rng.pick(&[10, 11, 15])
                     }
                     () => self.random_gpr(),
@@ -531,13 +531,14 @@ impl Builder<'_> {
         instruction.set_memory_index(first + n as u32);
         instruction.set_memory_index_scale(scale);
         let pin = self.pin(&[Kind::Low, Kind::High], true)?;
-        let window = if pin.kind == Kind::High { DATA_HIGH } else { DATA };
-        let target = if self.narrow { DATA } else { window }.wrapping_add(self.target(8, Code::INVALID));
+        let window = if pin.kind == Kind::High && !self.narrow { DATA_HIGH } else { DATA };
+        let target = window.wrapping_add(self.target(8, Code::INVALID));
         if self.narrow {
+            let segment = if matches!(pin.number, 4 | 5) { segments::SS } else { segments::DS };
+            let sum = self.case.segments.base(segment).wrapping_add(pin.value);
             instruction.set_memory_base(gpr_part(pin.number, 32));
-            let displacement = target.wrapping_sub(pin.value).wrapping_sub(self.case.segments.base(segments::DS));
             instruction.set_memory_displ_size(4);
-            instruction.set_memory_displacement64(displacement & 0xffff_ffff);
+            instruction.set_memory_displacement64(target.wrapping_sub(sum) & 0xffff_ffff);
             return Some(());
         }
         instruction.set_memory_base(gpr(pin.number));
