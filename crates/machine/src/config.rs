@@ -118,7 +118,7 @@ impl Default for Config {
             nics: Vec::new(),
             disks: Vec::new(),
             code_cache_bytes: 64 << 20,
-            max_block_instructions: 64,
+            max_block_instructions: 96,
             cache_groups: 16,
         }
     }

@@ -130,10 +130,10 @@ impl Machine {
         let (ram, phys) = memory::map(config.ram_mib).map_err(ConfigError::Map)?;
         let pages = phys.flags().pages();
         let cpu_config = CpuConfig {
-            model: model.clone(),
             code_cache_bytes: config.code_cache_bytes,
             max_block_instructions: config.max_block_instructions,
             cache_groups: config.cache_groups,
+            ..CpuConfig::new(model.clone())
         };
         let mut cpu = Cpu::new(cpu_config, phys);
 

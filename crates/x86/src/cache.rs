@@ -80,6 +80,8 @@ pub struct Cache {
     end: usize,
     /// Instructions (guest-physical addresses) that access many pages in turn.
     restless: HashSet<u64, FixedHasher>,
+    /// Blocks that ran often: they are translated as traces.
+    hot: HashSet<Key, FixedHasher>,
     blocks: Vec<Block>,
     links: Vec<LinkState>,
     /// Those that were linked to another page.
@@ -116,6 +118,7 @@ impl Cache {
             next_cold: middle,
             end,
             restless: HashSet::default(),
+            hot: HashSet::default(),
             blocks: Vec::new(),
             links: Vec::new(),
             far: Vec::new(),
@@ -137,6 +140,15 @@ impl Cache {
     /// Whether the instruction at this guest-physical address accesses so many pages in turn that a site does not help.
     pub fn is_restless(&self, gpa: u64) -> bool {
         self.restless.contains(&gpa)
+    }
+    /// Whether what is translated under this key is to be a trace.
+    pub fn is_hot(&self, key: Key) -> bool {
+        self.hot.contains(&key)
+    }
+    /// A block has run often: it is dropped, and will be a trace when it is translated again.
+    pub fn heat(&mut self, id: u32) {
+        self.hot.insert(self.blocks[id as usize].key);
+        self.kill(id);
     }
     /// The site of instruction `k` of the block whose hot code holds `pc` is of no use, nor are the block's other restless ones: they will be
     /// translated anew without. The block is dropped.
@@ -340,5 +352,6 @@ impl Cache {
         self.next = self.start;
         self.next_cold = self.middle;
         self.restless.clear();
+        self.hot.clear();
     }
 }

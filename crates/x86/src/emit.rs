@@ -347,6 +347,11 @@ impl Emit {
         dynasm!(self.ops ; .arch x64 ; xor Rd(reg), Rd(reg));
     }
 
+    /// Counts the word at `counter` down. Returns the place of the jump to be made when it was 0. Clobbers flags.
+    pub fn count_down(&mut self, counter: i32) -> usize {
+        dynasm!(self.ops ; .arch x64 ; sub QWORD [counter], 1);
+        self.jcc_out(8)
+    }
     /// Pays for `n` instructions. Returns the place of the jump to be made (with the budget still reduced) if the budget is too small.
     /// Clobbers flags.
     pub fn pay(&mut self, n: i32) -> usize {

@@ -96,6 +96,8 @@ pub mod exit {
     pub const BAIL: u64 = 7;
     /// After a host fault: the frame's flags are the guest's now.
     pub const FLAGS: u64 = 8;
+    /// The block `exit_arg` has run often enough to become a trace; nothing of it ran this time.
+    pub const HOT: u64 = 9;
 }
 
 /// Field addresses for the emitter.

@@ -40,6 +40,8 @@ pub struct CpuConfig {
     pub code_cache_bytes: usize,
     /// Guest instructions in a block at most (1..=96); 1 runs everything one instruction a block.
     pub max_block_instructions: u32,
+    /// Runs of a block after which it is translated anew as a trace; 0: every block is a trace at once.
+    pub trace_after: u32,
     /// Address spaces whose caches are kept while another one is current (0: none, 64 at most).
     pub cache_groups: usize,
 }
@@ -47,7 +49,7 @@ pub struct CpuConfig {
 impl CpuConfig {
     /// Sensible sizes for a model.
     pub fn new(model: CpuModel) -> Self {
-        Self { model, code_cache_bytes: 64 << 20, max_block_instructions: MAX_TRACE, cache_groups: 16 }
+        Self { model, code_cache_bytes: 64 << 20, max_block_instructions: MAX_TRACE, trace_after: 50, cache_groups: 16 }
     }
 }
 
@@ -63,8 +65,8 @@ pub struct CpuStats {
     pub sys_calls: u64,
     pub exceptions: u64,
     pub interrupts: u64,
-    /// Times translated code was left, by reason (1 lookup, 2 link, 3 budget, 4 helper, 5 alone, 6 host fault, 7 bail).
-    pub exits: [u64; 9],
+    /// Times translated code was left, by reason (1 lookup, 2 link, 3 budget, 4 helper, 5 alone, 6 host fault, 7 bail, 9 hot).
+    pub exits: [u64; 10],
 }
 
 /// One deterministic processor.
@@ -184,6 +186,7 @@ pub struct Core {
     /// The model has AVX.
     avx: bool,
     max: u32,
+    trace_after: u32,
     /// The bus, during `run`.
     bus: Option<*mut dyn Bus>,
     /// The position at which the budget is used up, while code runs.
@@ -242,6 +245,7 @@ impl Core {
                 model: config.model,
                 avx,
                 max: config.max_block_instructions.clamp(1, MAX_TRACE),
+                trace_after: config.trace_after,
                 bus: None,
                 limit: 0,
                 position: 0,
@@ -465,6 +469,12 @@ impl Core {
                     self.st().rip = rip;
                     return Some(n);
                 }
+                exit::HOT => {
+                    let id = arg as u32;
+                    self.st().rip = self.cache.block(id).key.rip;
+                    self.cache.heat(id);
+                    return None;
+                }
                 exit::ALONE | exit::BAIL => return Some(1),
                 exit::HOST_FAULT => {
                     let block = self.cache.block_at(pc as usize).expect("faults are caught in blocks only");
@@ -536,6 +546,7 @@ impl Core {
         let straddles = bytes.second.is_some();
         let first_site = self.mmu.sites().next();
         let cache = &self.cache;
+        let hot = max > SHORT_TRACE && !straddles && (self.trace_after == 0 || cache.is_hot(key));
         let source = Source {
             bytes: if straddles {
                 &bytes.joined[..15]
@@ -555,6 +566,8 @@ impl Core {
             block,
             first_link,
             first_site,
+            hot,
+            trace_after: self.trace_after,
             restless: &|offset| cache.is_restless(key.gpa & !(PAGE_SIZE - 1) | offset as u64),
         };
         let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared);

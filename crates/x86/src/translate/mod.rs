@@ -125,6 +125,10 @@ pub struct Source<'a> {
     pub first_link: u32,
     /// Host address that its first site will get.
     pub first_site: u32,
+    /// It ran often: it is worth a trace, and sites. Else it is a block up to its first branch, which counts how often it runs.
+    pub hot: bool,
+    /// How often, then.
+    pub trace_after: u32,
     /// Whether the instruction at an offset of the page accesses so many pages in turn that a site does not help.
     pub restless: &'a dyn Fn(u16) -> bool,
 }
@@ -188,6 +192,8 @@ enum Cold {
     Fix { point: usize, recipe: Recipe },
     /// The budget is too small.
     Short { from: usize, n: i32 },
+    /// The block ran often.
+    Hot { from: usize },
 }
 
 struct Translator<'a> {
@@ -302,6 +308,16 @@ impl Translator<'_> {
     fn alone(&self) -> bool {
         self.src.mode.has(Mode::ALONE)
     }
+    /// Whether the block counts how often it runs.
+    fn counts(&self) -> bool {
+        !self.src.hot && !self.src.straddles && self.src.max > SHORT_TRACE
+    }
+    /// Host address of a new site. One that is never filled serves as a counter, in its first word.
+    fn new_site(&mut self, retry: usize, size: usize, bits: u8) -> i32 {
+        let address = self.src.first_site as i32 + (self.sites.len() * size_of::<Site>()) as i32;
+        self.sites.push(Site::new(retry, size, bits));
+        address
+    }
 
     fn block(mut self) -> Translation {
         // Collect first: the budget is paid for all at entry.
@@ -320,6 +336,11 @@ impl Translator<'_> {
             _ => Next::Ends,
         }));
         let n = steps.len() as i32;
+        if self.counts() && n > 0 {
+            let counter = self.new_site(0, 1, 0);
+            let from = self.emit.count_down(counter);
+            self.cold.push(Cold::Hot { from });
+        }
         if self.alone() {
             self.emit.refund(-1);
         } else if n > 0 {
@@ -366,6 +387,9 @@ impl Translator<'_> {
         };
         let guest = steps.iter().map(offsets).fold((start, start), |(a, b), (from, to)| (a.min(from), b.max(to)));
         let (code, cold) = self.cold_code();
+        if self.counts() && n > 0 {
+            self.sites[0].tag = self.src.trace_after.into();
+        }
         Translation { code, cold, points: self.points, sys: self.sys, links: self.links, sites: self.sites, guest }
     }
 
@@ -422,6 +446,10 @@ impl Translator<'_> {
                     self.cook(recipe);
                     self.emit.jmp_abs(self.shared.flags);
                     None
+                }
+                Cold::Hot { from } => {
+                    self.emit.leave(exit::HOT, self.src.block as i32);
+                    Some(from)
                 }
                 Cold::Short { from, n } => {
                     self.emit.refund(n);
@@ -526,14 +554,13 @@ impl Translator<'_> {
             }
             _ => At::Host,
         };
-        let restless = (self.src.restless)(self.points[self.current].guest);
+        let restless = !self.src.hot || (self.src.restless)(self.points[self.current].guest);
         let (from, site) = if restless {
             self.checked_address(ea, size);
             (self.emit.tlb_check(size, write, at), None)
         } else {
-            let address = self.src.first_site as i32 + (self.sites.len() * size_of::<Site>()) as i32;
             let bits = if constant { Site::CONSTANT } else { 0 } | if write { Site::WRITE } else { 0 };
-            self.sites.push(Site::new(retry, size, bits));
+            let address = self.new_site(retry, size, bits);
             let from = if constant {
                 self.emit.site_check_constant(address)
             } else {

@@ -51,8 +51,9 @@ pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<St
         }
         let next = insn.next_ip();
         let alone = src.straddles || src.max == 1;
+        let follows = src.hot && !alone;
         let (follow, to) = match kind {
-            Kind::Branch if alone => (Follow::No, None),
+            Kind::Branch if !follows => (Follow::No, None),
             Kind::Branch => {
                 let target = insn.near_branch_target();
                 // A branch of 16-bit operands cuts off the instruction pointer.

@@ -37,6 +37,8 @@ impl Narrow {
         let mut config = CpuConfig::new(CpuModel::x86_64_v2());
         config.code_cache_bytes = 1 << 20;
         config.max_block_instructions = max_block;
+        // Loops of a few rounds become traces on the way.
+        config.trace_after = 2;
         let mut cpu = Cpu::new(config, ram.phys().clone());
         let mut st = CpuState::reset();
         let flat = |selector: u16, attributes: u16| Segment { base: 0, limit: u32::MAX, selector, attributes };

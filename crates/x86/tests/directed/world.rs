@@ -60,6 +60,8 @@ impl World {
         let mut config = CpuConfig::new(model);
         config.code_cache_bytes = 1 << 20;
         config.max_block_instructions = max_block;
+        // Loops of a few rounds become traces on the way.
+        config.trace_after = 2;
         let mut cpu = Cpu::new(config, ram.phys().clone());
         let mut st = system::state(tables.root(), 0);
         st.rip = CODE;

@@ -40,7 +40,8 @@ impl Guest {
         system::install(&mut ram, &mut tables);
         let cr3 = tables.root();
         let config =
-            CpuConfig { model: level.model(), code_cache_bytes: 8 << 20, max_block_instructions: max_block, cache_groups: 4 };
+            // Programs are short: nothing would ever become a trace.
+            CpuConfig { code_cache_bytes: 8 << 20, max_block_instructions: max_block, trace_after: 0, cache_groups: 4, ..CpuConfig::new(level.model()) };
         let cpu = Cpu::new(config, ram.phys().clone());
         Self { cpu, bus: QuietBus, ram, cr3, level, max_block }
     }
