@@ -78,6 +78,33 @@ fn every_model_computes_the_same_and_replays_alike() {
     }
 }
 
+/// A pair on `host-common`: both sides know it by its full name, and the guest outlives its primary with all its registers.
+#[test]
+fn a_pair_agrees_on_the_full_name() {
+    let model = CpuModel::by_name("host-common").unwrap();
+    if !model.missing().is_empty() {
+        println!("left out: this host lacks {}", model.missing());
+        return;
+    }
+    let _turn = turn(2);
+    let folder = folder();
+    let arbiter = text(folder.path());
+    let listen = words(&["standby", "--listen", "127.0.0.1:0", "--arbiter", &arbiter, "--cpu", "host-common"]);
+    let mut standby = Twinstep::start("standby", &listen);
+    let address = standby.wait_said("waiting for a primary on ");
+    let pair = words(&["--cpu", "host-common", "--protect", &address, "--arbiter", &arbiter]);
+    let mut primary = Twinstep::run(&[&boot_image(guest(), "128M", &guest::command_line("shell", None)), &pair]);
+    let vm = standby.wait_said("following VM ");
+    assert!(vm.contains(&format!("{})", model.name)), "{vm}");
+    // Only a standby that has the whole machine can go on.
+    primary.wait_said("protected: ");
+    primary.wait_console("TWINSTEP READY shell");
+    primary.kill();
+    standby.wait_said("live: live in epoch 2");
+    standby.type_line("grep -c -w avx2 /proc/cpuinfo; poweroff -f");
+    standby.end().with(0).shows("poweroff -f\r\n1\r\n");
+}
+
 /// The model's name is part of what a standby can be told to expect, and of what it is offered.
 #[test]
 fn names_are_checked() {
