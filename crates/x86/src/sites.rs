@@ -7,8 +7,8 @@
 //! space, under the guest page, and, if it writes, under the host page; so forgetting costs no more than what was filled, and
 //! forgetting one page no more than what was filled of it.
 //!
-//! Invariant: a filled site says what a walk of the tables now would say, with the permission its access needs. Its addend keeps the
-//! last value even when it is emptied only by its tag, so nothing but the check may guard its use.
+//! Invariant: a filled site says what a walk of the tables now would say, with the permission its access needs. Its addend is of use only
+//! behind the check: that of an empty site leads nowhere.
 use crate::ram::PAGE_SIZE;
 
 /// Misses after which an access is translated anew to look into the TLB itself. Being emptied gives one back.
@@ -160,8 +160,6 @@ pub struct Sites {
     pub by_guest: Notes<GUEST_BUCKETS>,
     /// Sites that write, by host page.
     pub by_host: Notes<HOST_BUCKETS>,
-    /// Counts changes that took something away.
-    pub epoch: u64,
 }
 
 impl Sites {
@@ -185,7 +183,6 @@ impl Sites {
             ends: [0; 2],
             by_guest: Notes::new(),
             by_host: Notes::new(),
-            epoch: 0,
         };
         all.reset();
         all
@@ -194,7 +191,6 @@ impl Sites {
     /// Forgets that there are any sites (all code is gone).
     pub fn reset(&mut self) {
         self.used = 0;
-        self.epoch += 1;
         self.set_len(0, 0);
         self.set_len(1, 0);
         self.by_guest.count.fill(0);
@@ -255,7 +251,6 @@ impl Sites {
     /// Empties the sites of one half (0 lower, 1 upper) of the address space.
     pub fn clear_half(&mut self, half: usize) {
         let list = self.list(half);
-        self.epoch += !list.is_empty() as u64;
         for &address in list {
             let site = self.at(address);
             site.bits &= !(Site::LOW << half);
@@ -276,7 +271,6 @@ impl Sites {
                 let site = self.at(address);
                 if site.tag == va & !(PAGE_SIZE - 1) {
                     site.clear();
-                    self.epoch += 1;
                 }
             }
             return;
@@ -285,7 +279,6 @@ impl Sites {
             let site = self.at(address);
             if (site.tag ^ va) >> shift == 0 {
                 site.clear();
-                self.epoch += 1;
             }
         }
     }
@@ -295,7 +288,6 @@ impl Sites {
             let site = self.at(address);
             if site.bits & Site::WRITE != 0 && site.tag != Site::EMPTY && site.host_page() == host {
                 site.clear();
-                self.epoch += 1;
             }
         }
     }
@@ -306,7 +298,6 @@ impl Sites {
                 let site = self.at(address);
                 if site.bits & Site::WRITE != 0 && site.tag != Site::EMPTY {
                     site.clear();
-                    self.epoch += 1;
                 }
             }
         }

@@ -162,18 +162,7 @@ impl Translator<'_> {
     /// Puts the flags of a recipe into the host's. Clobbers r11.
     pub(super) fn cook(&mut self, recipe: Recipe) {
         match recipe {
-            Recipe::Again(insn) => {
-                let mut out = insn;
-                let spilled = (0..insn.op_count())
-                    .filter(|&i| insn.op_kind(i) == OpKind::Register)
-                    .filter_map(|i| full_number(insn.op_register(i)))
-                    .find(|&n| in_frame(n));
-                if let Some(n) = spilled {
-                    self.emit.load(T0, n as usize);
-                    Self::rename(&mut out, n, T0);
-                }
-                assert!(self.emit.raw(&out), "cannot encode {out:?}");
-            }
+            Recipe::Again(insn) => self.run_again(insn),
             Recipe::Undo { add, reg, bytes, source } => {
                 self.emit.load(T0, reg as usize);
                 match source {
@@ -204,15 +193,7 @@ impl Translator<'_> {
             Recipe::Memory(insn, slot) => {
                 let mut out = insn;
                 Self::set_memory(&mut out, Register::None, Register::None, self.at.kept(slot));
-                let spilled = (0..insn.op_count())
-                    .filter(|&i| insn.op_kind(i) == OpKind::Register)
-                    .filter_map(|i| full_number(insn.op_register(i)))
-                    .find(|&n| in_frame(n));
-                if let Some(n) = spilled {
-                    self.emit.load(T0, n as usize);
-                    Self::rename(&mut out, n, T0);
-                }
-                assert!(self.emit.raw(&out), "cannot encode {out:?}");
+                self.run_again(out);
             }
             Recipe::Old(insn, slot) => {
                 let mut out = insn;
@@ -222,6 +203,19 @@ impl Translator<'_> {
                 assert!(self.emit.raw(&out), "cannot encode {out:?}");
             }
         }
+    }
+
+    /// Runs a CMP or TEST that names at most one register that lives in the frame. Clobbers r11.
+    fn run_again(&mut self, mut insn: Instruction) {
+        let spilled = (0..insn.op_count())
+            .filter(|&i| insn.op_kind(i) == OpKind::Register)
+            .filter_map(|i| full_number(insn.op_register(i)))
+            .find(|&n| in_frame(n));
+        if let Some(n) = spilled {
+            self.emit.load(T0, n as usize);
+            Self::rename(&mut insn, n, T0);
+        }
+        assert!(self.emit.raw(&insn), "cannot encode {insn:?}");
     }
 
     /// The host's flags are about to be overwritten by the engine. Clobbers r11 if they must be saved.
