@@ -18,6 +18,7 @@ pub mod identity;
 pub mod net;
 pub mod packages;
 pub mod passt;
+pub mod perf_map;
 pub mod redis_check;
 pub mod signals;
 pub mod switch;

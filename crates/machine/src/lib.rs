@@ -45,4 +45,4 @@ pub use disk::{Disk, DiskError, MemoryDisk};
 pub use door::{Input, Output};
 pub use machine::{InputError, MAX_FRAME, Machine, Pause};
 pub use payload::{Payload, RestoreError};
-pub use twinstep_x86::{CpuModel, Features, PAGE_SIZE, PhysMem, Position};
+pub use twinstep_x86::{CodeNote, CpuModel, CpuStats, Features, PAGE_SIZE, PhysMem, Position};

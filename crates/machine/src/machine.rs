@@ -17,7 +17,7 @@ use crate::pci::PciHost;
 use crate::power::Ending;
 use crate::virtio::{self, Failure, Received, VirtioPci};
 use minicbor::{Decode, Encode};
-use twinstep_x86::{Cpu, CpuConfig, CpuModel, CpuState, Exit, PAGE_SIZE, PhysMem, Position};
+use twinstep_x86::{CodeNote, Cpu, CpuConfig, CpuModel, CpuState, CpuStats, Exit, PAGE_SIZE, PhysMem, Position};
 
 /// The longest Ethernet frame (without FCS) a network card takes from the world.
 pub const MAX_FRAME: usize = 9216;
@@ -267,6 +267,19 @@ impl Machine {
             }
         }
         self.board.power.crash("interrupts without end at one instruction");
+    }
+
+    /// The processor's counters.
+    pub fn cpu_stats(&self) -> CpuStats {
+        self.cpu.0.stats()
+    }
+    /// Notes from now on where translated code lies, for profilers ([`Machine::take_code_notes`]).
+    pub fn note_code(&mut self) {
+        self.cpu.0.note_code();
+    }
+    /// What was translated since this was called last.
+    pub fn take_code_notes(&mut self) -> Vec<CodeNote> {
+        self.cpu.0.take_code_notes()
     }
 
     // The door.

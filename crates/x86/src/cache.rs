@@ -70,6 +70,21 @@ struct LinkState {
     to: Option<u32>,
 }
 
+/// A piece of translated code, for profilers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CodeNote {
+    /// Host address.
+    pub start: usize,
+    /// Bytes.
+    pub len: usize,
+    /// Guest address of its first instruction; 0 for a routine that all code shares.
+    pub rip: u64,
+    /// What kind of code: a routine's name, or "trace", "block", "short", "alone", each with "cold" for its unlikely part.
+    pub kind: &'static str,
+    /// Of user code.
+    pub user: bool,
+}
+
 /// The code cache of one engine.
 pub struct Cache {
     start: usize,
@@ -90,6 +105,8 @@ pub struct Cache {
     by_page: HashMap<usize, Vec<u32>, FixedHasher>,
     /// Addresses (and whether of user code) of blocks that were dropped: jumps must not find them any more.
     pub dead: Vec<(u64, bool)>,
+    /// What was translated since somebody asked last, if anybody wants to know.
+    pub notes: Option<Vec<CodeNote>>,
     /// Counters for people.
     pub stats: CacheStats,
 }
@@ -125,6 +142,7 @@ impl Cache {
             by_key: HashMap::default(),
             by_page: HashMap::default(),
             dead: Vec::new(),
+            notes: None,
             stats: CacheStats::default(),
         }
     }
@@ -202,6 +220,17 @@ impl Cache {
         unsafe {
             std::ptr::copy_nonoverlapping(t.code.as_ptr(), self.next as *mut u8, t.code.len());
             std::ptr::copy_nonoverlapping(t.cold.as_ptr(), self.next_cold as *mut u8, t.cold.len());
+        }
+        if let Some(notes) = &mut self.notes {
+            let kinds = match key.mode {
+                m if m.has(Mode::ALONE) => ["alone", "alone cold"],
+                m if m.has(Mode::SHORT) => ["short", "short cold"],
+                _ if self.hot.contains(&key) => ["trace", "trace cold"],
+                _ => ["block", "block cold"],
+            };
+            let (rip, user) = (key.rip, key.mode.has(Mode::USER));
+            let places = [(self.next, t.code.len()), (self.next_cold, t.cold.len())];
+            notes.extend(places.into_iter().zip(kinds).map(|((start, len), kind)| CodeNote { start, len, rip, kind, user }));
         }
         let first_link = self.links.len() as u32;
         for l in &t.links {

@@ -44,6 +44,24 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Every routine with a name, in the order of addresses.
+    pub fn named(&self) -> Vec<(i32, &'static str)> {
+        let mut all = vec![
+            (self.enter, "enter"),
+            (self.leave, "leave"),
+            (self.leave_lookup, "leave_lookup"),
+            (self.lookup, "lookup"),
+            (self.mem, "mem"),
+            (self.mem_alone, "mem_alone"),
+            (self.write_back, "write_back"),
+            (self.sys, "sys"),
+            (self.fault, "fault"),
+            (self.flags, "flags"),
+        ];
+        all.extend(self.sites.iter().map(|&at| (at, "fill_site")));
+        all.sort_unstable();
+        all
+    }
     /// Which of `sites`.
     pub fn site(user: bool, write: bool, constant: bool) -> usize {
         user as usize | (write as usize) << 1 | (constant as usize) << 2

@@ -36,7 +36,7 @@ mod translate;
 mod undefined;
 
 pub use bus::{Bus, UnknownMsr};
-pub use cache::CacheStats;
+pub use cache::{CacheStats, CodeNote};
 pub use engine::{Cpu, CpuConfig, CpuStats};
 pub use exception::{Exception, Vector};
 pub use features::Features;

@@ -11,16 +11,17 @@ use twinstep_log::{
     Compression, Entry, ImageReader, ReadError, RecordingEnd, RecordingMetadata, RecordingReader, RecordingStart,
     RecordingWriter, ReplayOptions, Replayable, Replayer, Report, RunOutcome, encode_into,
 };
-use twinstep_machine::{Config, Digest, Input, Machine, Output, Pause};
+use twinstep_machine::{Config, CpuStats, Digest, Input, Machine, Output, Pause};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::build::{self, DiskMaker};
 use super::live::EntrySink;
 use crate::error::{Context, Error, Result};
 use crate::identity;
+use crate::perf_map::PerfMap;
 
-/// A machine as a replay sees it.
-pub struct Vm(pub Machine);
+/// A machine as a replay sees it, and the map of its code for `perf`, if one is kept.
+pub struct Vm(pub Machine, pub Option<PerfMap>);
 
 /// A machine that forgets all it has cached at positions drawn from a seed. That must make no difference.
 struct Forgetful {
@@ -37,7 +38,7 @@ impl Forgetful {
     fn new(machine: Machine, seed: Option<u64>) -> Self {
         let next = machine.position();
         // An odd number gives a sequence that is never zero.
-        Self { vm: Vm(machine), random: seed.map(|s| s.wrapping_mul(2) | 1), next }
+        Self { vm: Vm(machine, None), random: seed.map(|s| s.wrapping_mul(2) | 1), next }
     }
 }
 
@@ -101,6 +102,9 @@ impl Replayable for Vm {
         self.0.drain_outputs()
     }
     fn digest(&mut self) -> Vec<u8> {
+        if let Some(map) = &mut self.1 {
+            map.write(&self.0.take_code_notes());
+        }
         minicbor::to_vec(self.0.digest()).expect("encoding into memory cannot fail")
     }
     fn explain(&self, ours: &[u8], recorded: &[u8]) -> String {
@@ -238,6 +242,8 @@ pub struct Options {
     pub cache_groups: Option<usize>,
     /// Forget all that is cached at positions drawn from this seed.
     pub forget: Option<u64>,
+    /// Tell `perf` what translated code is.
+    pub perf_map: bool,
 }
 
 /// What a replay came to.
@@ -251,6 +257,8 @@ pub struct Outcome {
     pub digest: Digest,
     /// Guest time where it stands.
     pub guest_ns: u64,
+    /// What the processor did.
+    pub stats: CpuStats,
 }
 
 /// Replays a recording. `outputs` is given what the machine made; `progress` the position now and then.
@@ -279,6 +287,11 @@ pub fn replay(
         None => build::from_image(&mut reader.image().map_err(broken)?, disks, &tune)
             .what(format!("cannot use the recording {}", path.display()))?,
     };
+    let mut machine = machine;
+    let map = options.perf_map.then(PerfMap::new).transpose()?;
+    if map.is_some() {
+        machine.note_code();
+    }
     let start = machine.position();
     if options.from.is_some() {
         let (first, until) = (reader.image_metadata().position, options.until.unwrap_or(u64::MAX));
@@ -309,6 +322,7 @@ pub fn replay(
         }
     }
     let mut forgetful = Forgetful::new(machine, options.forget);
+    forgetful.vm.1 = map;
     let mut replayer = Replayer::new(start, ReplayOptions::default());
     let report = replayer
         .run(
@@ -335,5 +349,8 @@ pub fn replay(
         let disk_bytes: Vec<u64> = extra.disks.iter().map(|d| d.bytes).collect();
         save_snapshot(&vm.0, &disk_bytes, extra.last_output + report.outputs_checked, log_digest.hash.digest(), save)?;
     }
-    Ok(Outcome { end: reader.end().cloned(), digest: vm.0.digest(), guest_ns: vm.0.guest_ns(), report })
+    if let Some(map) = &mut vm.1 {
+        map.write(&vm.0.take_code_notes());
+    }
+    Ok(Outcome { stats: vm.0.cpu_stats(), end: reader.end().cloned(), digest: vm.0.digest(), guest_ns: vm.0.guest_ns(), report })
 }

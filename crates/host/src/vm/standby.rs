@@ -382,7 +382,7 @@ impl Replay {
         }
         self.last_output = extra.last_output;
         let replayer = Replayer::new(position, ReplayOptions::default());
-        self.running = Some(Running { vm: Vm(machine), extra, replayer });
+        self.running = Some(Running { vm: Vm(machine, None), extra, replayer });
         let took_ns = now_ns() - started;
         let _ = self.to.send(ToStandby::Restored { position, last_output: self.last_output, took_ns });
         for (first_seq, records) in std::mem::take(&mut self.waiting) {

@@ -40,6 +40,12 @@ pub struct Arguments {
     /// Show what the guest wrote to its console
     #[arg(long)]
     console: bool,
+    /// Write /tmp/perf-PID.map, in which `perf` finds what translated code is
+    #[arg(long)]
+    perf_map: bool,
+    /// Print what the processor did: exits, lookups, misses, translations
+    #[arg(long)]
+    stats: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -53,6 +59,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         block: arguments.block,
         cache_groups: arguments.cache_groups,
         forget: arguments.forget,
+        perf_map: arguments.perf_map,
     };
     let started = Instant::now();
     let mut last = Instant::now();
@@ -93,6 +100,9 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Some(cut @ RecordingEnd::Truncated { .. }) => format!("the recording is cut: {cut}"),
     };
     let report = &outcome.report;
+    if arguments.stats {
+        eprintln!("{:#?}", outcome.stats);
+    }
     if arguments.json {
         let value = json!({
             "start": report.start, "position": report.position, "outputs_checked": report.outputs_checked,

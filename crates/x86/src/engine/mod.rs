@@ -14,7 +14,7 @@ mod mode;
 mod onward;
 mod vectors;
 
-use crate::cache::{Cache, CacheStats, Key};
+use crate::cache::{Cache, CacheStats, CodeNote, Key};
 use crate::classify::image;
 use crate::emit::{Emit, Helpers, Shared};
 use crate::exception::Vector;
@@ -162,6 +162,14 @@ impl Cpu {
         self.core.cache.flush(&flags);
         self.core.mmu.forget_code();
     }
+    /// Notes from now on where translated code lies, for [`Cpu::take_code_notes`].
+    pub fn note_code(&mut self) {
+        self.core.note_code();
+    }
+    /// What was translated since this was called last. Nothing unless [`Cpu::note_code`] was called.
+    pub fn take_code_notes(&mut self) -> Vec<CodeNote> {
+        self.core.cache.notes.as_mut().map(std::mem::take).unwrap_or_default()
+    }
     /// Counters since power-on of this process.
     pub fn stats(&self) -> CpuStats {
         CpuStats { mmu: self.core.mmu.counters(), cache: self.core.cache.stats, ..self.core.stats }
@@ -258,6 +266,16 @@ impl Core {
                 _area: area,
             })
         }
+    }
+
+    fn note_code(&mut self) {
+        let routines = self.shared.named();
+        let ends = routines[1..].iter().map(|r| r.0).chain([self.code.0 as i32 + SHARED_BYTES as i32]);
+        let notes = routines.iter().zip(ends).map(|(&(start, kind), end)| {
+            let (start, len) = (start as usize, (end - start) as usize);
+            CodeNote { start, len, rip: 0, kind, user: false }
+        });
+        self.cache.notes = Some(notes.collect());
     }
 
     #[allow(clippy::mut_from_ref)]

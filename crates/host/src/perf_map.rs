@@ -1,0 +1,35 @@
+//! A map of translated code for `perf` (its documented format for just-in-time compilers: `/tmp/perf-PID.map`, a line a piece of code).
+//!
+//! *In*: where code was translated to. *Out*: the file, which outlives the process so that `perf report` finds it. *Invariant*: what cannot be
+//! written harms nobody but the profile.
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use twinstep_machine::CodeNote;
+
+use crate::error::{Context, Result};
+
+/// The map of this process's code.
+pub struct PerfMap {
+    file: BufWriter<File>,
+}
+
+impl PerfMap {
+    /// Begins it.
+    pub fn new() -> Result<Self> {
+        let path = PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()));
+        Ok(Self { file: BufWriter::new(File::create(&path).at("create", &path)?) })
+    }
+    /// Adds pieces of code.
+    pub fn write(&mut self, notes: &[CodeNote]) {
+        for CodeNote { start, len, rip, kind, user } in notes {
+            let _ = match (rip, user) {
+                (0, _) => writeln!(self.file, "{start:x} {len:x} twinstep:{}", kind.replace(' ', "-")),
+                (_, true) => writeln!(self.file, "{start:x} {len:x} user:{rip:x}:{}", kind.replace(' ', "-")),
+                (_, false) => writeln!(self.file, "{start:x} {len:x} kernel:{rip:x}:{}", kind.replace(' ', "-")),
+            };
+        }
+        let _ = self.file.flush();
+    }
+}
