@@ -70,9 +70,6 @@ pub(crate) fn map(ram_mib: u32) -> Result<(GuestRam, PhysMem), String> {
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
             .map_err(|e| e.to_string())?;
-        // Large pages spare the host's TLB, and its page faults. Where there are none to be had, small ones do.
-        // SAFETY: the region was mapped just now; the advice changes nothing that anybody can see.
-        unsafe { libc::madvise(region.as_ptr().cast(), len as usize, libc::MADV_HUGEPAGE) };
         for_cpu.push(RamRegion { gpa, len, host: region.as_ptr() });
         mapped.push(GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or("region wraps")?);
         first_page += (len / PAGE_SIZE) as usize;

@@ -381,6 +381,27 @@ impl Mmu {
         Ok(gpa)
     }
 
+    /// Makes the next access of this kind to this page hit, if that takes no walk and changes nothing that anybody can see. Says whether it does.
+    pub(crate) fn fill_known(&mut self, va: u64, write: bool, user: bool) -> bool {
+        if self.is_cached(va, write, user) {
+            return true;
+        }
+        let tag = if write { Tag::Write } else { Tag::Read };
+        let Some(gpa) = self.groups.find(va, tag, user).map(|e| e.gpa_of(va)) else { return false };
+        let Some((page, host)) = self.ram.page(gpa) else { return false };
+        let flags = self.ram.flags();
+        if write {
+            // A page not yet known to be dirty waits for a real store.
+            if flags.get(page) & (PageFlags::CODE | PageFlags::TABLE | PageFlags::DIRTY) != PageFlags::DIRTY {
+                return false;
+            }
+            flags.set(page, PageFlags::WRITE_CACHED);
+        }
+        let addend = (host as u64).wrapping_sub(va & !(PAGE_SIZE - 1));
+        self.groups.first().fill(va, user, addend, write);
+        true
+    }
+
     /// Whether an access to the page of `va` would hit now.
     pub(crate) fn is_cached(&mut self, va: u64, write: bool, user: bool) -> bool {
         self.hit(va, write, user).is_some()

@@ -11,8 +11,13 @@
 //! behind the check: that of an empty site leads nowhere.
 use crate::ram::PAGE_SIZE;
 
-/// Misses after which an access is translated anew to look into the TLB itself. Being emptied gives one back.
-pub const PATIENCE: u16 = 200;
+/// Misses within [`PERIOD`] after which an access is translated anew to look into the TLB itself. Being emptied is a miss like any other:
+/// where address spaces change that often, filling costs more than looking.
+pub const PATIENCE: u8 = 100;
+/// Instructions after which a site has all its [`PATIENCE`] again: what counts is how often it misses, not how long it lives.
+pub const PERIOD: u64 = 1 << 23;
+/// What it costs a site that its group's bytes cannot be accessed as one (they cross a page, or not all may be written): its instruction ran alone.
+const GROUP_FAILED: u8 = 8;
 
 /// Buckets by guest page, for both halves of the address space; a power of two.
 pub const GUEST_BUCKETS: usize = 1024;
@@ -92,7 +97,9 @@ pub struct Site {
     /// 4096 minus the size of the access.
     pub limit: u16,
     /// Misses left before the access is translated anew.
-    pub misses: u16,
+    pub misses: u8,
+    /// The period in which they are counted ([`Sites::period`]).
+    pub period: u8,
     /// The bucket by guest page that it is noted in, or [`Site::NOWHERE`].
     pub guest: u16,
     /// The bucket by host page that it is noted in, or the low byte of [`Site::NOWHERE`].
@@ -128,6 +135,7 @@ impl Site {
             slow: 0,
             limit: 0x1000 - size as u16,
             misses: PATIENCE,
+            period: 0,
             guest: Self::NOWHERE,
             host: Self::NOWHERE as u8,
             bits,
@@ -137,7 +145,6 @@ impl Site {
     fn clear(&mut self) {
         self.tag = Self::EMPTY;
         self.addend = Self::EMPTY_ADDEND;
-        self.misses = self.misses.saturating_add(1);
     }
 
     fn host_page(&self) -> u64 {
@@ -160,6 +167,10 @@ pub struct Sites {
     pub by_guest: Notes<GUEST_BUCKETS>,
     /// Sites that write, by host page.
     pub by_host: Notes<HOST_BUCKETS>,
+    /// Counts events at which a filled site may have been emptied.
+    pub emptied: u64,
+    /// The current period, in its low byte.
+    pub period: u64,
 }
 
 impl Sites {
@@ -183,6 +194,8 @@ impl Sites {
             ends: [0; 2],
             by_guest: Notes::new(),
             by_host: Notes::new(),
+            emptied: 0,
+            period: 0,
         };
         all.reset();
         all
@@ -215,8 +228,14 @@ impl Sites {
         self.used += 1;
     }
     /// Misses left of the site at a host address that translated code passed on.
-    pub fn misses_left(&self, address: u64) -> u16 {
+    pub fn misses_left(&self, address: u64) -> u8 {
         self.at(address as u32).misses
+    }
+    /// The bytes of the group that this site is for cannot be accessed as one, now. Says whether that has happened too often.
+    pub fn group_failed(&self, address: u64) -> bool {
+        let site = self.at(address as u32);
+        site.misses = site.misses.saturating_sub(GROUP_FAILED);
+        site.misses == 0
     }
     /// Where the code that does the check of the site at `address` is.
     pub fn retry_of(&self, address: u32) -> u32 {
@@ -250,6 +269,7 @@ impl Sites {
 
     /// Empties the sites of one half (0 lower, 1 upper) of the address space.
     pub fn clear_half(&mut self, half: usize) {
+        self.emptied += 1;
         let list = self.list(half);
         for &address in list {
             let site = self.at(address);
@@ -266,6 +286,7 @@ impl Sites {
     }
     /// Empties the sites of the guest pages in the range of `1 << shift` bytes that holds `va`.
     pub fn clear_range(&mut self, va: u64, shift: u32) {
+        self.emptied += 1;
         if shift == 12 {
             for &address in self.by_guest.of(guest_bucket(va)).iter() {
                 let site = self.at(address);
@@ -284,6 +305,7 @@ impl Sites {
     }
     /// Empties the writing sites of the RAM page at host address `host`.
     pub fn forbid_writes(&mut self, host: u64) {
+        self.emptied += 1;
         for &address in self.by_host.of(host_bucket(host)).iter() {
             let site = self.at(address);
             if site.bits & Site::WRITE != 0 && site.tag != Site::EMPTY && site.host_page() == host {
@@ -293,6 +315,7 @@ impl Sites {
     }
     /// Empties all writing sites.
     pub fn forbid_all_writes(&mut self) {
+        self.emptied += 1;
         for half in 0..2 {
             for &address in self.list(half) {
                 let site = self.at(address);

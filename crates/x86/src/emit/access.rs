@@ -3,7 +3,7 @@
 //! **In:** the linear address in r11. **Out:** in r10 what leads to the host's bytes ([`At`]); r11 is free. Flags are clobbered.
 use super::{Emit, Shared};
 use crate::mmu::first::{First, TLB_ENTRIES};
-use crate::sites::{GUEST_BUCKETS, HALF_BUCKETS, HOST_BUCKETS, Notes, Site, Sites};
+use crate::sites::{GUEST_BUCKETS, HALF_BUCKETS, HOST_BUCKETS, Notes, PATIENCE, Site, Sites};
 use dynasmrt::{DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
@@ -22,6 +22,7 @@ const RETRY: i32 = offset_of!(Site, retry) as i32;
 const SLOW: i32 = offset_of!(Site, slow) as i32;
 const LIMIT: i32 = offset_of!(Site, limit) as i32;
 const MISSES: i32 = offset_of!(Site, misses) as i32;
+const PERIOD: i32 = offset_of!(Site, period) as i32;
 const GUEST: i32 = offset_of!(Site, guest) as i32;
 const HOST: i32 = offset_of!(Site, host) as i32;
 const BITS: i32 = offset_of!(Site, bits) as i32;
@@ -36,6 +37,10 @@ impl Emit {
         }
         dynasm!(self.ops ; .arch x64 ; xor r11, [site + TAG] ; cmp r11, limit);
         self.jcc_out(7)
+    }
+    /// r10 = the addend of a site that was checked before. No flags.
+    pub fn load_addend(&mut self, site: i32) {
+        dynasm!(self.ops ; .arch x64 ; mov r10, [site + ADDEND]);
     }
     /// The same for an address that is a constant, which need not be in r11.
     pub fn site_check_constant(&mut self, site: i32) -> usize {
@@ -125,6 +130,7 @@ impl Emit {
         let tags = if write { at.tlb_write(user) } else { at.tlb_read(user) };
         let (addends, slot, save0, save1) = (at.tlb_addend(user), at.site(), at.save(0), at.save(1));
         let (low, high, save2, hard) = (at.site_end(0), at.site_end(1), at.save(2), at.hard());
+        let period = at.first() + (offset_of!(First, sites) + offset_of!(Sites, period)) as i32;
         let guest = at.first() + (offset_of!(First, sites) + offset_of!(Sites, by_guest)) as i32;
         let guest_slots = guest + offset_of!(Notes::<GUEST_BUCKETS>, slots) as i32;
         let guest_count = guest + offset_of!(Notes::<GUEST_BUCKETS>, count) as i32;
@@ -140,7 +146,10 @@ impl Emit {
             ; mov rcx, r11 ; xor rcx, [rax * 8 + tags]
             ; cmp rcx, 0xfff ; ja >slow
             ; cmp cx, [r10 + LIMIT] ; ja >slow
-            ; sub WORD [r10 + MISSES], 1 ; jbe >hard
+            ; mov al, BYTE [period] ; cmp [r10 + PERIOD], al ; je >counted
+            ; mov [r10 + PERIOD], al ; mov BYTE [r10 + MISSES], PATIENCE as i8
+            ; counted:
+            ; sub BYTE [r10 + MISSES], 1 ; jbe >hard
             // On the list of its half, unless it is.
             ; test r11, r11 ; js >upper
             ; test BYTE [r10 + BITS], Site::LOW as i8 ; jne >listed

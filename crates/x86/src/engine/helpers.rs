@@ -9,6 +9,7 @@ use crate::frame::{Frame, exit};
 use crate::mmu::Access;
 use crate::segmentation;
 use crate::sys::Flow;
+use crate::translate::helper_arg;
 
 /// What a helper works on. Rust's own state is sound here: the shared routine saved all guest registers and loaded Rust's MXCSR.
 fn core_of(frame: *mut Frame) -> &'static mut Core {
@@ -29,6 +30,7 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
     let (arg, ea, ret) = unsafe { ((*frame).arg, (*frame).ea, (*frame).ret as usize) };
     let size = arg & 0xffff;
     let write = arg >> 16 & 1 != 0;
+    let group = arg & helper_arg::GROUP as u64 != 0;
     let k = (arg >> 20) as usize;
     // SAFETY: as above.
     let (site, hard) = unsafe { ((*frame).site, std::mem::take(&mut (*frame).hard) != 0) };
@@ -38,13 +40,24 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
         // SAFETY: the state is not part of the MMU.
         let st = unsafe { &(*frame).st };
         let user = st.cpl == 3;
-        let access = if write { Access::Write } else { Access::Read };
-        if core.mmu.fill(st, ea, access, user).is_ok() && core.mmu.is_cached(ea, write, user) {
+        let emptied = core.mmu.sites().emptied;
+        let filled = if group {
+            // The instruction accesses only some of these bytes: nothing may be walked, and no bit of a table set, for the others.
+            core.mmu.fill_known(ea, write, user)
+        } else {
+            let access = if write { Access::Write } else { Access::Read };
+            core.mmu.fill(st, ea, access, user).is_ok() && core.mmu.is_cached(ea, write, user)
+        };
+        // Checks made earlier in the block count as long as no site was emptied.
+        if filled && core.mmu.sites().emptied == emptied {
             if hard {
                 core.mmu.make_room_for_site(ea, user);
             }
             return 0;
         }
+    }
+    if group && core.mmu.sites().group_failed(site) {
+        core.give_up.push((ret, k));
     }
     let block = core.cache.block_at(ret).expect("called from a block");
     let (rip, unused) = (block.rip_of(k), block.len() - k as u64);

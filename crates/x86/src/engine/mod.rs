@@ -328,6 +328,7 @@ impl Core {
         // SAFETY: stores FPU registers into an aligned buffer.
         unsafe { std::arch::asm!("fxsave64 [{}]", in(reg) host_fpu.0.as_mut_ptr(), options(nostack)) };
         self.load_fpu();
+        self.mmu.sites().period = self.position / crate::sites::PERIOD;
         let exit = self.run_loop(until);
         self.save_fpu();
         // SAFETY: loads what was stored above.

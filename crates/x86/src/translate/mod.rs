@@ -12,6 +12,7 @@
 //! can be made so from what is there ([`flags`]). At block borders the frame's copy of the flags is valid.
 mod branch;
 mod flags;
+mod groups;
 mod insn;
 mod legacy;
 mod system;
@@ -25,6 +26,7 @@ use crate::frame::{FrameAt, exit};
 use crate::sites::Site;
 use crate::undefined::{Independent, independent};
 use flags::{Flags, Next, Recipe, STATUS, clobbered, effect, liveness};
+use groups::{Cover, Groups, Plan};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use trace::{Follow, Step, gather};
 
@@ -163,12 +165,19 @@ pub fn length_if_refused(bytes: &[u8], rip: u64, mode: Mode) -> Option<usize> {
     (!insn.is_invalid()).then_some(insn.len())
 }
 
+/// Bits of the argument of the helper for accesses in blocks of many instructions, besides the size (bits 0 to 15), write (16) and the instruction's
+/// number (from bit 20 on).
+pub mod helper_arg {
+    /// The bytes are those of a group: the instruction accesses only some of them, and perhaps does not write.
+    pub const GROUP: i32 = 1 << 17;
+}
+
 /// Scratch registers of translated code.
 const T0: u8 = 11;
 const T1: u8 = 10;
 
 /// An effective address, as often as it is needed.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 enum Ea {
     /// The memory operand of the instruction.
     Operand(Instruction),
@@ -182,7 +191,7 @@ enum Ea {
 
 /// Code to be put apart, and where the jumps to it are (offsets of displacements in the hot code).
 enum Cold {
-    /// A check failed.
+    /// A check failed, of `arg`'s bytes at `ea`.
     Slow { from: usize, site: Option<(i32, bool)>, ea: Ea, write: bool, arg: i32, retry: usize, flags: Flags },
     /// Unlinked direct jump from hot code.
     Stub { from: usize, link: usize },
@@ -219,6 +228,10 @@ struct Translator<'a> {
     clobbered: Vec<bool>,
     /// The word of the frame that an operand was kept in last.
     slot: usize,
+    /// Accesses that share checks.
+    groups: Groups,
+    /// For each instruction, whether all it accesses was checked before.
+    quiet: Vec<bool>,
 }
 
 fn full_number(reg: Register) -> Option<u8> {
@@ -260,11 +273,11 @@ fn is_narrow(insn: &Instruction) -> bool {
 }
 
 /// Whether an instruction can leave the trace before it executes: it accesses memory, is a branch or a system instruction, or can
-/// fault on the host.
-fn leaves(step: &Step) -> bool {
+/// fault on the host. `quiet`: all that it accesses was checked before.
+fn leaves(step: &Step, quiet: bool) -> bool {
     match step.kind {
         Kind::Branch | Kind::Sys => true,
-        Kind::Silicon => checks(&step.insn) || can_fault(&step.insn),
+        Kind::Silicon => checks(&step.insn) && !quiet || can_fault(&step.insn),
         _ => false,
     }
 }
@@ -300,6 +313,8 @@ pub fn translate(src: &Source, at: FrameAt, shared: Shared) -> Translation {
         live: Vec::new(),
         clobbered: Vec::new(),
         slot: 0,
+        groups: Groups::none(),
+        quiet: Vec::new(),
     };
     t.block()
 }
@@ -323,18 +338,27 @@ impl Translator<'_> {
         // Collect first: the budget is paid for all at entry.
         let (steps, next) = gather(self.src, &mut self.info);
         self.len = steps.len();
-        self.live = liveness(steps.iter().map(|s| {
+        if self.src.hot && !self.alone() && !self.code_32() {
+            self.groups = Groups::new(&steps, &mut self.info);
+            let restless = |step: &Step| (self.src.restless)((step.insn.ip() & 0xfff) as u16);
+            self.quiet = self.groups.quiet(&steps, &restless, &mut self.info);
+        } else {
+            self.quiet = vec![false; steps.len()];
+        }
+        let quiet = std::mem::take(&mut self.quiet);
+        self.live = liveness(steps.iter().zip(&quiet).map(|(s, &quiet)| {
             let reads = s.insn.rflags_read() & STATUS != 0;
-            (leaves(s), reads, if s.kind == Kind::Silicon { effect(&s.insn, &self.silicon) } else { flags::Effect::None })
+            (leaves(s, quiet), reads, if s.kind == Kind::Silicon { effect(&s.insn, &self.silicon) } else { flags::Effect::None })
         }));
-        self.clobbered = clobbered(steps.iter().map(|s| match s.kind {
+        self.clobbered = clobbered(steps.iter().zip(&quiet).map(|(s, &quiet)| match s.kind {
             Kind::Nop => Next::Passes,
             Kind::Branch if s.insn.is_jcc_short_or_near() && s.follow != Follow::No => Next::Passes,
             Kind::Branch if s.insn.is_jmp_short_or_near() && s.follow != Follow::No => Next::Passes,
-            Kind::Silicon if checks(&s.insn) => Next::Check,
+            Kind::Silicon if checks(&s.insn) && !quiet => Next::Check,
             Kind::Silicon if effect(&s.insn, &self.silicon) == flags::Effect::None => Next::Passes,
             _ => Next::Ends,
         }));
+        self.quiet = quiet;
         let n = steps.len() as i32;
         if self.counts() && n > 0 {
             let counter = self.new_site(0, 1, 0);
@@ -369,6 +393,7 @@ impl Translator<'_> {
                 Kind::Silicon => self.silicon(insn),
                 Kind::Invalid | Kind::NoFpu => unreachable!("never put into a block"),
             }
+            self.groups.step(step, &mut self.info);
         }
         if steps.is_empty() {
             // The first instruction must run alone.
@@ -534,27 +559,47 @@ impl Translator<'_> {
     }
 
     /// Makes `size` bytes at `ea` accessible, for the current instruction, before it changes anything: says how to get at them from r10. r11 is
-    /// free; the host's flags are gone.
+    /// free; the host's flags are gone, unless no check was needed.
     fn access(&mut self, ea: Ea, size: usize, write: bool) -> At {
-        self.clobber_flags();
-        let arg = size as i32 | (write as i32) << 16 | self.checked_segment(ea);
         if self.alone() {
+            self.clobber_flags();
+            let arg = size as i32 | (write as i32) << 16 | self.checked_segment(ea);
             self.checked_address(ea, size);
             self.emit.call_helper_here(self.shared.mem_alone, arg);
             self.emit.add_no_flags(T1, T0);
             self.note_flags();
             return At::Host;
         }
+        let simple = match ea {
+            Ea::Plain(reg, disp) => Some((reg, disp)),
+            Ea::Operand(insn) if is_simple(&insn) => {
+                Some((insn.memory_base().number() as u8, insn.memory_displacement64() as i32))
+            }
+            _ => None,
+        };
+        let at = simple.map_or(At::Host, |(reg, disp)| At::Sum(reg, disp));
+        let restless = !self.src.hot || (self.src.restless)(self.points[self.current].guest);
+        if let Some((reg, disp)) = simple.filter(|&(reg, _)| !self.code_32() && groups::can_lead(reg)) {
+            match self.groups.plan(self.current, reg, disp, size, write) {
+                Plan::Checked(site) => {
+                    self.emit.load_addend(site);
+                    self.note_flags();
+                    return at;
+                }
+                Plan::Check(_) if self.quiet[self.current] => {
+                    unreachable!("an access is checked that liveness counts on not being: {ea:?}")
+                }
+                Plan::Check(cover) if cover.many && !restless => {
+                    self.check_group(reg, cover, at);
+                    return at;
+                }
+                Plan::Check(_) => {}
+            }
+        }
+        self.clobber_flags();
+        let arg = size as i32 | (write as i32) << 16 | self.checked_segment(ea);
         let retry = self.emit.here();
         let constant = matches!(ea, Ea::Operand(insn) if is_constant(&insn));
-        let at = match ea {
-            Ea::Plain(reg, disp) => At::Sum(reg, disp),
-            Ea::Operand(insn) if is_simple(&insn) => {
-                At::Sum(insn.memory_base().number() as u8, insn.memory_displacement64() as i32)
-            }
-            _ => At::Host,
-        };
-        let restless = !self.src.hot || (self.src.restless)(self.points[self.current].guest);
         let (from, site) = if restless {
             self.checked_address(ea, size);
             (self.emit.tlb_check(size, write, at), None)
@@ -567,12 +612,30 @@ impl Translator<'_> {
                 self.checked_address(ea, size);
                 self.emit.site_check(address, size, at)
             };
+            if let Some((reg, disp)) = simple {
+                self.groups.check(reg, Cover { start: disp, size, write, many: false }, address);
+            }
             (from, Some((address, constant)))
         };
         let arg = arg | (self.current as i32) << 20;
         self.cold.push(Cold::Slow { from, site, ea, write, arg, retry, flags: self.flags });
         self.note_flags();
         at
+    }
+
+    /// Checks all of a group's bytes. The current instruction accesses some of them; where the check fails for good it runs alone.
+    fn check_group(&mut self, reg: u8, cover: Cover, at: At) {
+        self.clobber_flags();
+        let retry = self.emit.here();
+        let bits = if cover.write { Site::WRITE } else { 0 };
+        let address = self.new_site(retry, cover.size, bits);
+        let ea = Ea::Plain(reg, cover.start);
+        self.checked_address(ea, cover.size);
+        let from = self.emit.site_check(address, cover.size, at);
+        self.groups.check(reg, cover, address);
+        let arg = cover.size as i32 | (cover.write as i32) << 16 | helper_arg::GROUP | (self.current as i32) << 20;
+        self.cold.push(Cold::Slow { from, site: Some((address, false)), ea, write: cover.write, arg, retry, flags: self.flags });
+        self.note_flags();
     }
 
     /// After a store in a block of one instruction: takes the bytes to where they belong.
