@@ -11,7 +11,7 @@ use crate::PageFlags;
 use crate::mmu::FixedHasher;
 use crate::ram::PAGE_SIZE;
 use crate::sites::{Site, Sites};
-use crate::translate::{Mode, Point, Translation};
+use crate::translate::{Mode, Owing, Point, Translation};
 use iced_x86::Instruction;
 use std::collections::{HashMap, HashSet};
 
@@ -42,6 +42,8 @@ pub struct Block {
     guest: (u16, u16),
     /// Host address of its first site, and how many it has.
     sites: (u32, u32),
+    /// See [`Translation::takes`].
+    takes: Option<(u32, u16)>,
     links: std::ops::Range<u32>,
     incoming: Vec<u32>,
     alive: bool,
@@ -68,6 +70,7 @@ struct LinkState {
     target: u64,
     from: u32,
     to: Option<u32>,
+    owing: Option<Owing>,
 }
 
 /// A piece of translated code, for profilers.
@@ -234,7 +237,7 @@ impl Cache {
         }
         let first_link = self.links.len() as u32;
         for l in &t.links {
-            self.links.push(LinkState { patch: l.patch, stub: l.stub, target: l.target, from: id, to: None });
+            self.links.push(LinkState { patch: l.patch, stub: l.stub, target: l.target, from: id, to: None, owing: l.owing });
         }
         self.stats.translated_blocks += 1;
         self.stats.translated_instructions += t.points.len() as u64;
@@ -245,6 +248,7 @@ impl Cache {
             sys: t.sys.into(),
             second,
             guest: t.guest,
+            takes: t.takes,
             sites: (first_site, t.sites.len() as u32),
             links: first_link..self.links.len() as u32,
             incoming: Vec::new(),
@@ -268,11 +272,9 @@ impl Cache {
     pub fn unlink_far(&mut self) {
         let mut targets = Vec::new();
         for link in std::mem::take(&mut self.far) {
-            let l = &mut self.links[link as usize];
-            let (patch, stub) = (l.patch, l.stub);
-            if let Some(to) = l.to.take() {
+            if let Some(to) = self.links[link as usize].to {
                 targets.push(to);
-                self.patch(patch, stub);
+                self.unlink(link);
             }
         }
         targets.sort_unstable();
@@ -306,10 +308,28 @@ impl Cache {
         if self.is_far(link) {
             self.far.push(link);
         }
+        let owing = self.links[link as usize].owing;
         let target = &mut self.blocks[to as usize];
         target.incoming.push(link);
         let entry = target.entry;
-        self.patch(patch, entry);
+        match (owing, target.takes) {
+            (Some(owing), Some((entry, written))) if owing.needs & written == 0 => {
+                self.patch(owing.patch, entry);
+                self.patch(owing.jump, owing.thunk);
+            }
+            _ => self.patch(patch, entry),
+        }
+    }
+
+    /// Makes a jump leave for Rust again.
+    fn unlink(&mut self, link: u32) {
+        let l = &mut self.links[link as usize];
+        l.to = None;
+        let (patch, stub, owing) = (l.patch, l.stub, l.owing);
+        self.patch(patch, stub);
+        if let Some(owing) = owing {
+            self.patch(owing.jump, owing.exit);
+        }
     }
 
     fn kill(&mut self, id: u32) {
@@ -326,10 +346,7 @@ impl Cache {
             self.by_key.remove(&key);
         }
         for link in incoming {
-            let l = &mut self.links[link as usize];
-            l.to = None;
-            let (patch, stub) = (l.patch, l.stub);
-            self.patch(patch, stub);
+            self.unlink(link);
         }
         for link in outgoing {
             if let Some(to) = self.links[link as usize].to.take() {

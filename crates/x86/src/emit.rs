@@ -39,6 +39,8 @@ pub struct Shared {
     pub fault: i32,
     /// Saves the host's flags for the guest and leaves with [`crate::frame::exit::FLAGS`].
     pub flags: i32,
+    /// Saves the host's flags, which were owed, and goes back to who asked for them.
+    pub made: i32,
     /// Fill sites; by [`Shared::site`].
     pub sites: [i32; 8],
 }
@@ -57,6 +59,7 @@ impl Shared {
             (self.sys, "sys"),
             (self.fault, "fault"),
             (self.flags, "flags"),
+            (self.made, "made"),
         ];
         all.extend(self.sites.iter().map(|&at| (at, "fill_site")));
         all.sort_unstable();
@@ -365,6 +368,37 @@ impl Emit {
         dynasm!(self.ops ; .arch x64 ; xor Rd(reg), Rd(reg));
     }
 
+    /// Notes what code makes the flags (0: they are in the frame). Returns where its address is, to be filled in later.
+    pub fn owe(&mut self, maker: i32) -> usize {
+        let owed = self.at.owed();
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [owed], maker);
+        self.offset() - 4
+    }
+    /// Has the flags made and saved, if they are owed. Clobbers r11 and flags.
+    pub fn settle_owed(&mut self) {
+        let (owed, back) = (self.at.owed(), self.at.owed_return());
+        // Load, test, skip, store and jump are 8 + 3 + 2 + 12 + 3 bytes.
+        let resume = self.here() as i32 + 28;
+        dynasm!(self.ops ; .arch x64
+            ; mov r11, [owed] ; test r11, r11 ; je BYTE >none
+            ; mov QWORD [back], resume ; jmp r11
+            ; none:);
+        assert_eq!(self.here() as i32, resume);
+    }
+    /// inc or dec, `bytes` wide. Changes all flags but CF.
+    pub fn count(&mut self, inc: bool, reg: u8, bytes: usize) {
+        match (inc, bytes) {
+            (true, 1) => dynasm!(self.ops ; .arch x64 ; inc Rb(reg)),
+            (true, 2) => dynasm!(self.ops ; .arch x64 ; inc Rw(reg)),
+            (true, 4) => dynasm!(self.ops ; .arch x64 ; inc Rd(reg)),
+            (true, _) => dynasm!(self.ops ; .arch x64 ; inc Rq(reg)),
+            (false, 1) => dynasm!(self.ops ; .arch x64 ; dec Rb(reg)),
+            (false, 2) => dynasm!(self.ops ; .arch x64 ; dec Rw(reg)),
+            (false, 4) => dynasm!(self.ops ; .arch x64 ; dec Rd(reg)),
+            (false, _) => dynasm!(self.ops ; .arch x64 ; dec Rq(reg)),
+        }
+    }
+
     /// Counts the word at `counter` down. Returns the place of the jump to be made when it was 0. Clobbers flags.
     pub fn count_down(&mut self, counter: i32) -> usize {
         dynasm!(self.ops ; .arch x64 ; sub QWORD [counter], 1);
@@ -559,6 +593,12 @@ impl Emit {
         self.save_flags();
         dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], crate::frame::exit::FLAGS as i32);
         self.jmp_abs(shared.leave);
+
+        shared.made = self.here() as i32;
+        self.save_flags();
+        let (owed, back) = (at.owed(), at.owed_return());
+        dynasm!(self.ops ; .arch x64
+            ; mov r11, [back] ; mov QWORD [back], 0 ; mov QWORD [owed], 0 ; jmp r11);
 
         let helper = |emit: &mut Self, f: extern "sysv64" fn(*mut crate::frame::Frame) -> u32| {
             let address = emit.here() as i32;

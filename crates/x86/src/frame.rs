@@ -49,6 +49,10 @@ pub struct Frame {
     pub site: u64,
     /// Not 0 if Rust has to see to that site.
     pub hard: u64,
+    /// Host code that makes the flags which the frame is owed ([`crate::translate`]), or 0.
+    pub owed: u64,
+    /// Where that code goes back to; 0 if nobody asked for it.
+    pub owed_return: u64,
     /// Why code was left ([`exit`]).
     pub exit: u64,
     /// What goes with `exit`.
@@ -161,6 +165,12 @@ impl FrameAt {
     }
     pub fn kept(self, n: usize) -> i32 {
         field!(self.0, kept) + 8 * n as i32
+    }
+    pub fn owed(self) -> i32 {
+        field!(self.0, owed)
+    }
+    pub fn owed_return(self) -> i32 {
+        field!(self.0, owed_return)
     }
     pub fn hard(self) -> i32 {
         field!(self.0, hard)

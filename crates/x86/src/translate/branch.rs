@@ -27,10 +27,25 @@ impl Translator<'_> {
         } else if self.can_link(target) {
             let from = self.emit.jmp_out();
             let link = self.links.len();
-            self.links.push(Link { patch: (self.src.host + from) as u32, stub: 0, target });
+            self.links.push(Link { patch: (self.src.host + from) as u32, stub: 0, target, owing: None });
             self.cold.push(Cold::Stub { from, link });
         } else {
             self.emit.jump_cache_to(target);
+        }
+    }
+
+    /// The trace ends, and goes on at a known address.
+    pub(super) fn end_at(&mut self, target: u64) {
+        let owing = !self.alone() && self.flags.inputs().is_some();
+        if owing && target == self.src.rip && self.accepts(self.flags) {
+            // Round a loop that overwrites them first thing.
+            self.owe_to_itself();
+        } else if owing && self.can_link(target) {
+            let from = self.emit.jmp_out();
+            self.cold.push(Cold::Exit { from, target, rest: 0, flags: self.flags });
+        } else {
+            self.settle_flags();
+            self.go_to(target);
         }
     }
 
@@ -53,10 +68,10 @@ impl Translator<'_> {
     /// Jcc; `next` is the address of the instruction behind it.
     pub(super) fn conditional(&mut self, insn: &Instruction, next: u64, follow: Follow) {
         let cc = insn.condition_code() as u8 - 1;
-        if !self.flags.host && self.flags.recipe.is_none() && matches!(cc, 2 | 3) {
-            self.emit.restore_carry();
+        if matches!(cc, 2 | 3) {
+            self.need_carry();
         } else {
-            self.need_flags();
+            self.need(insn.rflags_read());
         }
         let (cc, out, on) = match follow {
             Follow::Taken => (cc ^ 1, next, None),
@@ -66,8 +81,7 @@ impl Translator<'_> {
         let from = self.emit.jcc_out(cc);
         self.leave_from(from, out);
         if let Some(next) = on {
-            self.settle_flags();
-            self.go_to(next);
+            self.end_at(next);
         }
     }
 
@@ -77,14 +91,12 @@ impl Translator<'_> {
             self.conditional(insn, next, follow);
         } else if insn.is_jmp_short_or_near() {
             if follow == Follow::No {
-                self.settle_flags();
-                self.go_to(insn.near_branch_target());
+                self.end_at(insn.near_branch_target());
             }
         } else if insn.is_call_near() {
             self.push_value(next);
             if follow == Follow::No {
-                self.settle_flags();
-                self.go_to(insn.near_branch_target());
+                self.end_at(insn.near_branch_target());
             }
         } else if insn.is_jmp_near_indirect() {
             self.load_target(insn);
@@ -165,7 +177,7 @@ impl Translator<'_> {
     /// Pushes a 64-bit constant.
     fn push_value(&mut self, value: u64) {
         let at = self.access(Ea::Plain(4, -8), 8, true);
-        self.protect(1 << 4);
+        self.protect_moved(4, -8);
         self.emit.imm(T0, value);
         self.emit.store_at(at, T0);
         self.emit.lea(4, 4, -8);

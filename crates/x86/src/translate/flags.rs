@@ -29,8 +29,9 @@ pub(super) enum Effect {
 pub(super) enum Recipe {
     /// Run this CMP or TEST of registers and constants once more.
     Again(Instruction),
-    /// The instruction is ADD (or SUB) of something to this register: undo it in r11, and do it again there.
-    Undo { add: bool, reg: u8, bytes: usize, source: Source },
+    /// The instruction is ADD (or SUB) of something to this register, to which `moved` was added since without a trace in the flags: undo it in r11,
+    /// and do it again there.
+    Undo { add: bool, reg: u8, bytes: usize, source: Source, moved: i32 },
     /// TEST of this register with itself.
     Result { reg: u8, bytes: usize },
     /// The flags of a zero.
@@ -64,17 +65,69 @@ impl Recipe {
     }
 }
 
+/// What the host's flags are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Host {
+    /// Anything.
+    Other,
+    /// The guest's, but for CF, which is anything.
+    AllButCarry,
+    /// The guest's.
+    All,
+}
+
+/// INC or DEC of a register: changed all flags but CF.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Counted {
+    inc: bool,
+    reg: u8,
+    bytes: usize,
+}
+
 /// Where the flags are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Flags {
-    pub(super) host: bool,
-    pub(super) frame: bool,
-    pub(super) recipe: Option<Recipe>,
+    pub(super) host: Host,
+    /// The frame has them, as they were before `counted`.
+    frame: bool,
+    /// How they are made again, as they were before `counted`.
+    recipe: Option<Recipe>,
+    /// What came after.
+    counted: Option<Counted>,
+    /// The frame has them only if none are owed ([`super::owed`]).
+    pub(super) owed: bool,
 }
 
 impl Flags {
     /// In the frame: how every block begins.
-    pub(super) const FRAME: Self = Self { host: false, frame: true, recipe: None };
+    pub(super) const FRAME: Self = Self { host: Host::Other, frame: true, recipe: None, counted: None, owed: false };
+    /// In the frame, unless they are owed.
+    pub(super) const OWED: Self = Self { owed: true, ..Self::FRAME };
+    /// In the host, where an instruction has just put them.
+    fn made(recipe: Option<Recipe>) -> Self {
+        Self { host: Host::All, frame: false, recipe, counted: None, owed: false }
+    }
+    /// The same where the host's flags are anything.
+    pub(super) fn elsewhere(self) -> Self {
+        Self { host: Host::Other, ..self }
+    }
+    /// There is another way to make them.
+    pub(super) fn set_recipe(&mut self, recipe: Option<Recipe>) {
+        self.recipe = recipe;
+    }
+    /// Whether the frame has them, or is owed them.
+    pub(super) fn in_frame(&self) -> bool {
+        self.frame && self.counted.is_none()
+    }
+    /// Whether they can be had without the host's.
+    fn can_be_made(&self) -> bool {
+        self.frame || self.recipe.is_some()
+    }
+    /// The guest registers they are made from, if they must be and can be made.
+    pub(super) fn inputs(&self) -> Option<u16> {
+        let counted = self.counted.map_or(0, |c| 1 << c.reg);
+        (!self.in_frame() && self.can_be_made()).then(|| self.recipe.map_or(0, |r| r.inputs()) | counted)
+    }
 }
 
 /// What an instruction that the silicon executes does to the status flags.
@@ -152,7 +205,7 @@ pub(super) fn recipe(insn: &Instruction, silicon: &Independent) -> Option<Recipe
                 }
                 Source::Register(number(other))
             };
-            Some(Recipe::Undo { add: m == Add, reg: number(reg), bytes: reg.size(), source })
+            Some(Recipe::Undo { add: m == Add, reg: number(reg), bytes: reg.size(), source, moved: 0 })
         }
         _ => None,
     }
@@ -163,8 +216,11 @@ impl Translator<'_> {
     pub(super) fn cook(&mut self, recipe: Recipe) {
         match recipe {
             Recipe::Again(insn) => self.run_again(insn),
-            Recipe::Undo { add, reg, bytes, source } => {
+            Recipe::Undo { add, reg, bytes, source, moved } => {
                 self.emit.load(T0, reg as usize);
+                if moved != 0 {
+                    self.emit.lea(T0, T0, -moved);
+                }
                 match source {
                     Source::Constant(c) => {
                         self.emit.arith_imm(!add, T0, c, bytes);
@@ -220,56 +276,104 @@ impl Translator<'_> {
 
     /// The host's flags are about to be overwritten by the engine. Clobbers r11 if they must be saved.
     pub(super) fn clobber_flags(&mut self) {
-        if !self.flags.frame && self.flags.recipe.is_none() {
+        if !self.flags.can_be_made() {
             self.emit.save_flags();
             self.flags.frame = true;
         }
-        self.flags.host = false;
+        self.flags.host = Host::Other;
     }
     /// The guest's flags must be in the host's. Clobbers r11.
     pub(super) fn need_flags(&mut self) {
-        if self.flags.host {
+        if self.flags.host == Host::All {
+            return;
+        }
+        assert!(!self.flags.owed, "flags are asked for at the head of a block that is owed them");
+        match (self.flags.recipe, self.flags.counted) {
+            (Some(recipe), _) => self.cook(recipe),
+            (None, Some(_)) => self.emit.restore_carry(),
+            (None, None) => self.emit.restore_flags(),
+        }
+        if let Some(Counted { inc, reg, bytes }) = self.flags.counted {
+            self.emit.load(T0, reg as usize);
+            self.emit.lea(T0, T0, if inc { -1 } else { 1 });
+            self.emit.count(inc, T0, bytes);
+        }
+        self.flags.host = Host::All;
+    }
+    /// Those of the guest's flags that `read` names must be in the host's. Clobbers r11.
+    pub(super) fn need(&mut self, read: u32) {
+        if self.flags.host == Host::Other || read & RflagsBits::CF != 0 {
+            self.need_flags();
+        }
+    }
+    /// The host's CF must be the guest's, its other flags may be anything. Clobbers r11.
+    pub(super) fn need_carry(&mut self) {
+        if self.flags.host == Host::All {
             return;
         }
         match self.flags.recipe {
-            Some(recipe) => self.cook(recipe),
-            None => self.emit.restore_flags(),
+            Some(_) => self.need_flags(),
+            None => {
+                self.emit.restore_carry();
+                self.flags.host = Host::Other;
+            }
         }
-        self.flags.host = true;
     }
     /// The frame's copy must be valid. Clobbers r11.
     pub(super) fn settle_flags(&mut self) {
-        if !self.flags.frame {
+        if std::mem::take(&mut self.flags.owed) {
+            self.emit.settle_owed();
+        }
+        if !self.flags.in_frame() {
             self.need_flags();
             self.emit.save_flags();
-            self.flags.frame = true;
+            self.flags = Flags { frame: true, counted: None, ..self.flags };
         }
     }
     /// Guest registers (a bit each) are about to be overwritten by the current instruction, which leaves the flags alone or changes only some.
     /// Clobbers r11 and host flags.
     pub(super) fn protect(&mut self, written: u16) {
-        let Some(recipe) = self.flags.recipe else { return };
-        if recipe.inputs() & written == 0 {
+        let Some(inputs) = self.flags.inputs() else {
+            // The frame has them: then the recipe is not needed. Or only the host.
+            if self.flags.recipe.is_some_and(|r| r.inputs() & written != 0) {
+                self.flags.recipe = None;
+            }
+            return;
+        };
+        if inputs & written == 0 {
             return;
         }
-        if !self.flags.host && !self.flags.frame && self.live_after() {
+        if self.flags.host != Host::All && self.live_after() {
             self.need_flags();
-        } else if !self.flags.host && !self.flags.frame {
-            // Nobody will ask for them: whatever the host's are, they pass for the guest's.
-            self.flags.host = true;
         }
-        self.flags.recipe = None;
+        // If nobody will ask for them, whatever the host's are pass for the guest's.
+        self.flags = Flags::made(None);
+    }
+    /// A constant is about to be added to a guest register, which leaves the flags alone. Clobbers r11 and host flags.
+    pub(super) fn protect_moved(&mut self, register: u8, by: i32) {
+        if let Some(Recipe::Undo { reg, moved, source, .. }) = &mut self.flags.recipe
+            && *reg == register
+            && !matches!(source, Source::Register(n) if *n == register)
+            && self.flags.counted.is_none_or(|c| c.reg != register)
+            && let Some(sum) = moved.checked_add(by)
+        {
+            *moved = sum;
+            return;
+        }
+        self.protect(1 << register);
     }
     /// Before the silicon executes an instruction, after its address was checked: readers get their flags, and flags that would be lost
     /// are made. Clobbers r11.
     pub(super) fn flags_before(&mut self, insn: &Instruction, effect: Effect, written: u16) {
         let read = insn.rflags_read() & STATUS;
         let partial = effect == Effect::Partial && self.live_after();
-        if !self.flags.host && self.flags.recipe.is_none() && only_carry_matters(insn, read, effect) {
+        if only_carry_matters(insn, read, effect) {
             // The others come out of the instruction, or stay in the frame.
-            self.emit.restore_carry();
-        } else if read != 0 || partial {
+            self.need_carry();
+        } else if partial {
             self.need_flags();
+        } else if read != 0 {
+            self.need(read);
         }
         if effect != Effect::Full {
             self.protect(written);
@@ -279,8 +383,29 @@ impl Translator<'_> {
     pub(super) fn flags_after(&mut self, insn: &Instruction, effect: Effect) {
         if effect != Effect::None {
             let recipe = if effect == Effect::Full { recipe(insn, &self.silicon) } else { None };
-            self.flags = Flags { host: true, frame: false, recipe };
+            self.flags = Flags::made(recipe);
         }
+    }
+    /// INC or DEC of a register whose flags before it can be made again: does it without them. Says whether it did.
+    pub(super) fn count(&mut self, insn: &Instruction) -> bool {
+        if !matches!(insn.mnemonic(), Mnemonic::Inc | Mnemonic::Dec) || is_high_byte(insn.op0_register()) {
+            return false;
+        }
+        let Some(reg) = full_number(insn.op0_register()) else { return false };
+        if self.flags.owed || !self.flags.can_be_made() || self.flags.recipe.is_some_and(|r| r.inputs() >> reg & 1 != 0) {
+            return false;
+        }
+        let (inc, bytes) = (insn.mnemonic() == Mnemonic::Inc, insn.op0_register().size());
+        if in_frame(reg) {
+            self.emit.load(T0, reg as usize);
+            self.emit.count(inc, T0, bytes);
+            self.emit.store(reg as usize, T0);
+        } else {
+            self.emit.count(inc, reg, bytes);
+        }
+        let host = if self.flags.host == Host::All { Host::All } else { Host::AllButCarry };
+        self.flags = Flags { host, counted: Some(Counted { inc, reg, bytes }), ..self.flags };
+        true
     }
     /// The word to keep an operand in.
     fn next_slot(&mut self) -> usize {
@@ -358,20 +483,20 @@ impl Translator<'_> {
             if in_frame(n) {
                 self.emit.store(n as usize, T1);
             }
-            Recipe::Undo { add: m == Add, reg: n, bytes, source: Source::Kept(slot) }
+            Recipe::Undo { add: m == Add, reg: n, bytes, source: Source::Kept(slot), moved: 0 }
         } else {
             Recipe::Memory(*insn, slot)
         };
-        self.flags = Flags { host: true, frame: false, recipe: Some(recipe) };
+        self.flags = Flags::made(Some(recipe));
         true
     }
     /// The current instruction may fault on the host from here on: where the fault will find the flags. Nothing that the instruction itself
     /// does to flags or registers may come before this.
     pub(super) fn note_flags(&mut self) {
         let k = self.points.len() - 1;
-        self.points[k].flags_in_host = self.flags.host;
-        if let Flags { host: false, frame: false, recipe: Some(recipe) } = self.flags {
-            self.cold.push(super::Cold::Fix { point: k, recipe });
+        self.points[k].flags_in_host = self.flags.host == Host::All;
+        if self.flags.host != Host::All && !self.flags.in_frame() {
+            self.cold.push(super::Cold::Fix { point: k, flags: self.flags });
         }
     }
     /// Whether anybody can see the flags as they are after the current instruction.

@@ -94,6 +94,9 @@ impl Translator<'_> {
     }
 
     pub(super) fn registers_only(&mut self, insn: &Instruction) {
+        if self.count(insn) {
+            return;
+        }
         let spilled = self.spilled(insn);
         if spilled.len() > 2 {
             return self.three_registers(insn, &spilled);
@@ -140,7 +143,7 @@ impl Translator<'_> {
         }
         self.flags_after(insn, effect);
         if kept.is_some() {
-            self.flags.recipe = kept;
+            self.flags.set_recipe(kept);
         }
     }
 
@@ -239,7 +242,11 @@ impl Translator<'_> {
     fn lea(&mut self, insn: &Instruction) {
         let dest = insn.op0_register();
         let n = full_number(dest).expect("general register");
-        self.protect(1 << n);
+        if dest.size() == 8 && insn.memory_index() == Register::None && insn.memory_base() == dest {
+            self.protect_moved(n, insn.memory_displacement64() as i32);
+        } else {
+            self.protect(1 << n);
+        }
         self.operand_address(insn, false);
         match dest.size() {
             8 => {}
@@ -271,7 +278,7 @@ impl Translator<'_> {
             Register => {
                 let n = full_number(insn.op0_register()).expect("general register");
                 let at = self.access(to, size as usize, true);
-                self.protect(1 << 4);
+                self.protect_moved(4, -size);
                 let host = if in_frame(n) {
                     self.emit.load(T0, n as usize);
                     T0
@@ -285,13 +292,13 @@ impl Translator<'_> {
                 self.load_r11(from, size as usize);
                 self.emit.store_word(self.at.tmp(2), T0);
                 let at = self.access(to, size as usize, true);
-                self.protect(1 << 4);
+                self.protect_moved(4, -size);
                 self.emit.load_word(T0, self.at.tmp(2));
                 self.push_store(at, T0, size);
             }
             _ => {
                 let at = self.access(to, size as usize, true);
-                self.protect(1 << 4);
+                self.protect_moved(4, -size);
                 self.emit.imm(T0, insn.immediate(0));
                 self.push_store(at, T0, size);
             }
@@ -313,7 +320,10 @@ impl Translator<'_> {
         let at = self.access(Ea::Plain(4, 0), size as usize, false);
         if insn.op0_kind() == OpKind::Register {
             let n = full_number(insn.op0_register()).expect("general register");
-            self.protect(1 << 4 | 1 << n);
+            if n != 4 {
+                self.protect_moved(4, size);
+            }
+            self.protect(1 << n);
             self.load_r11(at, size as usize);
             self.emit.lea(4, 4, size);
             if size == 2 {
@@ -367,7 +377,6 @@ impl Translator<'_> {
         // Of the flags only CF changes, and the others may be asked for. They come before the offset takes r11.
         self.settle_flags();
         self.emit.bit_in_word(n, bits);
-        self.flags.host = false;
         self.emit.restore_flags();
         let mut out = *insn;
         out.set_has_lock_prefix(false);

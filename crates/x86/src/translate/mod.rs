@@ -15,6 +15,7 @@ mod flags;
 mod groups;
 mod insn;
 mod legacy;
+mod owed;
 mod system;
 mod trace;
 mod vex;
@@ -25,7 +26,8 @@ use crate::emit::{At, Emit, Shared};
 use crate::frame::{FrameAt, exit};
 use crate::sites::Site;
 use crate::undefined::{Independent, independent};
-use flags::{Flags, Next, Recipe, STATUS, clobbered, effect, liveness};
+use flags::{Flags, Next, STATUS, clobbered, effect, liveness};
+pub use owed::Owing;
 use groups::{Cover, Groups, Plan};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use trace::{Follow, Step, gather};
@@ -81,6 +83,8 @@ pub struct Link {
     pub stub: u32,
     /// Guest address of the target.
     pub target: u64,
+    /// Another way there, for targets that take flags that are owed.
+    pub owing: Option<Owing>,
 }
 
 /// A translated block.
@@ -97,6 +101,8 @@ pub struct Translation {
     pub sys: Vec<(u16, Instruction)>,
     /// Direct jumps.
     pub links: Vec<Link>,
+    /// Host address of the entry for whoever owes flags, and the registers that may not be needed to make them.
+    pub takes: Option<(u32, u16)>,
     /// Offsets in the page of the first byte of guest code and of the one behind the last.
     pub guest: (u16, u16),
 }
@@ -198,7 +204,9 @@ enum Cold {
     /// A conditional jump leaves the trace, which was paid for `rest` instructions more.
     Exit { from: usize, target: u64, rest: i32, flags: Flags },
     /// After a host fault: makes the flags.
-    Fix { point: usize, recipe: Recipe },
+    Fix { point: usize, flags: Flags },
+    /// Makes the flags that a loop owes to itself; the address goes to `owed` in the hot code.
+    Maker { place: usize, flags: Flags },
     /// The budget is too small.
     Short { from: usize, n: i32 },
     /// The block ran often.
@@ -232,6 +240,8 @@ struct Translator<'a> {
     groups: Groups,
     /// For each instruction, whether all it accesses was checked before.
     quiet: Vec<bool>,
+    /// See [`Translation::takes`].
+    takes: Option<(u32, u16)>,
 }
 
 fn full_number(reg: Register) -> Option<u8> {
@@ -315,6 +325,7 @@ pub fn translate(src: &Source, at: FrameAt, shared: Shared) -> Translation {
         slot: 0,
         groups: Groups::none(),
         quiet: Vec::new(),
+        takes: None,
     };
     t.block()
 }
@@ -360,6 +371,7 @@ impl Translator<'_> {
         }));
         self.quiet = quiet;
         let n = steps.len() as i32;
+        self.open(&steps);
         if self.counts() && n > 0 {
             let counter = self.new_site(0, 1, 0);
             let from = self.emit.count_down(counter);
@@ -401,8 +413,7 @@ impl Translator<'_> {
             self.emit.store_word(self.at.rip(), T0);
             self.emit.leave(exit::ALONE, 0);
         } else if !matches!(steps.last(), Some(Step { kind: Kind::Branch, follow: Follow::No, .. })) {
-            self.settle_flags();
-            self.go_to(self.wrapped(next));
+            self.end_at(self.wrapped(next));
         }
         // Where the code segment has a base, the instruction runs alone, and its address in the page is another.
         let start = self.src.offset;
@@ -415,7 +426,8 @@ impl Translator<'_> {
         if self.counts() && n > 0 {
             self.sites[0].tag = self.src.trace_after.into();
         }
-        Translation { code, cold, points: self.points, sys: self.sys, links: self.links, sites: self.sites, guest }
+        let takes = self.takes;
+        Translation { code, cold, points: self.points, sys: self.sys, links: self.links, sites: self.sites, guest, takes }
     }
 
     /// Emits what was put apart and leads the hot code's jumps there.
@@ -450,14 +462,16 @@ impl Translator<'_> {
                 Cold::Exit { from, target, rest, flags } => {
                     self.emit.refund(rest);
                     self.flags = flags;
+                    let owing = self.can_link(target).then(|| flags.inputs()).flatten();
                     self.settle_flags();
                     if self.can_link(target) {
                         let at = self.emit.jmp_out();
                         let link = self.links.len();
                         let stub = self.emit.here() as u32;
-                        self.links.push(Link { patch: (self.src.cold + at) as u32, stub, target });
                         self.emit.leave(exit::LINK, (self.src.first_link + link as u32) as i32);
                         // Unlinked, the jump leads just behind itself: a displacement of 0, as emitted.
+                        let owing = owing.map(|needs| self.owing_exit(from, here as u32, rest, flags, needs));
+                        self.links.push(Link { patch: (self.src.cold + at) as u32, stub, target, owing });
                     } else if self.alone() {
                         self.emit.imm(T0, target);
                         self.emit.leave_lookup();
@@ -466,18 +480,26 @@ impl Translator<'_> {
                     }
                     Some(from)
                 }
-                Cold::Fix { point, recipe } => {
+                Cold::Fix { point, flags } => {
                     self.points[point].fix = here as u32;
-                    self.cook(recipe);
+                    self.flags = flags.elsewhere();
+                    self.need_flags();
                     self.emit.jmp_abs(self.shared.flags);
                     None
                 }
+                Cold::Maker { place, flags } => {
+                    self.maker(flags);
+                    hot[place..place + 4].copy_from_slice(&(here as i32).to_le_bytes());
+                    None
+                }
                 Cold::Hot { from } => {
+                    self.settle_head();
                     self.emit.leave(exit::HOT, self.src.block as i32);
                     Some(from)
                 }
                 Cold::Short { from, n } => {
                     self.emit.refund(n);
+                    self.settle_head();
                     self.emit.leave(exit::BUDGET, self.src.block as i32);
                     Some(from)
                 }
