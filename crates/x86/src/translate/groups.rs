@@ -22,6 +22,8 @@ const STACK_SPAN: i32 = 256;
 /// Bytes of one access that can be in a group.
 const SIZE: usize = 64;
 const RSP: usize = 4;
+/// Distances from an origin that are looked at; sums of these do not overflow.
+const NEAR: std::ops::Range<i32> = -(1 << 28)..1 << 28;
 
 /// A register's value: so many bytes from an origin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,7 +206,7 @@ impl Groups {
         let mut add = |register: usize, disp: i32, size: usize, write: bool| {
             let value = registers.values[register];
             if size <= SIZE
-                && let Some(offset) = value.offset.checked_add(disp)
+                && let Some(offset) = value.offset.checked_add(disp).filter(|o| NEAR.contains(o))
             {
                 self.accesses.push(Access { step, origin: value.origin, offset, size: size as i32, write });
             }
@@ -246,7 +248,8 @@ impl Groups {
     pub(super) fn plan(&self, step: usize, register: u8, disp: i32, size: usize, write: bool) -> Plan {
         let value = self.now.values[register as usize];
         let alone = Plan::Check(Cover { start: disp, size, write, many: false });
-        let Some(start) = value.offset.checked_add(disp).filter(|_| size <= SIZE) else { return alone };
+        let start = value.offset.checked_add(disp).filter(|o| size <= SIZE && NEAR.contains(o));
+        let Some(start) = start else { return alone };
         let end = start + size as i32;
         let covers = |c: &&Checked| c.origin == value.origin && c.start <= start && end <= c.end && c.write >= write;
         if let Some(checked) = self.checked.iter().rev().find(covers) {
@@ -297,7 +300,7 @@ impl Groups {
     /// That check is made, with its addend in `site`. Registers are as they were in `plan`.
     pub(super) fn check(&mut self, register: u8, cover: Cover, site: i32) {
         let value = self.now.values[register as usize];
-        let start = value.offset + cover.start;
+        let Some(start) = value.offset.checked_add(cover.start).filter(|o| NEAR.contains(o)) else { return };
         self.checked.push(Checked { origin: value.origin, start, end: start + cover.size as i32, write: cover.write, site });
     }
     /// An instruction is translated.
@@ -318,7 +321,7 @@ fn is_bit_string(insn: &Instruction) -> bool {
     matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc) && insn.op1_kind() == OpKind::Register
 }
 
-const _: () = assert!(SPAN <= 2048 && STACK_SPAN <= 2048);
+const _: () = assert!(SPAN <= 2048 && STACK_SPAN <= 2048, "a group's bytes should fit a page");
 
 /// Whether a register's accesses can be in groups: it must be in the host's.
 pub(super) fn can_lead(register: u8) -> bool {

@@ -27,9 +27,9 @@ use crate::frame::{FrameAt, exit};
 use crate::sites::Site;
 use crate::undefined::{Independent, independent};
 use flags::{Flags, Next, STATUS, clobbered, effect, liveness};
-pub use owed::Owing;
 use groups::{Cover, Groups, Plan};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+pub use owed::Owing;
 use trace::{Follow, Step, gather};
 
 /// What translated code depends on besides its bytes and addresses.
