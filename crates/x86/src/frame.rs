@@ -41,8 +41,8 @@ pub struct Frame {
     pub addend: u64,
     /// Scratch for code sequences.
     pub tmp: [u64; 4],
-    /// Operands kept to make flags again; two, for one more may be kept while the last one is still asked for.
-    pub kept: [u64; 2],
+    /// Operands kept to make flags again; two, for one more may be kept while the last one is still asked for; and what INC or DEC left in memory.
+    pub kept: [u64; 3],
     /// Registers of the routine that fills sites.
     pub save: [u64; 3],
     /// The site that a failed check belongs to, or 0.

@@ -123,6 +123,16 @@ impl Emit {
         dynasm!(self.ops ; .arch x64 ; mov QWORD [slot], site);
     }
 
+    /// The `bytes` bytes there = from.
+    pub fn store_sized(&mut self, at: At, from: u8, bytes: usize) {
+        match bytes {
+            1 => self.there(&[0x88], false, from, at),
+            2 => self.store_at16(at, from),
+            4 => self.store_at32(at, from),
+            _ => self.store_at(at, from),
+        }
+    }
+
     /// The routine that fills the site in the frame from the soft TLB, for the address in r11. Goes on at the site's `retry`, or
     /// at its `slow` if the TLB does not know, the site missed too often or cannot be noted. Clobbers r10, r11 and flags.
     pub(super) fn site_routine(&mut self, user: bool, write: bool, constant: bool) {

@@ -34,6 +34,10 @@ pub(super) enum Recipe {
     Undo { add: bool, reg: u8, bytes: usize, source: Source, moved: i32 },
     /// TEST of this register with itself.
     Result { reg: u8, bytes: usize },
+    /// TEST of the kept word `slot` with itself.
+    KeptResult { slot: usize, bytes: usize },
+    /// As `Undo`, of the kept word `slot`.
+    KeptUndo { add: bool, slot: usize, bytes: usize, source: Source },
     /// The flags of a zero.
     Zero,
     /// Run this CMP or TEST, of a memory operand, with the kept word `slot` in its place.
@@ -60,7 +64,8 @@ impl Recipe {
                 .fold(0, |mask, n| mask | 1 << n),
             Self::Undo { reg, source: Source::Register(other), .. } => 1 << reg | 1 << other,
             Self::Undo { reg, .. } | Self::Result { reg, .. } => 1 << reg,
-            Self::Zero | Self::Old(..) => 0,
+            Self::KeptUndo { source: Source::Register(other), .. } => 1 << other,
+            Self::Zero | Self::Old(..) | Self::KeptResult { .. } | Self::KeptUndo { .. } => 0,
         }
     }
 }
@@ -76,13 +81,17 @@ pub(super) enum Host {
     All,
 }
 
-/// INC or DEC of a register: changed all flags but CF.
+/// INC or DEC: changed all flags but CF.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Counted {
     inc: bool,
-    reg: u8,
+    /// The guest register; `None`: memory, the result is in [`COUNTED`].
+    reg: Option<u8>,
     bytes: usize,
 }
+
+/// The word of the frame in which what INC or DEC left in memory is kept.
+const COUNTED: usize = 2;
 
 /// Where the flags are.
 #[derive(Debug, Clone, Copy)]
@@ -125,7 +134,7 @@ impl Flags {
     }
     /// The guest registers they are made from, if they must be and can be made.
     pub(super) fn inputs(&self) -> Option<u16> {
-        let counted = self.counted.map_or(0, |c| 1 << c.reg);
+        let counted = self.counted.and_then(|c| c.reg).map_or(0, |reg| 1 << reg);
         (!self.in_frame() && self.can_be_made()).then(|| self.recipe.map_or(0, |r| r.inputs()) | counted)
     }
 }
@@ -221,20 +230,15 @@ impl Translator<'_> {
                 if moved != 0 {
                     self.emit.lea(T0, T0, -moved);
                 }
-                match source {
-                    Source::Constant(c) => {
-                        self.emit.arith_imm(!add, T0, c, bytes);
-                        self.emit.arith_imm(add, T0, c, bytes);
-                    }
-                    Source::Register(n) => {
-                        self.emit.arith_guest(!add, T0, n as usize, bytes);
-                        self.emit.arith_guest(add, T0, n as usize, bytes);
-                    }
-                    Source::Kept(slot) => {
-                        self.emit.arith_word(!add, T0, self.at.kept(slot), bytes);
-                        self.emit.arith_word(add, T0, self.at.kept(slot), bytes);
-                    }
-                }
+                self.undo_and_redo(add, bytes, source);
+            }
+            Recipe::KeptUndo { add, slot, bytes, source } => {
+                self.emit.load_word(T0, self.at.kept(slot));
+                self.undo_and_redo(add, bytes, source);
+            }
+            Recipe::KeptResult { slot, bytes } => {
+                self.emit.load_word(T0, self.at.kept(slot));
+                self.emit.test_self(T0, bytes);
             }
             Recipe::Result { reg, bytes } => {
                 let host = if in_frame(reg) {
@@ -257,6 +261,17 @@ impl Translator<'_> {
                 self.emit.load_word(T0, self.at.kept(slot));
                 Self::rename(&mut out, n, T0);
                 assert!(self.emit.raw(&out), "cannot encode {out:?}");
+            }
+        }
+    }
+
+    /// Undoes an addition (or subtraction) in r11, and does it again.
+    fn undo_and_redo(&mut self, add: bool, bytes: usize, source: Source) {
+        for add in [!add, add] {
+            match source {
+                Source::Constant(c) => self.emit.arith_imm(add, T0, c, bytes),
+                Source::Register(n) => self.emit.arith_guest(add, T0, n as usize, bytes),
+                Source::Kept(slot) => self.emit.arith_word(add, T0, self.at.kept(slot), bytes),
             }
         }
     }
@@ -294,7 +309,10 @@ impl Translator<'_> {
             (None, None) => self.emit.restore_flags(),
         }
         if let Some(Counted { inc, reg, bytes }) = self.flags.counted {
-            self.emit.load(T0, reg as usize);
+            match reg {
+                Some(reg) => self.emit.load(T0, reg as usize),
+                None => self.emit.load_word(T0, self.at.kept(COUNTED)),
+            }
             self.emit.lea(T0, T0, if inc { -1 } else { 1 });
             self.emit.count(inc, T0, bytes);
         }
@@ -354,7 +372,7 @@ impl Translator<'_> {
         if let Some(Recipe::Undo { reg, moved, source, .. }) = &mut self.flags.recipe
             && *reg == register
             && !matches!(source, Source::Register(n) if *n == register)
-            && self.flags.counted.is_none_or(|c| c.reg != register)
+            && self.flags.counted.is_none_or(|c| c.reg != Some(register))
             && let Some(sum) = moved.checked_add(by)
         {
             *moved = sum;
@@ -404,7 +422,7 @@ impl Translator<'_> {
             self.emit.count(inc, reg, bytes);
         }
         let host = if self.flags.host == Host::All { Host::All } else { Host::AllButCarry };
-        self.flags = Flags { host, counted: Some(Counted { inc, reg, bytes }), ..self.flags };
+        self.flags = Flags { host, counted: Some(Counted { inc, reg: Some(reg), bytes }), ..self.flags };
         true
     }
     /// The word to keep an operand in.
@@ -488,6 +506,47 @@ impl Translator<'_> {
             Recipe::Memory(*insn, slot)
         };
         self.flags = Flags::made(Some(recipe));
+        true
+    }
+    /// For a silicon instruction whose destination is memory, at `at`: if its flags will be asked for in vain again and again, and can be made
+    /// from its result, works on r11 and keeps that. Says whether it did.
+    pub(super) fn with_kept_result(&mut self, insn: &Instruction, at: At) -> bool {
+        use Mnemonic::*;
+        let m = insn.mnemonic();
+        let counts = matches!(m, Inc | Dec);
+        let logic = matches!(m, And | Or | Xor);
+        if !(counts || matches!(m, Add | Sub) || logic && self.silicon.logic)
+            || insn.op0_kind() != OpKind::Memory
+            || !self.keeping()
+            || counts && (self.flags.owed || !self.flags.can_be_made())
+        {
+            return false;
+        }
+        let bytes = insn.memory_size().size();
+        let reg = (!counts && insn.op1_kind() == OpKind::Register).then(|| insn.op1_register());
+        let n = reg.map(|r| full_number(r).expect("general register"));
+        if reg.is_some_and(is_high_byte) || n.is_some_and(in_frame) {
+            return false;
+        }
+        let slot = if counts { COUNTED } else { self.next_slot() };
+        self.emit.load_sized(T0, at, bytes);
+        let mut out = *insn;
+        out.set_op0_kind(OpKind::Register);
+        out.set_op0_register(same_width_of(bytes, T0));
+        assert!(self.emit.raw(&out), "cannot encode {out:?}");
+        self.emit.store_sized(at, T0, bytes);
+        self.emit.store_word(self.at.kept(slot), T0);
+        if counts {
+            let host = if self.flags.host == Host::All { Host::All } else { Host::AllButCarry };
+            let counted = Some(Counted { inc: m == Inc, reg: None, bytes });
+            self.flags = Flags { host, counted, ..self.flags };
+            return true;
+        }
+        let source = n.map_or(Source::Constant(insn.immediate(1) as i32), Source::Register);
+        self.flags = Flags::made(Some(match m {
+            Add | Sub => Recipe::KeptUndo { add: m == Add, slot, bytes, source },
+            _ => Recipe::KeptResult { slot, bytes },
+        }));
         true
     }
     /// The current instruction may fault on the host from here on: where the fault will find the flags. Nothing that the instruction itself

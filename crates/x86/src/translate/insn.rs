@@ -171,7 +171,7 @@ impl Translator<'_> {
             At::Sum(_, disp) => Self::set_memory(&mut out, insn.memory_base(), Register::R10, disp),
             At::Host => Self::set_memory(&mut out, Register::R10, Register::None, 0),
         }
-        if !write && self.with_kept_operand(insn, at) {
+        if !write && self.with_kept_operand(insn, at) || write && self.with_kept_result(insn, at) {
             return;
         }
         let data = T0;
