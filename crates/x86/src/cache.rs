@@ -166,6 +166,18 @@ impl Cache {
     pub fn is_hot(&self, key: Key) -> bool {
         self.hot.contains(&key)
     }
+    /// How often the block with this key has run, of `trace_after` times after which it counts as hot and is counted no more.
+    pub fn runs(&self, key: Key, trace_after: u32, sites: &Sites) -> u64 {
+        if self.hot.contains(&key) {
+            return trace_after.into();
+        }
+        let Some(id) = self.find(key) else { return 0 };
+        match self.blocks[id as usize].sites {
+            // A block that is no trace has a site for a counter, which counts down.
+            (counter, 1) => u64::from(trace_after).saturating_sub(sites.count_of(counter)),
+            _ => 0,
+        }
+    }
     /// A block has run often: it is dropped, and will be a trace when it is translated again.
     pub fn heat(&mut self, id: u32) {
         self.hot.insert(self.blocks[id as usize].key);

@@ -237,6 +237,10 @@ impl Sites {
         site.misses = site.misses.saturating_sub(GROUP_FAILED);
         site.misses == 0
     }
+    /// What the site at `address`, which serves as a counter, stands at.
+    pub fn count_of(&self, address: u32) -> u64 {
+        self.at(address).tag
+    }
     /// Where the code that does the check of the site at `address` is.
     pub fn retry_of(&self, address: u32) -> u32 {
         self.at(address).retry

@@ -564,7 +564,8 @@ impl Core {
         let (host, cold, block, first_link) = self.cache.next_place();
         let straddles = bytes.second.is_some();
         let first_site = self.mmu.sites().next();
-        let cache = &self.cache;
+        // SAFETY: the frame is ours; nothing changes the sites while code is made.
+        let (cache, sites) = (&self.cache, unsafe { &(*self.frame).first.sites });
         let hot = max > SHORT_TRACE && !straddles && (self.trace_after == 0 || cache.is_hot(key));
         let source = Source {
             bytes: if straddles {
@@ -587,6 +588,11 @@ impl Core {
             first_site,
             hot,
             trace_after: self.trace_after,
+            runs: &|offset| {
+                let offset = u64::from(offset);
+                let (gpa, rip) = (key.gpa & !(PAGE_SIZE - 1) | offset, key.rip & !(PAGE_SIZE - 1) | offset);
+                cache.runs(Key { gpa, rip, mode: key.mode }, self.trace_after, sites)
+            },
             restless: &|offset| cache.is_restless(key.gpa & !(PAGE_SIZE - 1) | offset as u64),
         };
         let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared);

@@ -139,6 +139,8 @@ pub struct Source<'a> {
     pub trace_after: u32,
     /// Whether the instruction at an offset of the page accesses so many pages in turn that a site does not help.
     pub restless: &'a dyn Fn(u16) -> bool,
+    /// How often the block at an offset of the page has run, as far as is known.
+    pub runs: &'a dyn Fn(u16) -> u64,
 }
 
 /// Instructions in a trace at most.

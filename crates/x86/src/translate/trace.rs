@@ -1,7 +1,8 @@
 //! Which instructions make a trace.
 //!
-//! **In:** the bytes of a page and where to begin. **Out:** the instructions in the order in which they are most likely to run: through
-//! conditional jumps that are not taken, along unconditional ones inside the page, and round a loop that comes back to the beginning.
+//! **In:** the bytes of a page and where to begin, and how often its blocks have run. **Out:** the instructions in the order in which they are most
+//! likely to run: through or along conditional jumps, whichever has run more often, along unconditional ones inside the page, and round a loop that
+//! comes back to the beginning.
 //!
 //! Invariant: all of a trace lies in one page (or is a single instruction across two), so that it is valid as long as that page is.
 use super::legacy::needs_checks;
@@ -28,6 +29,12 @@ pub(super) struct Step {
     pub insn: Instruction,
     pub kind: Kind,
     pub follow: Follow,
+}
+
+/// Whether a jump is taken more often than not.
+fn more_often(src: &Source, target: u64, next: u64) -> bool {
+    let runs = |rip: u64| if rip >> 12 == src.rip >> 12 { (src.runs)((rip & 0xfff) as u16) } else { 0 };
+    runs(target) > runs(next)
 }
 
 /// Collects a trace. The second result is where it goes on if its last instruction does not say.
@@ -62,6 +69,12 @@ pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<St
                     let body = steps.len() as u32 / copies + 1;
                     if inside && target == src.rip && copies < COPIES && steps.len() as u32 + 1 + body <= src.max {
                         copies += 1;
+                        (Follow::Taken, Some(target))
+                    } else if inside
+                        && target != src.rip
+                        && more_often(src, target, next)
+                        && !steps.iter().any(|s| s.insn.ip() == target)
+                    {
                         (Follow::Taken, Some(target))
                     } else {
                         (Follow::Through, Some(next))
