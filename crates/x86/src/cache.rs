@@ -30,8 +30,10 @@ pub struct Key {
 pub struct Block {
     /// Key.
     pub key: Key,
-    /// Host address of its code.
+    /// Host address of its entry for links, and for Rust.
     pub entry: u32,
+    /// Host address of its entry for the jump cache.
+    pub published: u32,
     /// Its instructions.
     pub points: Box<[Point]>,
     /// Those that `sys` executes.
@@ -255,7 +257,8 @@ impl Cache {
         self.stats.translated_instructions += t.points.len() as u64;
         self.blocks.push(Block {
             key,
-            entry: self.next as u32,
+            entry: t.entry,
+            published: t.published,
             points: t.points.into(),
             sys: t.sys.into(),
             second,

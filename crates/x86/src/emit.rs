@@ -385,6 +385,12 @@ impl Emit {
             ; none:);
         assert_eq!(self.here() as i32, resume);
     }
+    /// Returns the place of the jump to be made if flags are owed. Clobbers flags.
+    pub fn if_owed(&mut self) -> usize {
+        let owed = self.at.owed();
+        dynasm!(self.ops ; .arch x64 ; cmp DWORD [owed], 0);
+        self.jcc_out(5)
+    }
     /// inc or dec, `bytes` wide. Changes all flags but CF.
     pub fn count(&mut self, inc: bool, reg: u8, bytes: usize) {
         match (inc, bytes) {
@@ -439,19 +445,20 @@ impl Emit {
         dynasm!(self.ops ; .arch x64 ; mov QWORD [exit_arg], block);
     }
 
-    /// Goes on at the guest address in r11 through the jump cache. Clobbers flags.
+    /// Goes on at the guest address in r11 through the jump cache; the frame's flags are valid. Clobbers flags.
     pub fn jump_cache(&mut self) {
+        self.owe(0);
         self.jump_if_cached();
         self.jmp_abs(self.shared.lookup);
     }
-    /// Goes on at a known guest address through the jump cache. Clobbers flags.
+    /// Goes on at a known guest address through the jump cache, whoever goes on there being told what is owed ([`Emit::owe`]). Clobbers flags.
     pub fn jump_cache_to(&mut self, target: u64) {
         let entry = self.at.jumps(self.user) + ((target as usize & (crate::frame::JUMP_ENTRIES - 1)) << 4) as i32;
         self.imm(11, target);
         dynasm!(self.ops ; .arch x64 ; cmp [entry], r11 ; jne >miss ; jmp QWORD [entry + 8] ; miss:);
         self.jmp_abs(self.shared.lookup);
     }
-    /// Goes on at the guest address in r11, which a guest computed, through the jump cache. Clobbers flags. Whoever finds that no code can be there is told whence it came: the block, and by
+    /// Goes on at the guest address in r11, which a guest computed, through the jump cache; what is owed is noted. Clobbers flags. Whoever finds that no code can be there is told whence it came: the block, and by
     /// how much its last instruction has moved RSP.
     pub fn jump_cache_or(&mut self, block: i32, moved: i32) {
         self.jump_if_cached();
@@ -467,7 +474,7 @@ impl Emit {
             ; shl r10d, 4
             ; and r10d, mask
             ; cmp [r10 + jumps], r11
-            ; jne >miss
+            ; jne BYTE >miss
             ; jmp QWORD [r10 + jumps + 8]
             ; miss:);
     }
@@ -579,8 +586,9 @@ impl Emit {
         self.far_jump();
         shared.leave_lookup = self.here() as i32;
         let (rip_slot, exit) = (at.rip(), at.exit());
-        dynasm!(self.ops ; .arch x64
-            ; mov [rip_slot], r11 ; mov QWORD [exit], crate::frame::exit::LOOKUP as i32);
+        dynasm!(self.ops ; .arch x64 ; mov [rip_slot], r11);
+        self.settle_owed();
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], crate::frame::exit::LOOKUP as i32);
         shared.leave = self.here() as i32;
         self.save_all();
         self.return_to_rust();

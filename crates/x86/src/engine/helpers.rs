@@ -77,6 +77,7 @@ fn go_on(core: &mut Core, onward: Onward) -> u32 {
     core.split_flags();
     // SAFETY: the frame is the core's.
     let frame = unsafe { &mut *core.frame };
+    frame.owed = 0;
     frame.exit = match onward {
         Onward::Code(code) => {
             frame.ret = code;

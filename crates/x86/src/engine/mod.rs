@@ -432,6 +432,7 @@ impl Core {
         // SAFETY: the frame is ours; `entry` is code made for this frame, which keeps the ABI through the shared routines.
         unsafe {
             (*self.frame).budget = budget;
+            (*self.frame).owed = 0;
             let f: extern "sysv64" fn(usize) = std::mem::transmute(self.shared.enter as usize);
             f(entry as usize);
         }
@@ -550,7 +551,7 @@ impl Core {
             }
         };
         if !short {
-            self.mmu.publish(rip, self.cache.block(id).entry as u64, user, second);
+            self.mmu.publish(rip, self.cache.block(id).published as u64, user, second);
         }
         Ok(id)
     }

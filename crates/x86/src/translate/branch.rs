@@ -23,13 +23,14 @@ impl Translator<'_> {
             self.emit.leave_lookup();
         } else if target == self.src.rip && !self.src.straddles {
             // A loop. It is left for good whenever the block is dropped, since that is never done while it runs.
-            self.emit.jmp_abs(self.src.host as i32);
+            self.emit.jmp_abs(self.entry as i32);
         } else if self.can_link(target) {
             let from = self.emit.jmp_out();
             let link = self.links.len();
             self.links.push(Link { patch: (self.src.host + from) as u32, stub: 0, target, owing: None });
             self.cold.push(Cold::Stub { from, link });
         } else {
+            self.emit.owe(0);
             self.emit.jump_cache_to(target);
         }
     }
@@ -43,18 +44,24 @@ impl Translator<'_> {
         } else if owing && self.can_link(target) {
             let from = self.emit.jmp_out();
             self.cold.push(Cold::Exit { from, target, rest: 0, flags: self.flags });
+        } else if owing && (target != self.src.rip || self.src.straddles) {
+            self.pass_flags(0);
+            self.emit.jump_cache_to(target);
         } else {
             self.settle_flags();
             self.go_to(target);
         }
     }
 
-    /// Goes on at the address in r11, which may be any; the frame's flags are valid. `moved` is by how much the branch has changed RSP: if
+    /// Goes on at the address in r11, which may be any; the flags are passed on ([`Translator::pass_flags`]). `moved` is by how much the branch has changed RSP: if
     /// there can be no code, the branch is what faults, and [`crate::engine`] takes it back.
     pub(super) fn go_to_register(&mut self, moved: i32) {
         if self.alone() {
             self.emit.leave_lookup();
         } else {
+            if self.code_32() {
+                self.emit.owe(0);
+            }
             self.emit.jump_cache_or(self.src.block as i32, moved);
         }
     }
@@ -99,13 +106,13 @@ impl Translator<'_> {
                 self.end_at(insn.near_branch_target());
             }
         } else if insn.is_jmp_near_indirect() {
-            self.load_target(insn);
+            self.load_target(insn, true);
             self.go_to_register(0);
         } else if insn.is_call_near_indirect() {
-            self.load_target(insn);
+            self.load_target(insn, false);
             self.emit.store_word(self.at.tmp(2), T0);
             self.push_value(next);
-            self.settle_flags();
+            self.pass_flags(0);
             self.emit.load_word(T0, self.at.tmp(2));
             self.go_to_register(-8);
         } else if insn.is_jcx_short() {
@@ -121,7 +128,7 @@ impl Translator<'_> {
             let extra = if insn.op_count() == 1 { insn.immediate(0) as i32 } else { 0 };
             let size = if matches!(insn.code(), Code::Retnw | Code::Retnw_imm16) { 2 } else { 8 };
             let at = self.access(Ea::Plain(4, 0), size, false);
-            self.settle_flags();
+            self.pass_flags(size as i32 + extra);
             self.load_r11(at, size);
             self.emit.lea(4, 4, size as i32 + extra);
             self.go_to_register(size as i32 + extra);
@@ -157,11 +164,13 @@ impl Translator<'_> {
         self.go_to(insn.near_branch_target());
     }
 
-    /// r11 = target of an indirect jump or call. Flags end up in the frame.
-    fn load_target(&mut self, insn: &Instruction) {
+    /// r11 = target of an indirect jump or call. `last`: nothing else comes before the jump, and the flags are passed on.
+    fn load_target(&mut self, insn: &Instruction, last: bool) {
         if insn.op0_kind() == OpKind::Register {
             let n = full_number(insn.op0_register()).expect("general register");
-            self.settle_flags();
+            if last {
+                self.pass_flags(0);
+            }
             self.emit.load(T0, n as usize);
             if insn.op0_register().size() == 2 {
                 self.emit.mov_zx16(T0);
@@ -170,7 +179,9 @@ impl Translator<'_> {
         }
         let size = insn.memory_size().size();
         let at = self.access(Ea::Operand(*insn), size, false);
-        self.settle_flags();
+        if last {
+            self.pass_flags(0);
+        }
         self.load_r11(at, size);
     }
 

@@ -116,6 +116,10 @@ impl Flags {
     fn made(recipe: Option<Recipe>) -> Self {
         Self { host: Host::All, frame: false, recipe, counted: None, owed: false }
     }
+    /// Whether they can be made from RSP and kept operands alone, and must be.
+    pub(super) fn passes(&self) -> bool {
+        self.inputs().is_some_and(|inputs| inputs & !super::owed::RSP == 0)
+    }
     /// The same where the host's flags are anything.
     pub(super) fn elsewhere(self) -> Self {
         Self { host: Host::Other, ..self }
@@ -425,6 +429,61 @@ impl Translator<'_> {
         self.flags = Flags { host, counted: Some(Counted { inc, reg: Some(reg), bytes }), ..self.flags };
         true
     }
+    /// Keeps what the flags are made from, where that is one register, so that it may change. RSP may stay, but will have changed by `moved`.
+    /// Clobbers r11.
+    pub(super) fn freeze_flags(&mut self, moved: i32) {
+        if self.flags.inputs().is_none_or(|inputs| inputs == 0) {
+            return;
+        }
+        if let Some(Counted { reg: Some(reg), inc, bytes }) = self.flags.counted {
+            self.keep(reg, 0, COUNTED);
+            self.flags.counted = Some(Counted { reg: None, inc, bytes });
+        }
+        let one = |insn: &Instruction| {
+            let reg = insn.op0_register();
+            let same = insn.op1_kind() != OpKind::Register || insn.op1_register() == reg;
+            (insn.op0_kind() == OpKind::Register && same).then(|| full_number(reg)).flatten()
+        };
+        let recipe = match self.flags.recipe {
+            Some(Recipe::Undo { reg: 4, add, bytes, source, moved: before })
+                if !matches!(source, Source::Register(_)) && before.checked_add(moved).is_some() =>
+            {
+                Recipe::Undo { reg: 4, add, bytes, source, moved: before + moved }
+            }
+            Some(Recipe::Undo { reg, add, bytes, source, moved: before }) if !matches!(source, Source::Register(_)) => {
+                let slot = self.next_slot();
+                self.keep(reg, -before, slot);
+                Recipe::KeptUndo { add, slot, bytes, source }
+            }
+            Some(Recipe::Result { reg, bytes }) => {
+                let slot = self.next_slot();
+                self.keep(reg, 0, slot);
+                Recipe::KeptResult { slot, bytes }
+            }
+            Some(Recipe::Again(insn)) if one(&insn).is_some() => {
+                let slot = self.next_slot();
+                self.keep(one(&insn).unwrap_or_default(), 0, slot);
+                let mut general = insn;
+                general.set_code(general_form(insn.code()));
+                Recipe::Old(general, slot)
+            }
+            _ => return,
+        };
+        self.flags.recipe = Some(recipe);
+    }
+    /// Keeps a guest register plus a constant. Clobbers r11.
+    fn keep(&mut self, reg: u8, plus: i32, slot: usize) {
+        let host = if in_frame(reg) || plus != 0 {
+            self.emit.load(T0, reg as usize);
+            if plus != 0 {
+                self.emit.lea(T0, T0, plus);
+            }
+            T0
+        } else {
+            reg
+        };
+        self.emit.store_word(self.at.kept(slot), host);
+    }
     /// The word to keep an operand in.
     fn next_slot(&mut self) -> usize {
         self.slot ^= 1;
@@ -637,6 +696,21 @@ fn register_form(code: Code) -> Option<Code> {
             | Test_rm64_imm32_F7r1
     )
     .then_some(code)
+}
+
+/// The form of a comparison of the accumulator with a constant that takes any register.
+fn general_form(code: Code) -> Code {
+    match code {
+        Code::Cmp_AL_imm8 => Code::Cmp_rm8_imm8,
+        Code::Cmp_AX_imm16 => Code::Cmp_rm16_imm16,
+        Code::Cmp_EAX_imm32 => Code::Cmp_rm32_imm32,
+        Code::Cmp_RAX_imm32 => Code::Cmp_rm64_imm32,
+        Code::Test_AL_imm8 => Code::Test_rm8_imm8,
+        Code::Test_AX_imm16 => Code::Test_rm16_imm16,
+        Code::Test_EAX_imm32 => Code::Test_rm32_imm32,
+        Code::Test_RAX_imm32 => Code::Test_rm64_imm32,
+        other => other,
+    }
 }
 
 /// r10 or r11, so many bytes wide.

@@ -101,7 +101,11 @@ pub struct Translation {
     pub sys: Vec<(u16, Instruction)>,
     /// Direct jumps.
     pub links: Vec<Link>,
-    /// Host address of the entry for whoever owes flags, and the registers that may not be needed to make them.
+    /// Host address of the entry for whoever is linked.
+    pub entry: u32,
+    /// The same for whoever comes by the jump cache, who may owe flags that are made from RSP.
+    pub published: u32,
+    /// The same for whoever is linked and owes flags, and the registers that may not be needed to make them.
     pub takes: Option<(u32, u16)>,
     /// Offsets in the page of the first byte of guest code and of the one behind the last.
     pub guest: (u16, u16),
@@ -213,6 +217,8 @@ enum Cold {
     Short { from: usize, n: i32 },
     /// The block ran often.
     Hot { from: usize },
+    /// Somebody came by the jump cache who owes flags, which this block does not take; it goes on at `back`.
+    Owed { from: usize, back: usize },
 }
 
 struct Translator<'a> {
@@ -242,7 +248,9 @@ struct Translator<'a> {
     groups: Groups,
     /// For each instruction, whether all it accesses was checked before.
     quiet: Vec<bool>,
-    /// See [`Translation::takes`].
+    /// See [`Translation`].
+    entry: usize,
+    published: usize,
     takes: Option<(u32, u16)>,
 }
 
@@ -327,6 +335,8 @@ pub fn translate(src: &Source, at: FrameAt, shared: Shared) -> Translation {
         slot: 0,
         groups: Groups::none(),
         quiet: Vec::new(),
+        entry: src.host,
+        published: src.host,
         takes: None,
     };
     t.block()
@@ -428,8 +438,9 @@ impl Translator<'_> {
         if self.counts() && n > 0 {
             self.sites[0].tag = self.src.trace_after.into();
         }
-        let takes = self.takes;
-        Translation { code, cold, points: self.points, sys: self.sys, links: self.links, sites: self.sites, guest, takes }
+        let (entry, published, takes) = (self.entry as u32, self.published as u32, self.takes);
+        let (points, sys, links, sites) = (self.points, self.sys, self.links, self.sites);
+        Translation { code, cold, points, sys, links, sites, guest, entry, published, takes }
     }
 
     /// Emits what was put apart and leads the hot code's jumps there.
@@ -440,7 +451,7 @@ impl Translator<'_> {
         // Stubs that are found on the way are appended.
         let mut i = 0;
         while i < self.cold.len() {
-            let here = self.emit.here();
+            let mut here = self.emit.here();
             let from = match self.cold[i] {
                 Cold::Slow { from, site, ea, write, arg, retry, flags } => {
                     if let Some((address, constant)) = site {
@@ -461,6 +472,15 @@ impl Translator<'_> {
                     self.emit.leave(exit::LINK, (self.src.first_link + link as u32) as i32);
                     Some(from)
                 }
+                Cold::Exit { from, target, rest, flags } if !self.can_link(target) && flags.passes() => {
+                    let maker = here as i32;
+                    self.maker(flags);
+                    here = self.emit.here();
+                    self.emit.refund(rest);
+                    self.emit.owe(maker);
+                    self.emit.jump_cache_to(target);
+                    Some(from)
+                }
                 Cold::Exit { from, target, rest, flags } => {
                     self.emit.refund(rest);
                     self.flags = flags;
@@ -478,6 +498,7 @@ impl Translator<'_> {
                         self.emit.imm(T0, target);
                         self.emit.leave_lookup();
                     } else {
+                        self.emit.owe(0);
                         self.emit.jump_cache_to(target);
                     }
                     Some(from)
@@ -493,6 +514,11 @@ impl Translator<'_> {
                     self.maker(flags);
                     hot[place..place + 4].copy_from_slice(&(here as i32).to_le_bytes());
                     None
+                }
+                Cold::Owed { from, back } => {
+                    self.emit.settle_owed();
+                    self.emit.jmp_abs(back as i32);
+                    Some(from)
                 }
                 Cold::Hot { from } => {
                     self.settle_head();

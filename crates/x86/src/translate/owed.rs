@@ -5,15 +5,21 @@
 //! and enters its successor behind the note that nothing is owed. Whatever leaves the successor before its flags are overwritten runs that
 //! code first ([`crate::emit::Emit::settle_owed`]).
 //!
+//! Who goes on by the jump cache does not know its successor. It may owe flags that are made from RSP and kept operands alone, and every block that
+//! can be found there has an entry for that, where one that does not take debts has them paid.
+//!
 //! **In:** how a trace ends, how it begins. **Out:** a second entry for traces that take such debts, a second way out for those that make them.
 //!
-//! Invariant: `owed` counts from such an entry to the first instruction that overwrites all flags, and nowhere else. Up to there nothing reads
+//! Invariant: `owed` counts from a note of it to the first instruction that overwrites all flags, or to an entry that is not for debtors, and nowhere
+//! else. Up to there nothing reads
 //! or changes flags, nothing faults on the host, and no register is written that the flags are made from.
 use super::flags::{Effect, Flags, effect};
 use super::trace::{Follow, Step};
-use super::{Cold, Translator, can_fault};
+use super::{Cold, Mode, Translator, can_fault};
 use crate::classify::Kind;
 
+/// RSP's bit among registers.
+pub(super) const RSP: u16 = 1 << 4;
 /// Instructions looked at for one that overwrites the flags.
 const HEAD: usize = 8;
 
@@ -59,13 +65,40 @@ impl Translator<'_> {
 
     /// Emits the block's entries.
     pub(super) fn open(&mut self, steps: &[Step]) {
-        if self.alone() || self.code_32() || self.src.straddles {
+        if self.alone() || self.src.mode.has(Mode::SHORT) {
+            // Entered by whoever owes nothing.
             return;
         }
-        if let Some(written) = self.head(steps) {
+        let takes = if self.code_32() || self.src.straddles { None } else { self.head(steps) };
+        if takes.is_none_or(|written| written & RSP != 0) {
+            self.published = self.emit.here();
+            let from = self.emit.if_owed();
+            self.entry = self.emit.here();
+            self.cold.push(Cold::Owed { from, back: self.entry });
+        }
+        if let Some(written) = takes {
             self.emit.owe(0);
-            self.takes = Some((self.emit.here() as u32, written));
+            let entry = self.emit.here();
+            self.takes = Some((entry as u32, written));
+            if written & RSP == 0 {
+                self.published = entry;
+            }
             self.flags = Flags::OWED;
+        }
+    }
+    /// Before the trace goes on by the jump cache: the flags are passed on as a debt, or are in the frame and nothing is owed. RSP will have changed by
+    /// `moved` then, which is still to be done. Clobbers r11 and flags.
+    pub(super) fn pass_flags(&mut self, moved: i32) {
+        if self.alone() {
+            return self.settle_flags();
+        }
+        self.freeze_flags(moved);
+        if self.flags.passes() {
+            let place = self.emit.owe(0);
+            self.cold.push(Cold::Maker { place, flags: self.flags });
+        } else {
+            self.settle_flags();
+            self.emit.owe(0);
         }
     }
     /// Makes the frame's flags valid for whoever leaves before the first instruction.
