@@ -110,6 +110,22 @@ fn event_indexes_spare_interrupts_and_doorbells() {
     assert_eq!(d.outputs().len(), 2);
 }
 
+/// Frames that enter while the guest does not run: it is interrupted for the first, and for the next only after it has looked.
+#[test]
+fn a_burst_makes_one_interrupt() {
+    let mut d = card();
+    d.start(feature::EVENT_IDX | F_MRG_RXBUF);
+    for _ in 0..20 {
+        d.add(0, &[], &[1600]);
+    }
+    d.set_used_event(0, 0);
+    (0..10).for_each(|_| d.receive(Received::Frame(frame(60))));
+    assert_eq!((d.used(0).len(), d.interrupts()), (10, vec![d.vector(0)]));
+    d.set_used_event(0, 10);
+    (0..10).for_each(|_| d.receive(Received::Frame(frame(60))));
+    assert_eq!((d.used(0).len(), d.interrupts()), (10, vec![d.vector(0)]));
+}
+
 #[test]
 fn the_driver_can_ask_for_silence() {
     let mut d = card();
