@@ -51,7 +51,7 @@ const _: () = {
 struct NoteLayout {
     port: u8,
     nic: u8,
-    reserved: U16,
+    segment_size: U16,
     length: U32,
     digest: U128,
 }
@@ -65,6 +65,7 @@ const _: () = {
 const PORT_NIC: u8 = 1;
 const PORT_SERIAL: u8 = 2;
 const PORT_CONSOLE: u8 = 3;
+const PORT_NIC_GSO: u8 = 4;
 
 const END_POWER_OFF: u8 = 1;
 const END_RESET: u8 = 2;
@@ -159,6 +160,7 @@ pub fn encode_into(entry: &Entry, out: &mut Vec<u8>) -> Result<usize, EncodeErro
 pub fn encoded_length(entry: &Entry) -> usize {
     let payload = match &entry.event {
         Event::Input(twinstep_machine::Input::NetRx { frame, .. }) => 1 + frame.len(),
+        Event::Input(twinstep_machine::Input::NetRxGso { frame, .. }) => 3 + frame.len(),
         Event::Input(twinstep_machine::Input::Serial(bytes) | twinstep_machine::Input::Console(bytes)) => bytes.len(),
         Event::Digest(bytes) => bytes.len(),
         // The rest is small, and measuring it is the surest way to be right about it.
@@ -197,12 +199,14 @@ fn encode_payload(event: &Event, out: &mut Vec<u8>) {
 }
 
 fn note_layout(note: &OutputNote) -> NoteLayout {
-    let (port, nic) = match note.port {
-        OutputPort::Nic(nic) => (PORT_NIC, nic),
-        OutputPort::Serial => (PORT_SERIAL, 0),
-        OutputPort::Console => (PORT_CONSOLE, 0),
+    let (port, nic, segment_size) = match note.port {
+        OutputPort::Nic(nic) => (PORT_NIC, nic, 0),
+        OutputPort::Serial => (PORT_SERIAL, 0, 0),
+        OutputPort::Console => (PORT_CONSOLE, 0, 0),
+        OutputPort::NicGso { nic, segment_size } => (PORT_NIC_GSO, nic, segment_size),
     };
-    NoteLayout { port, nic, reserved: U16::ZERO, length: U32::new(note.length), digest: U128::new(note.digest) }
+    let (length, digest) = (U32::new(note.length), U128::new(note.digest));
+    NoteLayout { port, nic, segment_size: U16::new(segment_size), length, digest }
 }
 
 fn encode_end(reason: &EndReason, out: &mut Vec<u8>) {
@@ -268,7 +272,8 @@ fn decode_payload(kind: EntryKind, payload: &[u8]) -> Result<Event, &'static str
         | EntryKind::Console
         | EntryKind::Seed
         | EntryKind::WallClock
-        | EntryKind::PowerButton => input::decode(kind, payload).map(Event::Input),
+        | EntryKind::PowerButton
+        | EntryKind::NetRxGso => input::decode(kind, payload).map(Event::Input),
         EntryKind::Output => decode_note(payload).map(Event::Output),
         EntryKind::Digest => Ok(Event::Digest(payload.to_vec())),
         EntryKind::Progress if payload.is_empty() => Ok(Event::Progress),
@@ -279,13 +284,15 @@ fn decode_payload(kind: EntryKind, payload: &[u8]) -> Result<Event, &'static str
 
 fn decode_note(payload: &[u8]) -> Result<OutputNote, &'static str> {
     let layout = NoteLayout::ref_from_bytes(payload).map_err(|_| "an output note has 24 bytes")?;
-    if layout.reserved != U16::ZERO {
-        return Err("reserved bytes are not zero");
+    let segment_size = layout.segment_size.get();
+    if layout.port != PORT_NIC_GSO && segment_size != 0 {
+        return Err("bytes that are reserved for this port are not zero");
     }
     let port = match (layout.port, layout.nic) {
         (PORT_NIC, nic) => OutputPort::Nic(nic),
         (PORT_SERIAL, 0) => OutputPort::Serial,
         (PORT_CONSOLE, 0) => OutputPort::Console,
+        (PORT_NIC_GSO, nic) => OutputPort::NicGso { nic, segment_size },
         (PORT_SERIAL | PORT_CONSOLE, _) => return Err("a network card is named for an output that has none"),
         _ => return Err("the output port is not known"),
     };
@@ -378,6 +385,7 @@ mod tests {
         bad_payload(EntryKind::Seed, &[0; 31]);
         bad_payload(EntryKind::WallClock, &[0; 9]);
         bad_payload(EntryKind::NetRx, &[]);
+        bad_payload(EntryKind::NetRxGso, &[0, 1]);
         bad_payload(EntryKind::End, &[]);
         bad_payload(EntryKind::End, &[END_RESET, b'x']);
         bad_payload(EntryKind::End, &[END_FAILED, 0xff]);

@@ -81,6 +81,13 @@ impl std::fmt::Display for EndReason {
 pub enum OutputPort {
     /// A network card, counted from 0.
     Nic(u8),
+    /// The same, for a large segment.
+    NicGso {
+        /// Which card, from 0.
+        nic: u8,
+        /// Bytes of payload after cutting.
+        segment_size: u16,
+    },
     /// The serial port.
     Serial,
     /// The virtio console.
@@ -91,6 +98,7 @@ impl std::fmt::Display for OutputPort {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             OutputPort::Nic(nic) => write!(f, "network card {nic}"),
+            OutputPort::NicGso { nic, segment_size } => write!(f, "network card {nic} in pieces of {segment_size}"),
             OutputPort::Serial => f.write_str("serial port"),
             OutputPort::Console => f.write_str("virtio console"),
         }
@@ -116,6 +124,7 @@ impl OutputNote {
     pub fn of(output: &Output) -> Self {
         let (port, bytes) = match output {
             Output::NetTx { nic, frame } => (OutputPort::Nic(*nic), frame),
+            &Output::NetTxGso { nic, ref frame, segment_size } => (OutputPort::NicGso { nic, segment_size }, frame),
             Output::Serial(bytes) => (OutputPort::Serial, bytes),
             Output::Console(bytes) => (OutputPort::Console, bytes),
         };
@@ -151,6 +160,8 @@ pub enum EntryKind {
     WallClock = 6,
     /// [`Input::PowerButton`].
     PowerButton = 7,
+    /// [`Input::NetRxGso`].
+    NetRxGso = 8,
     /// [`Event::Output`].
     Output = 64,
     /// [`Event::Digest`].
@@ -163,7 +174,7 @@ pub enum EntryKind {
 
 impl EntryKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [EntryKind; 11] = [
+    pub const ALL: [EntryKind; 12] = [
         EntryKind::Clock,
         EntryKind::NetRx,
         EntryKind::Serial,
@@ -171,6 +182,7 @@ impl EntryKind {
         EntryKind::Seed,
         EntryKind::WallClock,
         EntryKind::PowerButton,
+        EntryKind::NetRxGso,
         EntryKind::Output,
         EntryKind::Digest,
         EntryKind::Progress,
@@ -202,6 +214,7 @@ impl EntryKind {
             EntryKind::Seed => "seed",
             EntryKind::WallClock => "wall-clock",
             EntryKind::PowerButton => "power-button",
+            EntryKind::NetRxGso => "net-rx-gso",
             EntryKind::Output => "output",
             EntryKind::Digest => "digest",
             EntryKind::Progress => "progress",
@@ -236,5 +249,8 @@ mod tests {
         assert_ne!(note(0, b"abc"), note(1, b"abc"));
         assert_ne!(note(0, b"abc"), note(0, b"abd"));
         assert_ne!(note(0, b"abc"), OutputNote::of(&Output::Serial(b"abc".to_vec())));
+        let large = |segment_size| OutputNote::of(&Output::NetTxGso { nic: 0, frame: b"abc".to_vec(), segment_size });
+        assert_ne!(note(0, b"abc"), large(1));
+        assert_ne!(large(1), large(2));
     }
 }

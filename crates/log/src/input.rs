@@ -16,6 +16,7 @@ pub(crate) fn kind(input: &Input) -> EntryKind {
         Input::Seed(_) => EntryKind::Seed,
         Input::WallClock(_) => EntryKind::WallClock,
         Input::PowerButton => EntryKind::PowerButton,
+        Input::NetRxGso { .. } => EntryKind::NetRxGso,
     }
 }
 
@@ -33,6 +34,11 @@ pub(crate) fn encode(input: &Input, out: &mut Vec<u8>) {
         Input::Seed(seed) => out.extend_from_slice(seed),
         Input::WallClock(ns) => out.extend_from_slice(&ns.to_le_bytes()),
         Input::PowerButton => {}
+        Input::NetRxGso { nic, frame, segment_size } => {
+            out.push(*nic);
+            out.extend_from_slice(&segment_size.to_le_bytes());
+            out.extend_from_slice(frame);
+        }
     }
 }
 
@@ -52,6 +58,12 @@ pub(crate) fn decode(kind: EntryKind, payload: &[u8]) -> Result<Input, &'static 
         }
         EntryKind::PowerButton if payload.is_empty() => Ok(Input::PowerButton),
         EntryKind::PowerButton => Err("a power button press has no payload"),
+        EntryKind::NetRxGso => match payload {
+            &[nic, low, high, ref frame @ ..] => {
+                Ok(Input::NetRxGso { nic, frame: frame.to_vec(), segment_size: u16::from_le_bytes([low, high]) })
+            }
+            _ => Err("no network card and no size of pieces are named"),
+        },
         EntryKind::Output | EntryKind::Digest | EntryKind::Progress | EntryKind::End => Err("not an input"),
     }
 }

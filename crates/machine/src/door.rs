@@ -20,6 +20,15 @@ pub enum Input {
         /// Destination, source, type, payload.
         frame: Vec<u8>,
     },
+    /// Several TCP segments arrive at a network card as one, their checksums verified: a large segment ([`crate::offload`]).
+    NetRxGso {
+        /// Which card, from 0.
+        nic: u8,
+        /// A whole TCP segment; its checksum is partial.
+        frame: Vec<u8>,
+        /// Bytes of payload each of them had, but for the last, which may have had less.
+        segment_size: u16,
+    },
     /// Bytes typed at the serial port.
     Serial(Vec<u8>),
     /// Bytes typed at the virtio console.
@@ -41,6 +50,15 @@ pub enum Output {
         nic: u8,
         /// Destination, source, type, payload.
         frame: Vec<u8>,
+    },
+    /// A large segment leaves a network card ([`crate::offload`]); the host cuts it where the network wants that.
+    NetTxGso {
+        /// Which card, from 0.
+        nic: u8,
+        /// A whole TCP segment; its checksum is partial.
+        frame: Vec<u8>,
+        /// Bytes of payload after cutting.
+        segment_size: u16,
     },
     /// Bytes written to the serial port.
     Serial(Vec<u8>),

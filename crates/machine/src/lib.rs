@@ -30,6 +30,7 @@ mod kvmclock;
 pub mod layout;
 mod machine;
 mod memory;
+pub mod offload;
 mod payload;
 mod pci;
 mod power;

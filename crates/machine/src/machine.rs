@@ -12,6 +12,7 @@ use crate::dirty::{ConsumerId, DirtyTracker, Start};
 use crate::disk::Disk;
 use crate::door::{Input, Output};
 use crate::memory;
+use crate::offload::LargeSegment;
 use crate::payload::{Payload, Payloads, RestoreError};
 use crate::pci::PciHost;
 use crate::power::Ending;
@@ -68,6 +69,14 @@ pub enum InputError {
     /// Not an Ethernet frame a card can take.
     #[error("a frame of {0} bytes is outside 14..=9216")]
     FrameLength(usize),
+    /// Not a large segment that a card could cut.
+    #[error("a frame of {bytes} bytes in pieces of {segment_size} is no large TCP segment")]
+    LargeSegment {
+        /// Its length.
+        bytes: usize,
+        /// The size of its pieces.
+        segment_size: u16,
+    },
     /// The machine waits for its host; it must be run until it no longer reports [`Pause::HostFailure`].
     #[error("the machine waits for its host: {0}")]
     HostFailure(String),
@@ -298,6 +307,10 @@ impl Machine {
             Input::NetRx { nic, frame } => {
                 self.board.receive(position, self.slots.nics + usize::from(nic), Received::Frame(frame));
             }
+            Input::NetRxGso { nic, frame, segment_size } => {
+                let received = Received::LargeSegment { frame, segment_size };
+                self.board.receive(position, self.slots.nics + usize::from(nic), received);
+            }
             Input::Serial(bytes) => self.board.type_serial(&bytes),
             Input::Console(bytes) => self.board.receive(position, self.slots.console, Received::Bytes(bytes)),
             Input::Seed(seed) => self.board.receive(position, self.slots.rng, Received::Seed(seed)),
@@ -312,15 +325,18 @@ impl Machine {
         if let Some(failure) = &self.board.failure {
             return Err(InputError::HostFailure(failure.message.clone()));
         }
-        let Input::NetRx { nic, frame } = input else { return Ok(()) };
+        let (Input::NetRx { nic, frame } | Input::NetRxGso { nic, frame, .. }) = input else { return Ok(()) };
         let cards = self.config.nics.len();
         if usize::from(*nic) >= cards {
             return Err(InputError::NoSuchNic { nic: *nic, cards });
         }
-        if !(MIN_FRAME..=MAX_FRAME).contains(&frame.len()) {
-            return Err(InputError::FrameLength(frame.len()));
+        match *input {
+            Input::NetRxGso { segment_size, .. } if LargeSegment::of(frame, segment_size, MAX_FRAME).is_none() => {
+                Err(InputError::LargeSegment { bytes: frame.len(), segment_size })
+            }
+            Input::NetRx { .. } if !(MIN_FRAME..=MAX_FRAME).contains(&frame.len()) => Err(InputError::FrameLength(frame.len())),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     // State.

@@ -281,6 +281,9 @@ fn bad_configurations_and_inputs_are_refused() {
     let mut m = machine(&[0xf4]);
     assert_eq!(m.input(Input::NetRx { nic: 1, frame: vec![0; 60] }), Err(InputError::NoSuchNic { nic: 1, cards: 1 }));
     assert_eq!(m.input(Input::NetRx { nic: 0, frame: vec![0; 13] }), Err(InputError::FrameLength(13)));
+    let gso = |nic, segment_size| Input::NetRxGso { nic, frame: vec![0; 3000], segment_size };
+    assert_eq!(m.input(gso(1, 1448)), Err(InputError::NoSuchNic { nic: 1, cards: 1 }));
+    assert_eq!(m.input(gso(0, 1448)), Err(InputError::LargeSegment { bytes: 3000, segment_size: 1448 }));
     m.run(10);
     assert_eq!(m.boot(&kernel(&[]), None, ""), Err(BootError::NotFresh));
 }

@@ -6,6 +6,7 @@
 //! trusted.
 
 use std::io::Read;
+use std::ops::Range;
 
 /// Bytes of the length in front of a frame.
 pub const HEADER: usize = 4;
@@ -66,34 +67,48 @@ impl std::fmt::Debug for Mac {
 /// # Panics
 /// If the frame is empty or longer than [`MAX_FRAME`]: the caller has checked what it sends.
 pub fn encode(frame: &[u8], out: &mut Vec<u8>) {
-    assert!((1..=MAX_FRAME).contains(&frame.len()), "a frame of {} bytes is not to be sent", frame.len());
-    out.extend_from_slice(&(frame.len() as u32).to_be_bytes());
-    out.extend_from_slice(frame);
+    encode_parts(frame, &[], out);
+}
+
+/// The same for a frame in two parts.
+///
+/// # Panics
+/// As [`encode`].
+pub fn encode_parts(first: &[u8], second: &[u8], out: &mut Vec<u8>) {
+    let length = first.len() + second.len();
+    assert!((1..=MAX_FRAME).contains(&length), "a frame of {length} bytes is not to be sent");
+    out.extend_from_slice(&(length as u32).to_be_bytes());
+    out.extend_from_slice(first);
+    out.extend_from_slice(second);
 }
 
 /// Cuts a byte stream into frames.
 #[derive(Debug, Default)]
 pub struct Decoder {
+    /// Grows to what was needed at most, and stays.
     buffer: Vec<u8>,
-    start: usize,
+    /// What is in it and has not been given out.
+    held: Range<usize>,
 }
 
 impl Decoder {
     /// Reads once. `Ok(0)` is the end of the stream.
     pub fn fill(&mut self, from: &mut impl Read) -> std::io::Result<usize> {
         // What is left of an earlier read is less than one frame: cheap to move.
-        self.buffer.drain(..self.start);
-        self.start = 0;
-        let held = self.buffer.len();
-        self.buffer.resize(held + READ_SIZE, 0);
-        let got = from.read(&mut self.buffer[held..]);
-        self.buffer.truncate(held + *got.as_ref().unwrap_or(&0));
+        self.buffer.copy_within(self.held.clone(), 0);
+        self.held = 0..self.held.len();
+        let room = self.held.end + READ_SIZE;
+        if self.buffer.len() < room {
+            self.buffer.resize(room, 0);
+        }
+        let got = from.read(&mut self.buffer[self.held.end..room]);
+        self.held.end += *got.as_ref().unwrap_or(&0);
         got
     }
 
     /// The next whole frame with its length in front, or `None` if more must be read first.
     pub fn next_frame(&mut self) -> Result<Option<&[u8]>, BadLength> {
-        let rest = &self.buffer[self.start..];
+        let rest = &self.buffer[self.held.clone()];
         let Some(header) = rest.first_chunk::<HEADER>() else { return Ok(None) };
         let announced = u32::from_be_bytes(*header);
         let length = announced as usize;
@@ -104,8 +119,8 @@ impl Decoder {
         if rest.len() < whole {
             return Ok(None);
         }
-        let from = self.start;
-        self.start += whole;
+        let from = self.held.start;
+        self.held.start += whole;
         Ok(Some(&self.buffer[from..from + whole]))
     }
 }

@@ -16,7 +16,10 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::frames::{Decoder, ETHERNET_HEADER, HEADER, MAX_FRAME, Mac};
+use twinstep_machine::offload::LargeSegment;
+
+use super::coalesce::Coalescer;
+use super::frames::{self, Decoder, ETHERNET_HEADER, HEADER, MAX_FRAME, Mac};
 use super::tap::Tap;
 use super::{Receive, announcement};
 use crate::error::{Context, Error, Result};
@@ -65,6 +68,8 @@ struct State {
     queue: VecDeque<u8>,
     /// The guest's address, so that a new connection can be told at once where it is.
     mac: Option<Mac>,
+    /// The longest large segment that is sent as it is; longer ones are cut.
+    whole: usize,
 }
 
 #[derive(Debug)]
@@ -83,27 +88,38 @@ impl Shared {
     fn count(counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
+
+    /// Writes or queues wire frames, all or none. `false` if they were dropped.
+    fn put(&self, state: &mut State, stream: &UnixStream, wire: [&[u8]; 2]) -> bool {
+        let was_empty = state.queue.is_empty();
+        let taken = state.put(stream, wire);
+        if was_empty && !state.queue.is_empty() {
+            // From here on the thread has to wait for room too.
+            self.wake.wake();
+        }
+        taken
+    }
 }
 
 impl Link {
-    /// Over a connected socket. With `path`, it is connected again when it breaks.
-    pub fn over_socket(stream: UnixStream, path: Option<PathBuf>, receive: Receive) -> Result<Self> {
+    /// Over a connected socket. With `path`, it is connected again when it breaks. Large segments of up to `whole` bytes are sent as they are.
+    pub fn over_socket(stream: UnixStream, path: Option<PathBuf>, whole: usize, receive: Receive) -> Result<Self> {
         stream.set_nonblocking(true).what("cannot set up the network's socket")?;
         let stream = Arc::new(stream);
         let for_thread = Arc::clone(&stream);
-        Self::start(Line::Socket(stream), move |shared| socket_thread(shared, for_thread, path, receive))
+        Self::start(Line::Socket(stream), whole, move |shared| socket_thread(shared, for_thread, path, receive))
     }
 
     /// Over an open TAP device.
     pub fn over_tap(tap: Tap, receive: Receive) -> Result<Self> {
         let tap = Arc::new(tap);
         let for_thread = Arc::clone(&tap);
-        Self::start(Line::Tap(tap), move |shared| tap_thread(shared, &for_thread, receive))
+        Self::start(Line::Tap(tap), 0, move |shared| tap_thread(shared, &for_thread, receive))
     }
 
-    fn start(line: Line, work: impl FnOnce(&Shared) + Send + 'static) -> Result<Self> {
+    fn start(line: Line, whole: usize, work: impl FnOnce(&Shared) + Send + 'static) -> Result<Self> {
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { line, queue: VecDeque::new(), mac: None }),
+            state: Mutex::new(State { line, queue: VecDeque::new(), mac: None, whole }),
             wake: Wake::new()?,
             stop: AtomicBool::new(false),
             sent: AtomicU64::new(0),
@@ -129,16 +145,41 @@ impl Link {
             Line::Tap(tap) => tap.send(frame).unwrap_or(false),
             Line::Socket(stream) => {
                 let stream = Arc::clone(stream);
-                let was_empty = state.queue.is_empty();
-                let taken = state.put(&stream, frame);
-                if was_empty && !state.queue.is_empty() {
-                    // From here on the thread has to wait for room too.
-                    shared.wake.wake();
-                }
-                taken
+                shared.put(&mut state, &stream, [&(frame.len() as u32).to_be_bytes(), frame])
             }
         };
         Shared::count(if taken { &shared.sent } else { &shared.dropped });
+    }
+
+    /// Sends a large segment ([`twinstep_machine::offload`]): as it is to who takes it so, else in pieces.
+    pub fn send_large(&self, frame: &mut [u8], segment_size: u16) {
+        let shared = &*self.shared;
+        let Some(large) = LargeSegment::of(frame, segment_size, twinstep_machine::MAX_FRAME) else {
+            return Shared::count(&shared.dropped);
+        };
+        let mut state = shared.state();
+        if frame.len() <= state.whole {
+            drop(state);
+            large.complete(frame);
+            return self.send(frame);
+        }
+        state.mac = Mac::source(frame).filter(|mac| !mac.is_group()).or(state.mac);
+        let taken = match &state.line {
+            Line::Broken => 0,
+            Line::Tap(tap) => {
+                let tap = Arc::clone(tap);
+                large.frames(frame).iter().filter(|piece| tap.send(piece).unwrap_or(false)).count()
+            }
+            Line::Socket(stream) => {
+                let stream = Arc::clone(stream);
+                // All pieces in one write: the other side is as glad of that as this one.
+                let mut wire = Vec::with_capacity(frame.len() + large.pieces() * (HEADER + large.headers.payload));
+                large.cut(frame, |headers, payload| frames::encode_parts(headers, payload, &mut wire));
+                if shared.put(&mut state, &stream, [&wire, &[]]) { large.pieces() } else { 0 }
+            }
+        };
+        shared.sent.fetch_add(taken as u64, Ordering::Relaxed);
+        shared.dropped.fetch_add((large.pieces() - taken) as u64, Ordering::Relaxed);
     }
 
     /// Tells switches where this address is: to be called when a machine goes live.
@@ -168,23 +209,24 @@ impl Drop for Link {
 }
 
 impl State {
-    /// Writes a frame or queues what is left of it. `false` if it was dropped.
-    fn put(&mut self, stream: &UnixStream, frame: &[u8]) -> bool {
-        let header = (frame.len() as u32).to_be_bytes();
+    /// Writes wire frames, or queues what is left of them. `false` if they were dropped.
+    fn put(&mut self, stream: &UnixStream, wire: [&[u8]; 2]) -> bool {
         let mut written = 0;
         if self.queue.is_empty() {
-            match (&*stream).write_vectored(&[IoSlice::new(&header), IoSlice::new(frame)]) {
+            match (&*stream).write_vectored(&wire.map(IoSlice::new)) {
                 Ok(n) => written = n,
                 // The thread notices a broken socket by itself, and empties the queue.
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
                 Err(_) => return false,
             }
         }
-        let wire = || header.iter().chain(frame).copied();
-        if written == 0 && self.queue.len() + HEADER + frame.len() > QUEUE_BYTES {
+        let [first, second] = wire;
+        if written == 0 && self.queue.len() + first.len() + second.len() > QUEUE_BYTES {
             return false;
         }
-        self.queue.extend(wire().skip(written));
+        // Slices, since they are copied as a whole and not byte by byte.
+        self.queue.extend(&first[written.min(first.len())..]);
+        self.queue.extend(&second[written.saturating_sub(first.len())..]);
         true
     }
 
@@ -252,7 +294,8 @@ fn socket_thread(shared: &Shared, mut stream: Arc<UnixStream>, path: Option<Path
         state.line = Line::Socket(Arc::clone(&stream));
         // The other side may have frames for us, and knows us by what we send.
         if let Some(mac) = state.mac {
-            state.put(&stream, &announcement(mac));
+            let frame = announcement(mac);
+            state.put(&stream, [&(frame.len() as u32).to_be_bytes(), &frame]);
         }
     }
 }
@@ -260,6 +303,7 @@ fn socket_thread(shared: &Shared, mut stream: Arc<UnixStream>, path: Option<Path
 /// Works until the socket breaks (`Continue` or an error) or nobody wants it any more (`Break`).
 fn serve(shared: &Shared, stream: &UnixStream, receive: &mut Receive) -> Result<ControlFlow<()>> {
     let mut decoder = Decoder::default();
+    let mut coalescer = Coalescer::default();
     let mut reader: &UnixStream = stream;
     loop {
         let write = !shared.state().queue.is_empty();
@@ -281,26 +325,32 @@ fn serve(shared: &Shared, stream: &UnixStream, receive: &mut Receive) -> Result<
         }
         while let Some(frame) = decoder.next_frame().what("the other side does not speak our protocol")? {
             Shared::count(&shared.received);
-            if shared.stop.load(Ordering::Relaxed) || receive(frame[HEADER..].to_vec()).is_break() {
+            if shared.stop.load(Ordering::Relaxed) || coalescer.push(&frame[HEADER..], receive).is_break() {
                 return Ok(ControlFlow::Break(()));
             }
+        }
+        // Nothing waits for what may come.
+        if coalescer.flush(receive).is_break() {
+            return Ok(ControlFlow::Break(()));
         }
     }
 }
 
 fn tap_thread(shared: &Shared, tap: &Tap, mut receive: Receive) {
     let mut work = || -> Result<()> {
+        let mut coalescer = Coalescer::default();
+        let mut buffer = vec![0; MAX_FRAME];
         loop {
             wait(Some(tap.as_fd()), &shared.wake, false, None)?;
             // A busy device must not keep the thread from noticing that it shall end.
             while !shared.stop.load(Ordering::Relaxed) {
-                let Some(frame) = tap.receive()? else { break };
+                let Some(frame) = tap.receive(&mut buffer)? else { break };
                 Shared::count(&shared.received);
-                if receive(frame).is_break() {
+                if coalescer.push(frame, &mut receive).is_break() {
                     return Ok(());
                 }
             }
-            if shared.stop.load(Ordering::Relaxed) {
+            if coalescer.flush(&mut receive).is_break() || shared.stop.load(Ordering::Relaxed) {
                 return Ok(());
             }
         }

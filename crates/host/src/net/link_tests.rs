@@ -15,7 +15,10 @@ fn frame(text: &str) -> Vec<u8> {
 
 fn receiver() -> (Receive, Receiver<Vec<u8>>) {
     let (say, hear) = channel();
-    (Box::new(move |frame| if say.send(frame).is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }), hear)
+    (
+        Box::new(move |arrival| if say.send(arrival.frame).is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }),
+        hear,
+    )
 }
 
 fn read_frame(stream: &mut UnixStream) -> Vec<u8> {
@@ -31,7 +34,7 @@ fn read_frame(stream: &mut UnixStream) -> Vec<u8> {
 fn both_ways() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let (receive, heard) = receiver();
-    let link = Link::over_socket(ours, None, receive).unwrap();
+    let link = Link::over_socket(ours, None, 0, receive).unwrap();
     link.send(&frame("out"));
     assert_eq!(read_frame(&mut theirs), frame("out"));
     let mut wire = Vec::new();
@@ -47,7 +50,7 @@ fn both_ways() {
 #[test]
 fn a_slow_reader_gets_whole_frames_in_order_and_never_blocks_the_sender() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    let link = Link::over_socket(ours, None, receiver().0).unwrap();
+    let link = Link::over_socket(ours, None, 0, receiver().0).unwrap();
     let big = "x".repeat(50_000);
     // More than socket and queue hold together: some are dropped, none is cut.
     for n in 0..400 {
@@ -101,4 +104,38 @@ fn a_connection_that_breaks_is_made_again_and_told_who_is_here() {
 fn nobody_there_is_told_with_a_way_out() {
     let error = Backend::Switch("/nowhere/switch".into()).open(receiver().0).unwrap_err().to_string();
     assert!(error.contains("twinstep switch --listen /nowhere/switch"), "{error}");
+}
+
+/// A large TCP segment, without its checksum.
+fn large() -> Vec<u8> {
+    let mut frame = frame("");
+    frame.extend([0x45, 0, 0x13, 0xb0, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 2, 15, 10, 0, 2, 2]);
+    frame.extend([1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x10, 2, 0, 0, 0, 0, 0]);
+    frame.extend((0..5000).map(|i| i as u8));
+    frame
+}
+
+#[test]
+fn large_segments_leave_in_pieces_or_whole() {
+    use twinstep_machine::offload::TcpFrame;
+    for whole in [0, 5053, 5054] {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let link = Link::over_socket(ours, None, whole, receiver().0).unwrap();
+        link.send_large(&mut large(), 1448);
+        let lengths: &[usize] = if whole == 5054 { &[5000] } else { &[1448, 1448, 1448, 656] };
+        let mut stream: Vec<u8> = Vec::new();
+        for length in lengths {
+            let got = read_frame(&mut theirs);
+            let h = TcpFrame::parse(&got).unwrap();
+            assert_eq!(h.payload_len(), *length);
+            // That of the IP header is the guest's, unless it is cut.
+            assert!(whole == 5054 || h.checksums_hold(&got));
+            stream.extend(&got[h.payload..]);
+        }
+        assert_eq!(stream, large()[54..]);
+        link.send_large(&mut large()[..100], 1448);
+        link.send_large(&mut large(), 0);
+        let sent = lengths.len() as u64;
+        assert_eq!(link.statistics(), Statistics { sent, received: 0, dropped: 2, reconnected: 0 });
+    }
 }

@@ -2,8 +2,9 @@
 //!
 //! *In*: a [`Backend`], which says where the cable goes, and somebody to give received frames to. *Out*: a [`Link`], whose `send` never blocks. *Invariant*:
 //! what can't be sent at once waits in a bounded queue, and what does not fit is dropped and counted, as on any Ethernet; one frame
-//! stays one frame. A socket that breaks is connected again for as long as the link lives.
+//! stays one frame, but for TCP: segments that arrive together come as one, and one that is larger than the network carries is cut. A socket that breaks is connected again for as long as the link lives.
 
+mod coalesce;
 pub mod frames;
 mod link;
 pub mod tap;
@@ -13,6 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
+pub use coalesce::Arrival;
 use frames::Mac;
 pub use link::{Link, Statistics};
 use tap::Tap;
@@ -33,7 +35,10 @@ pub enum Backend {
 /// An engine's loop usually has one channel for everything that happens to it, so it wraps its sender here:
 /// `Box::new(move |frame| if channel.send(Event::Frame(frame)).is_ok() { Continue(()) } else { Break(()) })`.
 /// A bounded channel slows the sender down instead of filling memory.
-pub type Receive = Box<dyn FnMut(Vec<u8>) -> ControlFlow<()> + Send>;
+pub type Receive = Box<dyn FnMut(Arrival) -> ControlFlow<()> + Send>;
+
+/// The longest frame passt takes (`ETH_MAX_MTU` in its sources); it throws longer ones away.
+const LONGEST_FOR_PASST: usize = 65_535;
 
 impl Backend {
     /// Connects or opens it and starts receiving. It is an error if that is not possible now; later troubles are the link's to mend.
@@ -41,7 +46,9 @@ impl Backend {
         match self {
             Self::Switch(path) | Self::Passt(path) => {
                 let stream = UnixStream::connect(path).map_err(|e| self.unreachable(e))?;
-                Link::over_socket(stream, Some(path.clone()), receive)
+                // passt ends the guest's connections itself, and takes segments as long as IP allows. Behind a switch is an Ethernet.
+                let whole = if matches!(self, Self::Passt(_)) { LONGEST_FOR_PASST } else { 0 };
+                Link::over_socket(stream, Some(path.clone()), whole, receive)
             }
             Self::Tap(name) => Link::over_tap(Tap::open(name)?, receive),
         }

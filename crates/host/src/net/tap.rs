@@ -13,7 +13,6 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, open};
 
-use super::frames::MAX_FRAME;
 use crate::error::{Context, Error, Result};
 
 /// The device that makes TAP devices.
@@ -88,15 +87,11 @@ impl Tap {
         u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16).is_ok_and(|flags| flags & 1 != 0)
     }
 
-    /// One frame, if there is one.
-    pub fn receive(&self) -> Result<Option<Vec<u8>>> {
-        let mut frame = vec![0; MAX_FRAME];
+    /// One frame, if there is one, in `buffer`, which should have room for [`MAX_FRAME`](super::frames::MAX_FRAME) bytes.
+    pub fn receive<'a>(&self, buffer: &'a mut [u8]) -> Result<Option<&'a [u8]>> {
         loop {
-            match (&self.file).read(&mut frame) {
-                Ok(length) => {
-                    frame.truncate(length);
-                    return Ok(Some(frame));
-                }
+            match (&self.file).read(buffer) {
+                Ok(length) => return Ok(Some(&buffer[..length])),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e).what(format!("cannot read from the TAP device {}", self.name)),
@@ -129,6 +124,7 @@ impl AsFd for Tap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::frames::MAX_FRAME;
 
     #[test]
     fn names() {
@@ -159,7 +155,8 @@ mod tests {
             // Down: nothing goes and nothing breaks.
             assert!(!tap.send(&[0; 60]).unwrap());
             assert!(!tap.send(&[0; 5]).unwrap());
-            assert_eq!(tap.receive().unwrap(), None);
+            let mut buffer = vec![0; MAX_FRAME];
+            assert_eq!(tap.receive(&mut buffer).unwrap(), None);
             let up = std::process::Command::new("ip").args(["link", "set", "twintest0", "up"]).status();
             if !up.is_ok_and(|status| status.success()) {
                 eprintln!("skipped the rest: no ip command");
@@ -167,7 +164,7 @@ mod tests {
             }
             assert!(tap.send(&super::super::announcement(super::super::Mac([2, 0, 0, 0, 0, 1]))).unwrap());
             // The kernel says something by itself on a new interface (IPv6 router solicitations), if it has IPv6.
-            let _ = tap.receive().unwrap();
+            let _ = tap.receive(&mut buffer).unwrap();
         })
         .join()
         .unwrap();

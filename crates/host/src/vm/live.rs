@@ -34,6 +34,11 @@ pub enum ToVm {
 /// Where outputs go when they may leave.
 pub type Outlet = Box<dyn FnMut(Output) + Send>;
 
+/// What a frame that waits counts for: its bytes, and a part for itself, since memory is what short ones take as well.
+pub fn weight(frame: &[u8]) -> usize {
+    512 + frame.len()
+}
+
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
@@ -111,7 +116,7 @@ pub struct Wiring {
     pub disk_bytes: Vec<u64>,
     /// Outputs the machine has made since power-on.
     pub last_output: u64,
-    /// Frames that wait in the inbox; counted down here.
+    /// What waits in the inbox, in units of [`weight`]; counted down here.
     pub waiting: Arc<AtomicUsize>,
 }
 
@@ -229,8 +234,8 @@ impl Live {
     fn take(&mut self, message: ToVm) {
         match message {
             ToVm::Input(input) => {
-                if matches!(input, Input::NetRx { .. }) {
-                    self.wiring.waiting.fetch_sub(1, Ordering::Relaxed);
+                if let Input::NetRx { frame, .. } | Input::NetRxGso { frame, .. } = &input {
+                    self.wiring.waiting.fetch_sub(weight(frame), Ordering::Relaxed);
                 }
                 self.input(input);
             }

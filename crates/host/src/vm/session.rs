@@ -12,7 +12,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, json};
-use twinstep_machine::{BootError, ConfigError, Disk, DiskError, Input, Machine, Output};
+use twinstep_machine::offload::LargeSegment;
+use twinstep_machine::{BootError, ConfigError, Disk, DiskError, Input, MAX_FRAME, Machine, Output};
 use twinstep_pair::{Claim, Config as PairConfig, Epoch, OwnerId, Primary, PrimarySetup, Verdict, VmId, VmIdentity};
 
 use super::build::DiskExtra;
@@ -27,14 +28,14 @@ use crate::error::{Context, Error, Result};
 use crate::events::Events;
 use crate::guest::Network;
 use crate::identity;
-use crate::net::{Backend, Link};
+use crate::net::{Arrival, Backend, Link};
 use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
 use crate::signals::Signals;
 use crate::terminal::{Escape, RawMode, Typed};
 
-/// Frames that wait for the machine at most; what comes beyond is dropped, as on any Ethernet.
-const MAX_WAITING_FRAMES: usize = 4096;
+/// What waits for the machine at most ([`live::weight`]); frames that come beyond are dropped, as on any Ethernet.
+const MAX_WAITING: usize = 8 << 20;
 
 /// Positions between two state digests in a recording: about one or two a second of a busy guest.
 pub const DIGEST_INTERVAL: u64 = 1 << 28;
@@ -161,15 +162,22 @@ impl Outside {
                 }
             };
             let (to_vm, waiting) = (to_vm.clone(), waiting.clone());
-            let receive = move |frame: Vec<u8>| {
-                // Too long or too short for the card, or too many: dropped here, before anything is logged.
-                if !(14..=twinstep_machine::MAX_FRAME).contains(&frame.len())
-                    || waiting.load(Ordering::Relaxed) >= MAX_WAITING_FRAMES
-                {
+            let receive = move |Arrival { frame, segment_size }| {
+                // Nothing the card takes, or too much: dropped here, before anything is logged.
+                let fits = match segment_size {
+                    0 => (14..=MAX_FRAME).contains(&frame.len()),
+                    _ => LargeSegment::of(&frame, segment_size, MAX_FRAME).is_some(),
+                };
+                if !fits || waiting.load(Ordering::Relaxed) >= MAX_WAITING {
                     return ControlFlow::Continue(());
                 }
-                waiting.fetch_add(1, Ordering::Relaxed);
-                match to_vm.send(ToVm::Input(Input::NetRx { nic: nic as u8, frame })) {
+                waiting.fetch_add(live::weight(&frame), Ordering::Relaxed);
+                let nic = nic as u8;
+                let input = match segment_size {
+                    0 => Input::NetRx { nic, frame },
+                    _ => Input::NetRxGso { nic, frame, segment_size },
+                };
+                match to_vm.send(ToVm::Input(input)) {
                     Ok(()) => ControlFlow::Continue(()),
                     Err(_) => ControlFlow::Break(()),
                 }
@@ -200,6 +208,11 @@ impl Outside {
             Output::NetTx { nic, frame } => {
                 if let Some(link) = links.get(usize::from(nic)) {
                     link.send(&frame);
+                }
+            }
+            Output::NetTxGso { nic, mut frame, segment_size } => {
+                if let Some(link) = links.get(usize::from(nic)) {
+                    link.send_large(&mut frame, segment_size);
                 }
             }
             Output::Serial(bytes) | Output::Console(bytes) => {

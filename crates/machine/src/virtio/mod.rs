@@ -71,6 +71,13 @@ impl Cx<'_> {
 pub(crate) enum Received {
     /// An Ethernet frame.
     Frame(Vec<u8>),
+    /// Several as one ([`crate::Input::NetRxGso`]).
+    LargeSegment {
+        /// The whole.
+        frame: Vec<u8>,
+        /// The size of its pieces.
+        segment_size: u16,
+    },
     /// Typed bytes.
     Bytes(Vec<u8>),
     /// Entropy.
@@ -82,8 +89,16 @@ pub(crate) trait VirtioDevice: Debug + Send {
     /// Name of its payload without the number: `virtio-net`.
     fn kind(&self) -> &'static str;
     /// Newest version of its saved state.
+    fn newest_version(&self) -> u16 {
+        1
+    }
+    /// The version its state is saved in: the oldest that can hold it, so that a device of old goes on having the bytes, and the digests, it had.
     fn version(&self) -> u16 {
         1
+    }
+    /// A state saved in this version is about to be restored: offer the features of that version and no more, since the guest knows no others.
+    fn become_version(&mut self, version: u16) {
+        let _ = version;
     }
     /// Device type (section 5).
     fn device_type(&self) -> u16;

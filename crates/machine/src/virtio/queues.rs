@@ -34,17 +34,31 @@ impl Chain {
 
     /// Copies all readable bytes, unless they are more than `limit` or not RAM.
     pub(crate) fn read(&self, ram: &GuestRam, limit: usize) -> Option<Vec<u8>> {
-        if self.readable_len() > limit as u64 {
-            return None;
-        }
-        let mut bytes = vec![0; self.readable_len() as usize];
+        self.read_after(ram, [], limit).map(|([], bytes)| bytes)
+    }
+
+    /// Copies all readable bytes, the first of them into `header` and at most `limit` that follow into memory of their own: each byte once. `None` if
+    /// there are more, or not enough for the header, or some are not RAM.
+    pub(crate) fn read_after<const N: usize>(
+        &self,
+        ram: &GuestRam,
+        mut header: [u8; N],
+        limit: usize,
+    ) -> Option<([u8; N], Vec<u8>)> {
+        let rest = self.readable_len().checked_sub(N as u64).filter(|&rest| rest <= limit as u64)?;
+        let mut bytes = Vec::with_capacity(rest as usize);
         let mut at = 0;
         for &(address, len) in &self.readable {
-            let end = at + len as usize;
-            ram.read_slice(&mut bytes[at..end], GuestAddress(address)).ok()?;
-            at = end;
+            let len = len as usize;
+            let part = len.min(N - at);
+            ram.read_slice(&mut header[at..at + part], GuestAddress(address)).ok()?;
+            at += part;
+            if len > part {
+                let from = GuestAddress(address.checked_add(part as u64)?);
+                ram.write_all_volatile_to(from, &mut bytes, len - part).ok()?;
+            }
         }
-        Some(bytes)
+        Some((header, bytes))
     }
 
     /// Writes `bytes` from `offset` of the writable part on. Returns how many went in.

@@ -426,7 +426,8 @@ impl VirtioPci {
     }
 
     pub(crate) fn restore(&mut self, payloads: &mut Payloads) -> Result<(), RestoreError> {
-        let payload = payloads.take(&self.kind, self.device.version())?;
+        let payload = payloads.take(&self.kind, self.device.newest_version())?;
+        self.device.become_version(payload.version);
         let image: Image = payload.decode()?;
         self.config.restore(&payload, &image.config)?;
         self.msix.check(&payload, &image.msix)?;
