@@ -21,6 +21,7 @@ pub mod passt;
 pub mod perf_map;
 pub mod redis_check;
 pub mod signals;
+pub mod socket;
 pub mod switch;
 pub mod terminal;
 pub mod vm;
