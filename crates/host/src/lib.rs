@@ -8,6 +8,7 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod arbiter;
+pub mod control;
 pub mod demo;
 pub mod disk;
 pub mod doctor;
@@ -21,6 +22,8 @@ pub mod passt;
 pub mod perf_map;
 pub mod redis_check;
 pub mod signals;
+pub mod socket;
+pub mod stat;
 pub mod switch;
 pub mod terminal;
 pub mod vm;

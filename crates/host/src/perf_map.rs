@@ -19,10 +19,15 @@ impl PerfMap {
     /// Begins it.
     pub fn new() -> Result<Self> {
         let path = PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()));
-        Ok(Self { file: BufWriter::new(File::create(&path).at("create", &path)?) })
+        // Whatever is there is of a process that had this number before, or bait: everybody may write to /tmp.
+        let _ = std::fs::remove_file(&path);
+        Ok(Self { file: BufWriter::new(File::create_new(&path).at("create", &path)?) })
     }
     /// Adds pieces of code.
     pub fn write(&mut self, notes: &[CodeNote]) {
+        if notes.is_empty() {
+            return;
+        }
         for CodeNote { start, len, rip, kind, user } in notes {
             let _ = match (rip, user) {
                 (0, _) => writeln!(self.file, "{start:x} {len:x} twinstep:{}", kind.replace(' ', "-")),

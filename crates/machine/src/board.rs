@@ -12,8 +12,10 @@ use crate::pci::PciHost;
 use crate::power::{Ending, Power};
 use crate::rtc::Rtc;
 use crate::serial::Serial;
+use crate::stats::DeviceStats;
 use crate::virtio::{Cx, Failure, Received};
-use twinstep_x86::{Bus, Position, UnknownMsr};
+use std::sync::Arc;
+use twinstep_x86::{Activity, ActivityCell, Bus, Position, UnknownMsr};
 
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const MSR_APIC_BASE: u32 = 0x1b;
@@ -37,10 +39,13 @@ pub(crate) struct Board {
     pub(crate) failure: Option<Failure>,
     /// The run loop must look at the board.
     pub(crate) attention: bool,
+    pub(crate) stats: DeviceStats,
+    /// What the machine's thread is doing.
+    pub(crate) activity: Arc<ActivityCell>,
 }
 
 impl Board {
-    pub(crate) fn new(ram: GuestRam, pci: PciHost) -> Self {
+    pub(crate) fn new(ram: GuestRam, pci: PciHost, activity: Arc<ActivityCell>) -> Self {
         Self {
             ram,
             clock: Clock::new(),
@@ -54,6 +59,8 @@ impl Board {
             outputs: Vec::new(),
             failure: None,
             attention: false,
+            stats: DeviceStats::default(),
+            activity,
         }
     }
 
@@ -131,6 +138,7 @@ impl Board {
         if self.deadline_ns().is_none_or(|d| d > now) {
             return;
         }
+        self.stats.fired += 1;
         self.lapic.fire_due(now);
         self.with_pci(position, |pci, cx| pci.fire_due(cx));
     }
@@ -200,8 +208,16 @@ fn within(gpa: u64, base: u64, len: u64) -> Option<u64> {
     gpa.checked_sub(base).filter(|&offset| offset < len)
 }
 
-impl Bus for Board {
-    fn mmio_read(&mut self, position: Position, gpa: u64, data: &mut [u8]) {
+impl Board {
+    /// Does what a device does, and says so.
+    fn working<T>(&mut self, f: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.activity.replace(Activity::Device);
+        let result = f(self);
+        self.activity.set(before);
+        result
+    }
+
+    fn memory_read(&mut self, position: Position, gpa: u64, data: &mut [u8]) {
         if within(gpa, layout::PCI_WINDOW, layout::PCI_WINDOW_LEN).is_some() {
             self.with_pci(position, |pci, cx| pci.window_read(cx, gpa, data));
         } else if let Some(offset) = within(gpa, layout::ECAM, layout::ECAM_LEN) {
@@ -217,7 +233,7 @@ impl Bus for Board {
         }
     }
 
-    fn mmio_write(&mut self, position: Position, gpa: u64, data: &[u8]) {
+    fn memory_write(&mut self, position: Position, gpa: u64, data: &[u8]) {
         let first = self.outputs.len();
         if within(gpa, layout::PCI_WINDOW, layout::PCI_WINDOW_LEN).is_some() {
             self.with_pci_write(position, |pci, cx| pci.window_write(cx, gpa, data));
@@ -235,7 +251,7 @@ impl Bus for Board {
         self.outputs_left(first, position);
     }
 
-    fn pio_read(&mut self, position: Position, port: u16, size: u8) -> u32 {
+    fn ports_read(&mut self, position: Position, port: u16, size: u8) -> u32 {
         if port == layout::PORT_PCI_ADDRESS && size == 4 {
             return self.pci.address();
         }
@@ -252,7 +268,7 @@ impl Bus for Board {
         u32::from_le_bytes(data)
     }
 
-    fn pio_write(&mut self, position: Position, port: u16, size: u8, value: u32) {
+    fn ports_write(&mut self, position: Position, port: u16, size: u8, value: u32) {
         if port == layout::PORT_PCI_ADDRESS && size == 4 {
             return self.pci.set_address(value);
         }
@@ -274,11 +290,7 @@ impl Bus for Board {
         self.outputs_left(first, position);
     }
 
-    fn tsc(&mut self, position: Position) -> u64 {
-        self.clock.ns_at(position)
-    }
-
-    fn rdmsr(&mut self, position: Position, msr: u32) -> Result<u64, UnknownMsr> {
+    fn msr_read(&mut self, position: Position, msr: u32) -> Result<u64, UnknownMsr> {
         let now = self.clock.ns_at(position);
         match msr {
             MSR_APIC_BASE => Ok(self.lapic.base()),
@@ -288,7 +300,7 @@ impl Bus for Board {
         }
     }
 
-    fn wrmsr(&mut self, position: Position, msr: u32, value: u64) -> Result<(), UnknownMsr> {
+    fn msr_write(&mut self, position: Position, msr: u32, value: u64) -> Result<(), UnknownMsr> {
         let now = self.clock.ns_at(position);
         match msr {
             MSR_APIC_BASE => self.lapic.set_base(value).map_err(|_| UnknownMsr)?,
@@ -302,6 +314,42 @@ impl Bus for Board {
         }
         self.attention = true;
         Ok(())
+    }
+}
+
+impl Bus for Board {
+    fn mmio_read(&mut self, position: Position, gpa: u64, data: &mut [u8]) {
+        self.stats.memory_reads += 1;
+        self.working(|board| board.memory_read(position, gpa, data));
+    }
+
+    fn mmio_write(&mut self, position: Position, gpa: u64, data: &[u8]) {
+        self.stats.memory_writes += 1;
+        self.working(|board| board.memory_write(position, gpa, data));
+    }
+
+    fn pio_read(&mut self, position: Position, port: u16, size: u8) -> u32 {
+        self.stats.port_reads += 1;
+        self.working(|board| board.ports_read(position, port, size))
+    }
+
+    fn pio_write(&mut self, position: Position, port: u16, size: u8, value: u32) {
+        self.stats.port_writes += 1;
+        self.working(|board| board.ports_write(position, port, size, value));
+    }
+
+    fn tsc(&mut self, position: Position) -> u64 {
+        self.clock.ns_at(position)
+    }
+
+    fn rdmsr(&mut self, position: Position, msr: u32) -> Result<u64, UnknownMsr> {
+        self.stats.msr_reads += 1;
+        self.working(|board| board.msr_read(position, msr))
+    }
+
+    fn wrmsr(&mut self, position: Position, msr: u32, value: u64) -> Result<(), UnknownMsr> {
+        self.stats.msr_writes += 1;
+        self.working(|board| board.msr_write(position, msr, value))
     }
 
     fn cr8(&mut self) -> u8 {

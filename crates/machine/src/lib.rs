@@ -36,6 +36,7 @@ mod pci;
 mod power;
 mod rtc;
 mod serial;
+mod stats;
 mod virtio;
 
 pub use boot::BootError;
@@ -46,4 +47,5 @@ pub use disk::{Disk, DiskError, MemoryDisk};
 pub use door::{Input, Output};
 pub use machine::{InputError, MAX_FRAME, Machine, Pause};
 pub use payload::{Payload, RestoreError};
-pub use twinstep_x86::{CodeNote, CpuModel, CpuStats, Features, PAGE_SIZE, PhysMem, Position};
+pub use stats::{DeviceStats, MachineStats};
+pub use twinstep_x86::{Activity, ActivityCell, CodeNote, CpuGauges, CpuModel, CpuStats, Features, PAGE_SIZE, PhysMem, Position};

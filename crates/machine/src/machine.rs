@@ -16,9 +16,11 @@ use crate::offload::LargeSegment;
 use crate::payload::{Payload, Payloads, RestoreError};
 use crate::pci::PciHost;
 use crate::power::Ending;
+use crate::stats::MachineStats;
 use crate::virtio::{self, Failure, Received, VirtioPci};
 use minicbor::{Decode, Encode};
-use twinstep_x86::{CodeNote, Cpu, CpuConfig, CpuModel, CpuState, CpuStats, Exit, PAGE_SIZE, PhysMem, Position};
+use std::sync::Arc;
+use twinstep_x86::{Activity, ActivityCell, CodeNote, Cpu, CpuConfig, CpuModel, CpuState, Exit, PAGE_SIZE, PhysMem, Position};
 
 /// The longest Ethernet frame (without FCS) a network card takes from the world.
 pub const MAX_FRAME: usize = 9216;
@@ -152,9 +154,9 @@ impl Machine {
         cpu.harvest_dirty(&mut |_| {});
         let digest_pages = dirty.register("digest", Start::Nothing);
         Ok(Self {
+            board: Board::new(ram, PciHost::new(functions), cpu.activity().clone()),
             cpu: CpuBox(cpu),
             model,
-            board: Board::new(ram, PciHost::new(functions)),
             config,
             slots,
             dirty,
@@ -211,6 +213,13 @@ impl Machine {
 
     /// Runs until position `until` at most.
     pub fn run(&mut self, until: Position) -> Pause {
+        self.board.activity.set(Activity::Device);
+        let pause = self.run_to(until);
+        self.board.activity.set(Activity::Host);
+        pause
+    }
+
+    fn run_to(&mut self, until: Position) -> Pause {
         if let Some(failure) = self.board.failure.take() {
             self.board.with_pci(failure.position, |pci, cx| pci.functions.iter_mut().for_each(|f| f.retry(cx)));
         }
@@ -278,9 +287,14 @@ impl Machine {
         self.board.power.crash("interrupts without end at one instruction");
     }
 
-    /// The processor's counters.
-    pub fn cpu_stats(&self) -> CpuStats {
-        self.cpu.0.stats()
+    /// Counters since this machine was made.
+    pub fn stats(&self) -> MachineStats {
+        MachineStats { cpu: self.cpu.0.stats(), devices: self.board.stats }
+    }
+    /// What this machine is doing, for other threads to look at. Outside of the calls that work it is [`Activity::Host`]; whoever drives the
+    /// machine may say better.
+    pub fn activity(&self) -> &Arc<ActivityCell> {
+        self.cpu.0.activity()
     }
     /// Notes from now on where translated code lies, for profilers ([`Machine::take_code_notes`]).
     pub fn note_code(&mut self) {
@@ -300,6 +314,7 @@ impl Machine {
         if self.board.ending().is_some() {
             return Ok(());
         }
+        self.board.activity.set(Activity::Device);
         match input {
             Input::Clock { advance_to_ns, picoseconds_per_instruction } => {
                 self.board.clock.pull(position, advance_to_ns, picoseconds_per_instruction);
@@ -318,6 +333,7 @@ impl Machine {
             Input::PowerButton => self.board.press_power_button(),
         }
         self.settle();
+        self.board.activity.set(Activity::Host);
         Ok(())
     }
 

@@ -25,6 +25,8 @@ enum Command {
     Standby(commands::standby::Arguments),
     /// Replays a recording and checks it
     Replay(commands::replay::Arguments),
+    /// Shows where a running VM's time goes
+    Stat(commands::stat::Arguments),
     /// Shows the promise: a protected pair on this machine, a real client, the primary killed, nothing lost
     Demo(commands::demo::Arguments),
     /// Says what this host offers and what Twinstep will use
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => commands::run::run(arguments),
         Command::Standby(arguments) => commands::standby::run(arguments),
         Command::Replay(arguments) => commands::replay::run(arguments),
+        Command::Stat(arguments) => commands::stat::run(arguments),
         Command::Demo(arguments) => commands::demo::run(arguments),
         Command::Doctor(arguments) => commands::doctor::run(arguments),
         Command::Switch(arguments) => commands::switch::run(arguments),

@@ -11,6 +11,7 @@ use crate::PageFlags;
 use crate::mmu::FixedHasher;
 use crate::ram::PAGE_SIZE;
 use crate::sites::{Site, Sites};
+use crate::stats::CacheStats;
 use crate::translate::{Mode, Owing, Point, Translation};
 use iced_x86::Instruction;
 use std::collections::{HashMap, HashSet};
@@ -116,16 +117,6 @@ pub struct Cache {
     pub stats: CacheStats,
 }
 
-/// Counters for people.
-#[allow(missing_docs)]
-#[derive(Debug, Default, Clone, Copy)]
-pub struct CacheStats {
-    pub translated_blocks: u64,
-    pub translated_instructions: u64,
-    pub killed_blocks: u64,
-    pub full_flushes: u64,
-}
-
 impl Cache {
     /// A cache whose code goes to `start..end` of the low area.
     ///
@@ -155,6 +146,10 @@ impl Cache {
     /// Where the next block's code goes (hot, cold), its number, and the number of its first link.
     pub fn next_place(&self) -> (usize, usize, u32, u32) {
         (self.next, self.next_cold, self.blocks.len() as u32, self.links.len() as u32)
+    }
+    /// Bytes of code, and how many there is room for.
+    pub fn fill(&self) -> (usize, usize) {
+        (self.next - self.start + self.next_cold - self.middle, self.end - self.start)
     }
     /// Whether there may be too little room for one more block.
     pub fn is_full(&self) -> bool {
@@ -253,8 +248,8 @@ impl Cache {
         for l in &t.links {
             self.links.push(LinkState { patch: l.patch, stub: l.stub, target: l.target, from: id, to: None, owing: l.owing });
         }
-        self.stats.translated_blocks += 1;
-        self.stats.translated_instructions += t.points.len() as u64;
+        self.stats.blocks += 1;
+        self.stats.instructions += t.points.len() as u64;
         self.blocks.push(Block {
             key,
             entry: t.entry,
@@ -353,7 +348,7 @@ impl Cache {
             return;
         }
         block.alive = false;
-        self.stats.killed_blocks += 1;
+        self.stats.killed += 1;
         let (key, outgoing) = (block.key, block.links.clone());
         let incoming = std::mem::take(&mut block.incoming);
         block.sys = Box::default();
@@ -387,6 +382,7 @@ impl Cache {
                 None => start <= gpa + last as u64 && gpa + (first as u64) < end,
             };
             if hit {
+                self.stats.overwritten += 1;
                 self.kill(id);
             }
             !hit

@@ -14,6 +14,7 @@
 //!
 //! References: AMD64 Architecture Programmer's Manual vol. 2 and 3 (APM), Intel SDM vol. 2 and 3.
 
+mod activity;
 mod bus;
 mod cache;
 mod classify;
@@ -31,19 +32,22 @@ mod signals;
 mod sites;
 mod snapshot;
 pub mod state;
+mod stats;
 pub mod sys;
 mod translate;
 mod undefined;
 
+pub use activity::{Activity, ActivityCell};
 pub use bus::{Bus, UnknownMsr};
-pub use cache::{CacheStats, CodeNote};
-pub use engine::{Cpu, CpuConfig, CpuStats};
+pub use cache::CodeNote;
+pub use engine::{Cpu, CpuConfig};
 pub use exception::{Exception, Vector};
 pub use features::Features;
 pub use model::{CpuModel, CpuidLeaf};
 pub use ram::{PAGE_SIZE, PageFlags, PhysMem, RamRegion};
 pub use snapshot::{STATE_VERSION, SnapshotError, decode_state, encode_state};
 pub use state::{CpuState, Segment};
+pub use stats::{CacheStats, CpuGauges, CpuStats, EngineStats, ExitStats, GroupStats, MmuStats, SystemStats};
 
 /// A point in a machine's life: guest instructions retired since power-on. See `docs/positions.md`.
 pub type Position = u64;

@@ -17,10 +17,10 @@ mod legacy;
 mod tables;
 
 pub(crate) use access::Place;
-pub use groups::GroupStats;
 
 use crate::sites::Sites;
 use crate::state::{cr0, cr4, efer, rflags};
+use crate::stats::{GroupStats, MmuStats};
 use crate::{CpuState, Exception, PAGE_SIZE, PageFlags, PhysMem};
 use first::First;
 use groups::{Found, Groups, Tag};
@@ -82,19 +82,6 @@ pub struct Mmu {
     pub pending: Pending,
     /// Counters for people.
     pub stats: MmuStats,
-}
-
-/// Counters for people; no influence on anything.
-#[derive(Debug, Default, Clone, Copy)]
-#[allow(missing_docs)]
-pub struct MmuStats {
-    pub walks: u64,
-    pub fills: u64,
-    pub flushes: u64,
-    pub page_flushes: u64,
-    pub table_stores: u64,
-    pub code_stores: u64,
-    pub groups: GroupStats,
 }
 
 /// A fixed, fast hasher: the standard one is seeded at random, and nothing here may depend on the host.
@@ -159,9 +146,9 @@ impl Mmu {
     pub fn ram(&self) -> &PhysMem {
         &self.ram
     }
-    /// Counters for people.
-    pub fn counters(&self) -> MmuStats {
-        MmuStats { groups: self.groups.stats, ..self.stats }
+    /// Counters of the cache groups, and how many address spaces they keep.
+    pub fn group_counters(&self) -> (GroupStats, usize) {
+        (self.groups.stats, self.groups.kept())
     }
 
     // ---- what is forgotten: whoever caches translations elsewhere has to hook in here and in `switch` ----
@@ -365,6 +352,8 @@ impl Mmu {
         let write = access == Access::Write;
         let tag = if write { Tag::Write } else { Tag::Read };
         let known = self.groups.find(va, tag, user).map(|e| e.gpa_of(va));
+        self.stats.misses += 1;
+        self.stats.second_hits += u64::from(known.is_some());
         let gpa = match known {
             Some(gpa) => gpa,
             None => self.walk_and_cache(st, va, access, user)?,

@@ -18,6 +18,7 @@
 use crate::mmu::{Mmu, Place};
 use crate::segmentation;
 use crate::state::{Segment, gpr, seg};
+use crate::stats::SystemStats;
 use crate::{Bus, CpuState, Exception, Features, PAGE_SIZE, Position};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -65,6 +66,8 @@ pub struct Cx<'a> {
     pub model: &'a crate::CpuModel,
     /// Set by what this engine does not do: the machine ends with this as its reason, whatever else was answered.
     pub unsupported: Option<&'static str>,
+    /// Instructions by kind.
+    pub counts: &'a mut SystemStats,
 }
 
 /// How execution goes on after an instruction that retired.
@@ -152,19 +155,56 @@ pub fn execute(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     result
 }
 
+fn count(counts: &mut SystemStats, kind: Option<Kind>, mnemonic: Mnemonic) {
+    let counter = match (kind, mnemonic) {
+        (Some(Kind::String), _) => &mut counts.string,
+        (Some(Kind::Stack), _) => &mut counts.stack,
+        (Some(Kind::Segments), _) => &mut counts.segments,
+        (Some(Kind::Transfer), _) => &mut counts.transfer,
+        (Some(Kind::Control), Mnemonic::Cli | Mnemonic::Sti) => &mut counts.interrupt_flag,
+        (Some(Kind::Control), Mnemonic::Rdmsr | Mnemonic::Wrmsr) => &mut counts.msr,
+        (Some(Kind::Control), Mnemonic::Cpuid) => &mut counts.cpuid,
+        (Some(Kind::Control), Mnemonic::Rdtsc | Mnemonic::Rdtscp) => &mut counts.time_stamp,
+        (Some(Kind::Control), Mnemonic::Invlpg | Mnemonic::Invpcid) => &mut counts.invalidate,
+        (Some(Kind::Control), Mnemonic::Hlt) => &mut counts.halt,
+        (Some(Kind::Control), _) => &mut counts.control,
+        (Some(Kind::Fpu), _) => &mut counts.fpu,
+        (Some(Kind::Xsave), _) => &mut counts.xsave,
+        (Some(Kind::Vector), _) => &mut counts.vector,
+        (Some(Kind::Io), _) => &mut counts.io,
+        (Some(Kind::Near | Kind::Decimal) | None, _) => &mut counts.other,
+    };
+    *counter += 1;
+}
+
+/// The kind of an instruction whose mnemonic decides, counted.
+fn counted(cx: &mut Cx, insn: &Instruction) -> Option<Kind> {
+    let kind = kind(insn);
+    count(cx.counts, kind, insn.mnemonic());
+    kind
+}
+
 fn dispatch(cx: &mut Cx, insn: &Instruction) -> Result<Flow, Exception> {
     match insn.mnemonic() {
         Mnemonic::Mov => {
             let (to, from) = (insn.op0_register(), insn.op1_register());
             if to.is_segment_register() || from.is_segment_register() {
+                cx.counts.segments += 1;
                 segments::mov(cx, insn)
             } else {
+                cx.counts.control += 1;
                 control::mov(cx, to, from)
             }
         }
-        Mnemonic::Push | Mnemonic::Pop if insn.op0_register().is_segment_register() => segments::push_pop(cx, insn),
-        Mnemonic::Call | Mnemonic::Jmp if transfer::is_far(insn) => transfer::execute(cx, insn),
-        _ => match kind(insn) {
+        Mnemonic::Push | Mnemonic::Pop if insn.op0_register().is_segment_register() => {
+            cx.counts.segments += 1;
+            segments::push_pop(cx, insn)
+        }
+        Mnemonic::Call | Mnemonic::Jmp if transfer::is_far(insn) => {
+            cx.counts.transfer += 1;
+            transfer::execute(cx, insn)
+        }
+        _ => match counted(cx, insn) {
             Some(Kind::Xsave | Kind::Vector) if !offered::exists(insn, cx.model.features) => Err(Exception::UD),
             Some(Kind::String) => string::execute(cx, insn),
             Some(Kind::Stack) => stack::execute(cx, insn),

@@ -12,11 +12,9 @@ pub mod fabric;
 mod tcp;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::{ErrorKind, IoSlice, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,6 +22,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::error::{Context, Error, Result};
 use crate::net::frames::Decoder;
+use crate::socket::{self, SocketFile};
 use crate::wake::Wake;
 use fabric::{Event, Fabric, Limits, PortId};
 
@@ -104,55 +103,10 @@ impl Drop for Running {
     }
 }
 
-/// A listening socket's file, removed with it.
-#[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // It may be gone already.
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-/// Listens on a Unix socket only this user may connect to. The file of a process that is gone is replaced.
-fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
-    let bind = || UnixListener::bind(path);
-    let listener = match bind() {
-        Err(e) if e.kind() == ErrorKind::AddrInUse => {
-            if UnixStream::connect(path).is_ok() {
-                return Err(Error::new(format!("another process is listening on {}", path.display()))
-                    .next("stop it, or give this switch another socket with --listen"));
-            }
-            fs::remove_file(path).at("remove the stale socket", path)?;
-            bind()
-        }
-        other => other,
-    };
-    let listener = listener.map_err(|e| {
-        Error::new(format!("cannot listen on {}", path.display()))
-            .because(e)
-            .next("the folder must exist and be writable, and the path must be shorter than 108 bytes")
-    })?;
-    let file = SocketFile(path.to_owned());
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).at("protect", path)?;
-    listener.set_nonblocking(true).at("prepare", path)?;
-    Ok((listener, file))
-}
-
-/// A peer whose queue of connections is full must not stop the switch: that is an error here, to be tried again.
-fn connect_without_waiting(path: &Path) -> std::io::Result<UnixStream> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(UnixStream::from(socket))
-}
-
 impl Switch {
     /// Binds the socket. Once this has returned, VMs can connect.
     pub fn bind(options: Options) -> Result<Self> {
-        let (listener, socket) = listen(&options.listen)?;
+        let (listener, socket) = socket::listen(&options.listen, "stop it, or give this switch another socket with --listen")?;
         let uplink = |path| Uplink { path, port: None, retry_at: Duration::ZERO, complained: false };
         Ok(Self {
             listener,
@@ -245,7 +199,7 @@ impl Switch {
             if uplink.port.is_some() || uplink.retry_at > now {
                 continue;
             }
-            match connect_without_waiting(&uplink.path) {
+            match socket::connect_without_waiting(&uplink.path) {
                 Ok(stream) => {
                     uplink.complained = false;
                     let port = self.attach(stream);

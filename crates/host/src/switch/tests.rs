@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::net::frames::{HEADER, Mac, encode};
+use std::fs;
 use std::io::Read;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 
 const WORLD: [u8; 6] = [2, 0, 0, 0, 0, 1];

@@ -9,14 +9,16 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use twinstep_log::{EndReason, Entry, LogStats, Recorder, encode_into};
-use twinstep_machine::{Input, Machine, Output, Pause};
+use twinstep_machine::{Activity, Input, Machine, Output, Pause};
 use twinstep_pair::Record;
 
 use super::build;
 use super::pace::{Pace, cpu_ns};
 use super::pairing::ToPair;
+use crate::control::Ask;
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
+use crate::perf_map::PerfMap;
 
 /// What the machine's thread is told.
 #[derive(Debug)]
@@ -27,6 +29,8 @@ pub enum ToVm {
     Throttle(bool),
     /// Make an image for the pair, and go on.
     MakeImage,
+    /// A question of the control socket.
+    Ask(Ask),
     /// Give the machine up.
     Stop(String),
 }
@@ -118,6 +122,8 @@ pub struct Wiring {
     pub last_output: u64,
     /// What waits in the inbox, in units of [`weight`]; counted down here.
     pub waiting: Arc<AtomicUsize>,
+    /// Where `perf` is told what translated code is.
+    pub perf_map: Option<PerfMap>,
 }
 
 /// A machine in the real world.
@@ -136,6 +142,10 @@ struct Live {
 pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
     let now = now_ns();
     let logging = wiring.recording.is_some() || wiring.pair.is_some();
+    let mut machine = machine;
+    if wiring.perf_map.is_some() {
+        machine.note_code();
+    }
     let mut live = Live {
         pace: Pace::new(now, cpu_ns(), machine.position(), machine.guest_ns()),
         recorder: Recorder::new(machine.position(), if logging { wiring.digest_interval } else { 0 }),
@@ -216,14 +226,20 @@ impl Live {
 
     /// Waits for a message and takes it; false if none came in time. An input to a sleeping guest comes with the time.
     fn wait(&mut self, timeout: Option<Duration>) -> bool {
+        let activity = self.machine.activity();
+        activity.set(if self.throttled { Activity::Waiting } else { Activity::Halted });
         let message = match timeout {
             Some(timeout) => match self.wiring.inbox.recv_timeout(timeout) {
                 Ok(message) => message,
-                Err(RecvTimeoutError::Timeout) => return false,
+                Err(RecvTimeoutError::Timeout) => {
+                    activity.set(Activity::Host);
+                    return false;
+                }
                 Err(RecvTimeoutError::Disconnected) => ToVm::Stop("nobody is left to talk to".into()),
             },
             None => self.wiring.inbox.recv().unwrap_or_else(|_| ToVm::Stop("nobody is left to talk to".into())),
         };
+        activity.set(Activity::Host);
         if matches!(message, ToVm::Input(_)) && !self.throttled {
             self.tick(now_ns());
         }
@@ -242,6 +258,7 @@ impl Live {
             ToVm::Throttle(on) => self.throttled = on,
             ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
             ToVm::MakeImage => self.make_image(),
+            ToVm::Ask(ask) => ask.answer(&self.machine),
         }
     }
 
@@ -252,6 +269,14 @@ impl Live {
     fn tick(&mut self, now: u64) {
         let clock = self.pace.tick(now, cpu_ns(), self.machine.position(), self.machine.guest_ns());
         self.input(clock);
+        self.map_code();
+    }
+
+    /// Tells `perf` what was translated since the last time, if it wants to know.
+    fn map_code(&mut self) {
+        if let Some(map) = &mut self.wiring.perf_map {
+            map.write(&self.machine.take_code_notes());
+        }
     }
 
     fn input(&mut self, input: Input) {
@@ -352,6 +377,7 @@ impl Live {
     }
 
     fn finish(&mut self, end: &End) {
+        self.map_code();
         if self.logging {
             let position = self.machine.position();
             if let Ok(entry) = self.recorder.end(position, end.reason()) {

@@ -2,6 +2,7 @@
 //!
 //! *Invariant*: a recording that cannot be written any more is said so once and harms nobody; one that cannot be read is refused with the
 //! place where it is broken.
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Seek, Write};
 use std::path::{Path, PathBuf};
@@ -11,14 +12,17 @@ use twinstep_log::{
     Compression, Entry, ImageReader, ReadError, RecordingEnd, RecordingMetadata, RecordingReader, RecordingStart,
     RecordingWriter, ReplayOptions, Replayable, Replayer, Report, RunOutcome, encode_into,
 };
-use twinstep_machine::{Config, CpuStats, Digest, Input, Machine, Output, Pause};
+use twinstep_machine::{Config, Digest, Input, Machine, Output, Pause};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::build::{self, DiskMaker};
 use super::live::EntrySink;
+use crate::control::VmFigures;
 use crate::error::{Context, Error, Result};
 use crate::identity;
 use crate::perf_map::PerfMap;
+use crate::stat::measure::Measure;
+use crate::stat::{self, sampler::Sampler};
 
 /// A machine as a replay sees it, and the map of its code for `perf`, if one is kept.
 pub struct Vm(pub Machine, pub Option<PerfMap>);
@@ -244,6 +248,8 @@ pub struct Options {
     pub forget: Option<u64>,
     /// Tell `perf` what translated code is.
     pub perf_map: bool,
+    /// Count, and look where the time goes.
+    pub stats: bool,
 }
 
 /// What a replay came to.
@@ -257,8 +263,8 @@ pub struct Outcome {
     pub digest: Digest,
     /// Guest time where it stands.
     pub guest_ns: u64,
-    /// What the processor did.
-    pub stats: CpuStats,
+    /// What the machine did, and how often in all, if that was wanted.
+    pub stats: Option<(Measure, BTreeMap<String, u64>)>,
 }
 
 /// Replays a recording. `outputs` is given what the machine made; `progress` the position now and then.
@@ -323,6 +329,11 @@ pub fn replay(
     }
     let mut forgetful = Forgetful::new(machine, options.forget);
     forgetful.vm.1 = map;
+    let sampler = Sampler::default();
+    let before = options.stats.then(|| {
+        sampler.look_at(forgetful.vm.0.activity());
+        (stat::report(&VmFigures::of(&forgetful.vm.0), &sampler.samples()), sampler.watch())
+    });
     let mut replayer = Replayer::new(start, ReplayOptions::default());
     let report = replayer
         .run(
@@ -345,6 +356,10 @@ pub fn replay(
         )
         .what(format!("replaying {}", path.display()))?;
     let mut vm = forgetful.vm;
+    let stats = before.map(|(before, _watch)| {
+        let after = stat::report(&VmFigures::of(&vm.0), &sampler.samples());
+        (Measure::between(&before, &after), after.counters)
+    });
     if let Some(save) = &options.save {
         let disk_bytes: Vec<u64> = extra.disks.iter().map(|d| d.bytes).collect();
         save_snapshot(&vm.0, &disk_bytes, extra.last_output + report.outputs_checked, log_digest.hash.digest(), save)?;
@@ -352,5 +367,5 @@ pub fn replay(
     if let Some(map) = &mut vm.1 {
         map.write(&vm.0.take_code_notes());
     }
-    Ok(Outcome { stats: vm.0.cpu_stats(), end: reader.end().cloned(), digest: vm.0.digest(), guest_ns: vm.0.guest_ns(), report })
+    Ok(Outcome { stats, end: reader.end().cloned(), digest: vm.0.digest(), guest_ns: vm.0.guest_ns(), report })
 }

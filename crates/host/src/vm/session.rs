@@ -23,6 +23,7 @@ use super::replay;
 use super::spec::{Cable, DiskSpec, VmSpec};
 use super::standby;
 use crate::arbiter::{self, Arbiter as _, DirectoryArbiter};
+use crate::control::Control;
 use crate::disk::RawDisk;
 use crate::error::{Context, Error, Result};
 use crate::events::Events;
@@ -31,6 +32,7 @@ use crate::identity;
 use crate::net::{Arrival, Backend, Link};
 use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
+use crate::perf_map::PerfMap;
 use crate::signals::Signals;
 use crate::terminal::{Escape, RawMode, Typed};
 
@@ -59,6 +61,10 @@ pub struct RunOptions {
     pub no_input: bool,
     /// Serial output goes to this file instead of standard output.
     pub serial: Option<PathBuf>,
+    /// The VM's name at the control socket.
+    pub name: Option<String>,
+    /// Tell `perf` what translated code is.
+    pub perf_map: bool,
 }
 
 /// What a session came to.
@@ -325,6 +331,8 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     options.pair.check().what("the pair's settings do not fit")?;
     let (to_vm, inbox) = channel();
     end_on_signals(&Signals::take()?, &to_vm);
+    let control = Control::open(options.name.as_deref(), "alone")?;
+    answer_questions(&control, if options.protect.is_some() { "primary" } else { "alone" }, &to_vm);
     let (machine, last_output) = make_machine(spec, options)?;
     let disk_bytes: Vec<u64> = spec
         .disk
@@ -393,6 +401,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         disk_bytes,
         last_output,
         waiting,
+        perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(machine, wiring);
     if let Some(pair) = pair {
@@ -406,6 +415,12 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         events.say_with("ended", end.text(), log_figures(&stats));
     }
     Ok(SessionEnd { end, stats })
+}
+
+/// Lets the machine's thread answer what comes by the control socket.
+fn answer_questions(control: &Control, side: &str, to_vm: &Sender<ToVm>) {
+    let to_vm = to_vm.clone();
+    control.serve(side, move |ask| to_vm.send(ToVm::Ask(ask)).is_ok());
 }
 
 /// The log's figures, by kind of entry.
@@ -445,9 +460,11 @@ pub fn run_live(
     options: &RunOptions,
     events: &Events,
     signals: &Signals,
+    control: &Control,
 ) -> Result<SessionEnd> {
     let (to_vm, inbox): (Sender<ToVm>, Receiver<ToVm>) = channel();
     end_on_signals(signals, &to_vm);
+    answer_questions(control, "survivor", &to_vm);
     let waiting = Arc::new(AtomicUsize::new(0));
     let outside = Outside::open(spec, options, &to_vm, &waiting)?;
     // The network learns where the machine is now, before it hears from it.
@@ -473,6 +490,7 @@ pub fn run_live(
         disk_bytes: live.extra.disks.iter().map(|d| d.bytes).collect(),
         last_output: live.last_output,
         waiting,
+        perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(live.machine, wiring);
     events.say_with("ended", end.text(), log_figures(&stats));

@@ -5,12 +5,12 @@
 use std::collections::VecDeque;
 use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, json};
 use twinstep_log::{Entry, ImageReader, ReplayOptions, Replayer};
-use twinstep_machine::{Config, Machine, Output};
+use twinstep_machine::{Activity, Config, Machine, Output};
 use twinstep_pair::{
     Arbiter, Epoch, Nanos, OutputId, Record, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq, StopReason,
     Verdict, wire,
@@ -20,6 +20,7 @@ use super::build::{self, DiskExtra, Extra};
 use super::live::entry_of;
 use super::pairing::{Asker, Closing, Connection};
 use super::replay::Vm;
+use crate::control::{Ask, Control};
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
 use crate::signals::Signals;
@@ -43,6 +44,8 @@ pub struct StandbyWiring {
     pub events: Events,
     /// What tells this process to end.
     pub signals: Signals,
+    /// What asks how it is going.
+    pub control: Control,
     /// What the guest cannot see of the configuration.
     pub tune: fn(&mut Config),
 }
@@ -96,6 +99,7 @@ enum ToReplay {
     Restore { position: u64 },
     Records { first_seq: Seq, records: Vec<Record> },
     Discard { up_to: OutputId },
+    Ask(Ask),
     Finish { reissue: Range<OutputId>, epoch: Epoch, answer: Sender<Result<Live>> },
 }
 
@@ -154,6 +158,8 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
         last_output: 0,
     };
     std::thread::Builder::new().name("replay".into()).spawn(move || replayer.run()).what("cannot start a thread")?;
+    let asked = replay.clone();
+    wiring.control.serve("standby", move |ask| asked.send(ToReplay::Ask(ask)).is_ok());
     let told = sender.clone();
     // Whoever has ended needs not be told.
     wiring.signals.listen(move |why| _ = told.send(ToStandby::Shutdown(why)));
@@ -333,7 +339,7 @@ struct Running {
 
 impl Replay {
     fn run(mut self) {
-        while let Ok(message) = self.inbox.recv() {
+        while let Ok(message) = self.next() {
             let result = match message {
                 ToReplay::Chunk(bytes) => {
                     self.image.extend(bytes);
@@ -354,6 +360,13 @@ impl Replay {
                     }
                     Ok(())
                 }
+                ToReplay::Ask(ask) => {
+                    match &self.running {
+                        Some(running) => ask.answer(&running.vm.0),
+                        None => ask.no_machine("the machine is on its way from its primary"),
+                    }
+                    Ok(())
+                }
                 ToReplay::Finish { reissue, epoch, answer } => {
                     let _ = answer.send(self.finish(reissue, epoch));
                     return;
@@ -364,6 +377,18 @@ impl Replay {
                 return;
             }
         }
+    }
+
+    fn next(&self) -> std::result::Result<ToReplay, RecvError> {
+        let say = |activity| {
+            if let Some(running) = &self.running {
+                running.vm.0.activity().set(activity);
+            }
+        };
+        say(Activity::Waiting);
+        let message = self.inbox.recv();
+        say(Activity::Host);
+        message
     }
 
     fn restore(&mut self, position: u64) -> Result<()> {

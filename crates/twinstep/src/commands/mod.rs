@@ -4,4 +4,5 @@ pub mod doctor;
 pub mod replay;
 pub mod run;
 pub mod standby;
+pub mod stat;
 pub mod switch;

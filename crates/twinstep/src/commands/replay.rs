@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
+use twinstep_host::stat::words;
 use twinstep_host::vm::replay::{self, Options};
 use twinstep_host::vm::session;
 use twinstep_host::vm::spec::DiskSpec;
@@ -43,7 +44,7 @@ pub struct Arguments {
     /// Write /tmp/perf-PID.map, in which `perf` finds what translated code is
     #[arg(long)]
     perf_map: bool,
-    /// Print what the processor did: exits, lookups, misses, translations
+    /// Say where the time went, and what was counted: exits, misses, translations
     #[arg(long)]
     stats: bool,
     /// Print one JSON object
@@ -60,6 +61,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         cache_groups: arguments.cache_groups,
         forget: arguments.forget,
         perf_map: arguments.perf_map,
+        stats: arguments.stats,
     };
     let started = Instant::now();
     let mut last = Instant::now();
@@ -100,15 +102,19 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Some(cut @ RecordingEnd::Truncated { .. }) => format!("the recording is cut: {cut}"),
     };
     let report = &outcome.report;
-    if arguments.stats {
-        eprintln!("{:#?}", outcome.stats);
+    if let (Some((measure, totals)), false) = (&outcome.stats, arguments.json) {
+        eprintln!("{}", words::figures(measure));
+        totals.iter().filter(|(_, n)| **n > 0).for_each(|(name, n)| eprintln!("{name:<30} {n:>14}"));
     }
     if arguments.json {
-        let value = json!({
+        let mut value = json!({
             "start": report.start, "position": report.position, "outputs_checked": report.outputs_checked,
             "digests_checked": report.digests_checked, "digest": outcome.digest.to_string(), "end": end,
             "guest_ns": outcome.guest_ns, "seconds": seconds,
         });
+        if let Some((measure, totals)) = &outcome.stats {
+            value["stats"] = json!({ "measure": measure, "totals": totals });
+        }
         println!("{value}");
     } else {
         println!("{report}");

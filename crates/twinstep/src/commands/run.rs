@@ -103,6 +103,12 @@ pub struct Arguments {
     /// Hold the guest back when the standby is more instructions than this behind
     #[arg(long, value_name = "N")]
     max_lag: Option<u64>,
+    /// The VM's name for `twinstep stat` [default: vm-PID]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Write /tmp/perf-PID.map, in which `perf` finds what translated code is
+    #[arg(long)]
+    perf_map: bool,
     #[command(flatten)]
     pair: PairArguments,
     #[command(flatten)]
@@ -137,6 +143,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         no_input: v.no_input,
         serial: v.serial,
         pair: arguments.pair.config(),
+        name: arguments.name,
+        perf_map: arguments.perf_map,
     };
     if let Some(lag) = arguments.max_lag {
         options.pair.max_replay_lag = lag;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
+use twinstep_host::control::Control;
 use twinstep_host::events::Events;
 use twinstep_host::identity;
 use twinstep_host::signals::Signals;
@@ -24,6 +25,9 @@ pub struct Arguments {
     /// from the primary
     #[command(flatten)]
     machine: super::run::MachineArguments,
+    /// The VM's name for `twinstep stat` [default: vm-PID]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
     #[command(flatten)]
     pair: super::run::PairArguments,
     #[command(flatten)]
@@ -36,6 +40,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let signals = Signals::take()?;
     let v = arguments.visibility;
     let events = Events::new("standby", v.quiet, v.events.as_deref())?;
+    let control = Control::open(arguments.name.as_deref(), "standby")?;
+    control.no_machine("this standby waits for a primary");
     let arbiter = session::open_arbiter(&arguments.arbiter, &events)?;
     let listener = TcpListener::bind(&arguments.listen).with_context(|| {
         format!("cannot listen on {} (is another standby there? choose another port with --listen)", arguments.listen)
@@ -60,12 +66,13 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         cables: spec.net.len(),
         events: events.clone(),
         signals: signals.clone(),
+        control: control.clone(),
         tune: |_| {},
     })?;
     let options = RunOptions { no_input: v.no_input, serial: v.serial, ..RunOptions::default() };
     match outcome {
         Outcome::Live(live) => {
-            let session = session::run_live(*live, &spec, &options, &events, &signals)?;
+            let session = session::run_live(*live, &spec, &options, &events, &signals, &control)?;
             Ok(super::run::exit_code(&session.end))
         }
         Outcome::Stopped(reason) => {

@@ -192,8 +192,14 @@ pub fn twinstep(arguments: &[&str]) -> Ended {
 impl Twinstep {
     /// Starts `twinstep ARGUMENTS`.
     pub fn start(name: &str, arguments: &[String]) -> Self {
+        Self::start_with(name, arguments, &[])
+    }
+
+    /// The same with more in its environment.
+    pub fn start_with(name: &str, arguments: &[String], environment: &[(&str, &str)]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_twinstep"))
             .args(arguments)
+            .envs(environment.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -5,6 +5,7 @@
 use super::onward::Onward;
 use super::{Bounce, Core, Stop};
 use crate::PAGE_SIZE;
+use crate::activity::Activity;
 use crate::frame::{Frame, exit};
 use crate::mmu::Access;
 use crate::segmentation;
@@ -28,6 +29,8 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
     let core = core_of(frame);
     // SAFETY: the frame is the core's.
     let (arg, ea, ret) = unsafe { ((*frame).arg, (*frame).ea, (*frame).ret as usize) };
+    core.stats.engine.memory_calls += 1;
+    core.activity.set(Activity::Memory);
     let size = arg & 0xffff;
     let write = arg >> 16 & 1 != 0;
     let group = arg & helper_arg::GROUP as u64 != 0;
@@ -53,6 +56,7 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
             if hard {
                 core.mmu.make_room_for_site(ea, user);
             }
+            core.activity.set(Activity::Guest);
             return 0;
         }
     }
@@ -81,6 +85,7 @@ fn go_on(core: &mut Core, onward: Onward) -> u32 {
     frame.exit = match onward {
         Onward::Code(code) => {
             frame.ret = code;
+            core.activity.set(Activity::Guest);
             return 0;
         }
         Onward::Leave => exit::HELPER,
@@ -98,6 +103,7 @@ pub(super) extern "sysv64" fn mem_alone_helper(frame: *mut Frame) -> u32 {
     let write = arg >> 16 & 1 != 0;
     let user = st.cpl == 3;
     core.bounce = Bounce { ea, len: size, active: false };
+    core.activity.set(Activity::Memory);
     // The segment register, where there are checks: in code that is not 64-bit.
     let segment = (arg >> 17 & 7) as usize;
     let mut first = size;
@@ -129,6 +135,7 @@ pub(super) extern "sysv64" fn mem_alone_helper(frame: *mut Frame) -> u32 {
         Ok(addend) => {
             // SAFETY: as above.
             unsafe { (*frame).addend = addend };
+            core.activity.set(Activity::Guest);
             0
         }
         Err(e) => {
@@ -147,6 +154,7 @@ pub(super) extern "sysv64" fn write_back_helper(frame: *mut Frame) -> u32 {
     if !bounce.active {
         return 0;
     }
+    core.activity.set(Activity::Memory);
     // SAFETY: the frame is the core's; its state and bounce buffer are not part of the MMU.
     let (st, buffer) = unsafe { (&(*frame).st, &(*frame).bounce.0) };
     let at = (bounce.ea % 64) as usize;
@@ -156,7 +164,10 @@ pub(super) extern "sysv64" fn write_back_helper(frame: *mut Frame) -> u32 {
     let (low, wrapped) = buffer[at..at + bounce.len].split_at(first);
     let result = core.mmu.write(st, core.bus(), position, bounce.ea, low, user);
     match result.and_then(|()| core.mmu.write(st, core.bus(), position, 0, wrapped, user)) {
-        Ok(()) => 0,
+        Ok(()) => {
+            core.activity.set(Activity::Guest);
+            0
+        }
         // Cannot happen: the write was probed. If it does, the guest gets the fault after a half-done instruction.
         Err(e) => {
             core.fault = Some(e);
@@ -172,6 +183,7 @@ pub(super) extern "sysv64" fn sys_helper(frame: *mut Frame) -> u32 {
     let core = core_of(frame);
     // SAFETY: the frame is the core's.
     let (k, id) = unsafe { ((*frame).arg as usize, (*frame).exit_arg as u32) };
+    core.stats.engine.system_calls += 1;
     let block = core.cache.block(id);
     let insn = block.sys[block.sys.partition_point(|s| (s.0 as usize) < k)].1;
     let unused = block.len() - k as u64;

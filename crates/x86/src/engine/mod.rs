@@ -14,22 +14,25 @@ mod mode;
 mod onward;
 mod vectors;
 
-use crate::cache::{Cache, CacheStats, CodeNote, Key};
+use crate::activity::{Activity, ActivityCell};
+use crate::cache::{Cache, CodeNote, Key};
 use crate::classify::image;
 use crate::emit::{Emit, Helpers, Shared};
 use crate::exception::Vector;
 use crate::frame::{Frame, FrameAt, LowArea, exit};
-use crate::mmu::{Mmu, MmuStats, canonical};
+use crate::mmu::{Mmu, canonical};
 use crate::priority;
 use crate::signals::Running;
 use crate::sites::Sites;
 use crate::state::{cr4, gpr, rflags};
+use crate::stats::{CpuGauges, CpuStats};
 use crate::sys::{self, Cx, Delivery, Flow};
 use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, translate};
 use crate::{Bus, CpuModel, CpuState, Exception, Exit, Features, PAGE_SIZE, PageFlags, PhysMem, Position};
 use alone::{ALONE_KEPT, Alone};
 use fetch::Bytes;
 use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
+use std::sync::Arc;
 
 /// How an engine is built. None of it but the model is visible to the guest.
 #[derive(Debug, Clone)]
@@ -51,22 +54,6 @@ impl CpuConfig {
     pub fn new(model: CpuModel) -> Self {
         Self { model, code_cache_bytes: 64 << 20, max_block_instructions: MAX_TRACE, trace_after: 50, cache_groups: 16 }
     }
-}
-
-/// Counters for people; no influence on anything.
-#[allow(missing_docs)]
-#[derive(Debug, Default, Clone, Copy)]
-pub struct CpuStats {
-    pub mmu: MmuStats,
-    pub cache: CacheStats,
-    pub entries: u64,
-    pub lookups: u64,
-    pub alone: u64,
-    pub sys_calls: u64,
-    pub exceptions: u64,
-    pub interrupts: u64,
-    /// Times translated code was left, by reason (1 lookup, 2 link, 3 budget, 4 helper, 5 alone, 6 host fault, 7 bail, 9 hot).
-    pub exits: [u64; 10],
 }
 
 /// One deterministic processor.
@@ -131,8 +118,11 @@ impl Cpu {
     /// If [`Cpu::can_interrupt`] is false.
     pub fn interrupt(&mut self, bus: &mut dyn Bus, vector: u8) -> Result<(), Exit> {
         assert!(self.can_interrupt(), "interrupt {vector} at a place that takes none");
-        self.core.stats.interrupts += 1;
-        match sys::deliver_interrupt(&mut self.core.cx(bus), vector) {
+        self.core.stats.engine.interrupts += 1;
+        let before = self.core.activity.replace(Activity::Exception);
+        let delivery = sys::deliver_interrupt(&mut self.core.cx(bus), vector);
+        self.core.activity.set(before);
+        match delivery {
             Delivery::Done => Ok(()),
             Delivery::TripleFault => Err(Exit::TripleFault),
             Delivery::Unsupported(what) => Err(Exit::Unsupported(what)),
@@ -170,9 +160,16 @@ impl Cpu {
     pub fn take_code_notes(&mut self) -> Vec<CodeNote> {
         self.core.cache.notes.as_mut().map(std::mem::take).unwrap_or_default()
     }
-    /// Counters since power-on of this process.
+    /// Counters since this processor was made.
     pub fn stats(&self) -> CpuStats {
-        CpuStats { mmu: self.core.mmu.counters(), cache: self.core.cache.stats, ..self.core.stats }
+        let (groups, kept) = self.core.mmu.group_counters();
+        let (bytes, capacity) = self.core.cache.fill();
+        let now = CpuGauges { code_bytes: bytes as u64, code_capacity: capacity as u64, address_spaces: kept as u64 };
+        CpuStats { tlb: self.core.mmu.stats, code: self.core.cache.stats, groups, now, ..self.core.stats }
+    }
+    /// What this processor is doing, for other threads to look at.
+    pub fn activity(&self) -> &Arc<ActivityCell> {
+        &self.core.activity
     }
 }
 
@@ -210,6 +207,7 @@ pub struct Core {
     alone: Box<[Option<Alone>; ALONE_KEPT]>,
     code: (usize, usize),
     stats: CpuStats,
+    activity: Arc<ActivityCell>,
     // Last: unmapped after everything that points into it is gone.
     _area: LowArea,
 }
@@ -263,6 +261,7 @@ impl Core {
                 alone: Box::new([const { None }; ALONE_KEPT]),
                 code: (start, len),
                 stats: CpuStats::default(),
+                activity: Arc::default(),
                 _area: area,
             })
         }
@@ -287,7 +286,8 @@ impl Core {
     fn cx<'a>(&'a mut self, bus: &'a mut dyn Bus) -> Cx<'a> {
         // SAFETY: the frame's state is not part of any other field of `self`.
         let st = unsafe { &mut (*self.frame).st };
-        Cx { st, mmu: &mut self.mmu, bus, position: self.position, model: &self.model, unsupported: None }
+        let counts = &mut self.stats.system;
+        Cx { st, mmu: &mut self.mmu, bus, position: self.position, model: &self.model, unsupported: None, counts }
     }
 
     fn bus(&self) -> &'static mut dyn Bus {
@@ -329,7 +329,9 @@ impl Core {
         unsafe { std::arch::asm!("fxsave64 [{}]", in(reg) host_fpu.0.as_mut_ptr(), options(nostack)) };
         self.load_fpu();
         self.mmu.sites().period = self.position / crate::sites::PERIOD;
+        let before = self.activity.replace(Activity::Engine);
         let exit = self.run_loop(until);
+        self.activity.set(before);
         self.save_fpu();
         // SAFETY: loads what was stored above.
         unsafe { std::arch::asm!("fxrstor64 [{}]", in(reg) host_fpu.0.as_ptr(), clobber_abi("sysv64")) };
@@ -391,6 +393,7 @@ impl Core {
     fn settle(&mut self) {
         self.mmu.sweep_device_writes();
         while let Some((pc, k)) = self.give_up.pop() {
+            self.stats.engine.sites_given_up += 1;
             self.cache.give_up_sites(pc, k, self.mmu.sites());
         }
         if self.mmu.take_upper_forgotten() {
@@ -417,9 +420,12 @@ impl Core {
     }
 
     fn deliver(&mut self, e: Exception) -> Result<(), Stop> {
-        self.stats.exceptions += 1;
+        self.stats.engine.exceptions += 1;
+        let before = self.activity.replace(Activity::Exception);
         let bus = self.bus();
-        match sys::deliver_exception(&mut self.cx(bus), e) {
+        let delivery = sys::deliver_exception(&mut self.cx(bus), e);
+        self.activity.set(before);
+        match delivery {
             Delivery::Done => Ok(()),
             Delivery::TripleFault => Err(Stop::Shutdown),
             Delivery::Unsupported(what) => Err(Stop::Unsupported(what)),
@@ -427,14 +433,16 @@ impl Core {
     }
 
     fn enter(&mut self, entry: u32, budget: u64) {
-        self.stats.entries += 1;
+        self.stats.engine.entries += 1;
         self.split_flags();
         // SAFETY: the frame is ours; `entry` is code made for this frame, which keeps the ABI through the shared routines.
         unsafe {
             (*self.frame).budget = budget;
             (*self.frame).owed = 0;
             let f: extern "sysv64" fn(usize) = std::mem::transmute(self.shared.enter as usize);
+            let before = self.activity.replace(Activity::Guest);
             f(entry as usize);
+            self.activity.set(before);
         }
         self.join_flags();
     }
@@ -451,7 +459,7 @@ impl Core {
             // SAFETY: the frame is ours.
             let frame = unsafe { &*self.frame };
             let (reason, arg, pc) = (frame.exit, frame.exit_arg, frame.fault_pc);
-            self.stats.exits[reason as usize] += 1;
+            self.stats.exits.count(reason);
             left = frame.budget;
             self.position = self.limit - left;
             match reason {
@@ -527,7 +535,7 @@ impl Core {
 
     /// The block at RIP, translated if need be, and published for jumps unless it is a short one.
     fn find_block(&mut self, short: bool) -> Result<u32, Stop> {
-        self.stats.lookups += 1;
+        self.stats.engine.lookups += 1;
         let mut mode = self.mode();
         let user = mode.has(Mode::USER);
         let kind = mode.0 & !Mode::USER;
@@ -557,6 +565,7 @@ impl Core {
     }
 
     fn translate(&mut self, key: Key, bytes: &Bytes, max: u32) -> u32 {
+        let before = self.activity.replace(Activity::Translator);
         let flags = self.mmu.ram().flags().clone();
         if self.cache.is_full() || self.mmu.sites().is_full(2 * MAX_TRACE as usize) {
             self.cache.flush(&flags);
@@ -608,14 +617,17 @@ impl Core {
                 self.mmu.forbid_writes(page);
             }
         }
-        self.cache.add(key, translation, first_site, bytes.second, &pages)
+        self.cache.stats.traces += u64::from(hot);
+        let id = self.cache.add(key, translation, first_site, bytes.second, &pages);
+        self.activity.set(before);
+        id
     }
 
     // ---- one instruction ----
 
     /// Runs the instruction at RIP alone. On `Err(Stop::Fault)` it has not retired.
     fn step_alone(&mut self) -> Result<(), Stop> {
-        self.stats.alone += 1;
+        self.stats.engine.alone += 1;
         let mut mode = self.mode();
         let (rip, gpa) = self.fetch(mode)?;
         let trap = self.st().rflags & rflags::TF != 0;
@@ -669,7 +681,7 @@ impl Core {
 
     /// Executes a system instruction at the current position, which it does not advance. RIP is set on success.
     fn execute_sys(&mut self, insn: &iced_x86::Instruction) -> Result<Flow, Stop> {
-        self.stats.sys_calls += 1;
+        let before = self.activity.replace(Activity::System);
         let image = image(insn);
         self.save_image(image);
         let bus = self.bus();
@@ -678,6 +690,7 @@ impl Core {
         let result = sys::execute(&mut cx, insn);
         let unsupported = cx.unsupported;
         self.load_image(image);
+        self.activity.set(before);
         if let Some(what) = unsupported {
             return Err(Stop::Unsupported(what));
         }

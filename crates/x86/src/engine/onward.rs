@@ -3,6 +3,7 @@
 //! **In:** a helper that has made the state exact. **Out:** host code to go on at, if the loop would do nothing but enter it.
 //! Invariant: this is the loop's own order of things ([`Core::run_loop`]), for the cases in which none of its exits is due.
 use super::{Core, Stop};
+use crate::activity::Activity;
 use crate::state::rflags;
 use crate::translate::Mode;
 
@@ -19,6 +20,7 @@ pub(super) enum Onward {
 impl Core {
     /// The code at RIP, if nothing waits for the loop. `split_flags` is the caller's.
     fn next_code(&mut self) -> Option<u64> {
+        self.activity.set(Activity::Engine);
         self.settle();
         let wanted = self.window();
         if self.bus().attention() {

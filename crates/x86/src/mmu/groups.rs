@@ -16,6 +16,7 @@
 //! The roots decide, not process-context identifiers: two identifiers of one root see the same tables. Replacement is of the least
 //! recently used element.
 use super::first::{First, JUMP_ENTRIES, Jump, half};
+use crate::stats::GroupStats;
 use crate::{PAGE_SIZE, PhysMem};
 
 /// What is known of one page (4 KiB or 2 MiB). A tag is the page's address, plus [`USER`] if user permissions were checked; [`NONE`] where
@@ -253,23 +254,6 @@ fn upper_index(rip: u64) -> usize {
     ((rip as u32).wrapping_mul(UPPER_FACTOR) >> (32 - UPPER_JUMPS.trailing_zeros())) as usize
 }
 
-/// Counters for people.
-#[derive(Debug, Default, Clone, Copy)]
-#[allow(missing_docs)]
-pub struct GroupStats {
-    pub switches: u64,
-    pub hits: u64,
-    pub misses: u64,
-    /// Elements that hold an address space now.
-    pub kept: u64,
-    /// Elements given to another address space.
-    pub replaced: u64,
-    /// First-level entries that a switch cleared and their element kept.
-    pub saved: u64,
-    /// Times the upper half had to be forgotten because a root had other entries there.
-    pub unshared: u64,
-}
-
 /// A group with its first level.
 pub(super) struct Groups {
     first: *mut First,
@@ -340,6 +324,10 @@ impl Groups {
     pub(super) fn tables(&mut self, element: usize) -> &mut Vec<u32> {
         &mut self.elements[element].tables
     }
+    /// How many elements hold an address space.
+    pub(super) fn kept(&self) -> usize {
+        self.elements.iter().filter(|e| e.root.is_some()).count()
+    }
     /// How many elements there are.
     pub(super) fn len(&self) -> usize {
         self.elements.len()
@@ -383,7 +371,6 @@ impl Groups {
         self.first().clear_lower();
         self.first().wipe_jumps(0);
         self.point();
-        self.stats.kept = self.elements.iter().filter(|e| e.root.is_some()).count() as u64;
     }
     /// Forgets all an element holds, its root too. The caller takes care of its tables.
     pub(super) fn reset(&mut self, element: usize) {

@@ -6,6 +6,7 @@ use super::{Cx, Flow, execute, handles};
 use crate::mmu::Mmu;
 use crate::mmu::first::First;
 use crate::state::{CpuState, TableRegister, cr0, cr4, efer, gpr, rflags, seg};
+use crate::stats::SystemStats;
 use crate::{Bus, CpuModel, Exception, PageFlags, PhysMem, Position, RamRegion, UnknownMsr};
 use iced_x86::{Decoder, DecoderOptions};
 
@@ -95,6 +96,7 @@ pub struct World {
     pub mmu: Mmu,
     pub bus: FakeBus,
     pub model: CpuModel,
+    pub counts: SystemStats,
     host: *mut u8,
     /// What `host` and the MMU's TLB point into.
     _owned: (Box<[[u64; 512]]>, Box<First>),
@@ -124,6 +126,7 @@ impl World {
             mmu,
             bus: FakeBus::default(),
             model: CpuModel::x86_64_v2(),
+            counts: SystemStats::default(),
             host,
             _owned: (pages, first),
         };
@@ -188,7 +191,15 @@ impl World {
     }
 
     pub fn cx(&mut self) -> Cx<'_> {
-        Cx { st: &mut self.st, mmu: &mut self.mmu, bus: &mut self.bus, position: 7, model: &self.model, unsupported: None }
+        Cx {
+            st: &mut self.st,
+            mmu: &mut self.mmu,
+            bus: &mut self.bus,
+            position: 7,
+            model: &self.model,
+            unsupported: None,
+            counts: &mut self.counts,
+        }
     }
 
     /// Writes RAM behind the MMU's back.

@@ -1,0 +1,102 @@
+//! The other end of the control socket: a program that asks a VM of the same user.
+//!
+//! *In*: a VM's name, requests. *Out*: answers, or an error a person can act on. *Invariant*: a VM that does not answer is waited for with patience that
+//! ends, and of what it sends no more is read than a response may have.
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::folder;
+use super::wire::{self, Identity, Request, Stat};
+use crate::error::{Error, Result};
+
+/// How long a VM may take to answer; longer than it gives its machine.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What to do where no VM runs.
+const START: &str = "start one with `twinstep run`; this sees VMs of the same user only";
+
+/// A connection to a VM.
+#[derive(Debug)]
+pub struct Connection {
+    name: String,
+    stream: BufReader<UnixStream>,
+}
+
+impl Connection {
+    /// Connects to the VM called `name`.
+    pub fn open(folder: &Path, name: &str) -> Result<Self> {
+        let path = folder::socket_of(folder, name)?;
+        let fail = |e: std::io::Error| Error::new(format!("cannot reach the VM '{name}' at {}", path.display())).because(e);
+        folder::is_there(folder)?;
+        let stream = match UnixStream::connect(&path) {
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+                let names: Vec<_> = folder::running(folder)?.into_iter().map(|(name, _)| name).collect();
+                let what = format!("no VM called '{name}' runs here (looked in {})", folder.display());
+                return Err(Error::new(what).next(match &names[..] {
+                    [] => START.to_owned(),
+                    names => format!("name one of these: {}", names.join(", ")),
+                }));
+            }
+            other => other.map_err(fail)?,
+        };
+        stream.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
+        stream.set_write_timeout(Some(PATIENCE)).map_err(fail)?;
+        Ok(Self { name: name.to_owned(), stream: BufReader::new(stream) })
+    }
+    /// Connects to the only VM there is. An error if there is none, or more than one, which are then named.
+    pub fn open_only(folder: &Path) -> Result<Self> {
+        let there = folder::running(folder)?;
+        match &there[..] {
+            [] => Err(Error::new(format!("no VM runs here (looked in {})", folder.display())).next(START)),
+            [(name, _)] => Self::open(folder, name),
+            several => {
+                // One that ends while it is asked is not worth an error.
+                let about = |name: &str| Self::open(folder, name).and_then(|mut c| c.identify());
+                let lines = several.iter().map(|(name, _)| match about(name) {
+                    Ok(id) => format!("\n  {name}  (process {}, {})", id.pid, id.side),
+                    Err(_) => format!("\n  {name}"),
+                });
+                Err(Error::new(format!("several VMs run here:{}", lines.collect::<String>())).next("name one of them"))
+            }
+        }
+    }
+
+    /// Who is there.
+    pub fn identify(&mut self) -> Result<Identity> {
+        self.request(Request::Identify)
+    }
+    /// What the machine did so far.
+    pub fn stat(&mut self) -> Result<Stat> {
+        self.request(Request::Stat)
+    }
+
+    fn request<T: for<'a> Deserialize<'a>>(&mut self, request: Request) -> Result<T> {
+        let name = &self.name;
+        let lost = |e: std::io::Error| match e.kind() {
+            ErrorKind::WouldBlock => Error::new(format!("the VM '{name}' does not answer")).next("ask again later"),
+            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof => {
+                Error::new(format!("the VM '{name}' has closed the connection")).next("see whether it still runs")
+            }
+            _ => Error::new(format!("the connection to the VM '{name}' failed")).because(e),
+        };
+        let sent = self.stream.get_mut().write_all(request.line().as_bytes());
+        let mut line = Vec::new();
+        // A server that refuses the connection says why, whatever it was sent.
+        let read = (&mut self.stream).take(wire::MAX_RESPONSE as u64).read_until(b'\n', &mut line);
+        match (read, sent) {
+            (Ok(1..), _) if line.ends_with(b"\n") => {}
+            (Ok(_), Err(e)) | (Err(e), _) => return Err(lost(e)),
+            (Ok(_), Ok(())) => return Err(lost(ErrorKind::UnexpectedEof.into())),
+        }
+        match wire::parse_response(&line) {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(refusal)) => Err(Error::new(format!("the VM '{name}' says: {}", refusal.text))),
+            Err(why) => Err(Error::new(format!("the answer of the VM '{name}' cannot be understood: {why}"))
+                .next("use the same build of twinstep as the VM does")),
+        }
+    }
+}
