@@ -163,6 +163,15 @@ impl Cache {
     pub fn is_hot(&self, key: Key) -> bool {
         self.hot.contains(&key)
     }
+    /// How often the block with this key has run, as far as is known; `None`: often enough to be a trace.
+    pub fn runs(&self, key: Key, trace_after: u32, sites: &Sites) -> Option<u32> {
+        if self.hot.contains(&key) {
+            return None;
+        }
+        let Some(block) = self.find(key).map(|id| self.block(id)) else { return Some(0) };
+        let counts = block.second.is_none() && block.sites.1 > 0;
+        Some(if counts { trace_after.saturating_sub(sites.counter(block.sites.0)) } else { 0 })
+    }
     /// A block has run often: it is dropped, and will be a trace when it is translated again.
     pub fn heat(&mut self, id: u32) {
         self.hot.insert(self.blocks[id as usize].key);

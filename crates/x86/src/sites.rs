@@ -218,6 +218,10 @@ impl Sites {
     pub fn misses_left(&self, address: u64) -> u16 {
         self.at(address as u32).misses
     }
+    /// What the site at `address` counts, if it is used as a counter.
+    pub fn counter(&self, address: u32) -> u32 {
+        self.at(address).tag as u32
+    }
     /// Where the code that does the check of the site at `address` is.
     pub fn retry_of(&self, address: u32) -> u32 {
         self.at(address).retry

@@ -565,6 +565,11 @@ impl Core {
         let first_site = self.mmu.sites().next();
         let cache = &self.cache;
         let hot = max > SHORT_TRACE && !straddles && (self.trace_after == 0 || cache.is_hot(key));
+        let (trace_after, sites) = (self.trace_after, self.mmu.sites());
+        let runs = |rip: u64| {
+            let gpa = key.gpa & !(PAGE_SIZE - 1) | rip & (PAGE_SIZE - 1);
+            cache.runs(Key { gpa, rip, mode: key.mode }, trace_after, sites).unwrap_or(u32::MAX)
+        };
         let source = Source {
             bytes: if straddles {
                 &bytes.joined[..15]
@@ -586,6 +591,7 @@ impl Core {
             first_site,
             hot,
             trace_after: self.trace_after,
+            prefers: &|a, b| runs(a) > runs(b),
             restless: &|offset| cache.is_restless(key.gpa & !(PAGE_SIZE - 1) | offset as u64),
         };
         let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared);

@@ -129,6 +129,8 @@ pub struct Source<'a> {
     pub hot: bool,
     /// How often, then.
     pub trace_after: u32,
+    /// Whether one address of the page has run more often than another, as far as is known.
+    pub prefers: &'a dyn Fn(u64, u64) -> bool,
     /// Whether the instruction at an offset of the page accesses so many pages in turn that a site does not help.
     pub restless: &'a dyn Fn(u16) -> bool,
 }
