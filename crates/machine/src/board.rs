@@ -13,7 +13,7 @@ use crate::power::{Ending, Power};
 use crate::rtc::Rtc;
 use crate::serial::Serial;
 use crate::virtio::{Cx, Failure, Received};
-use twinstep_x86::{Bus, Position, UnknownMsr};
+use twinstep_x86::{Bus, Position, TscRate, UnknownMsr};
 
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const MSR_APIC_BASE: u32 = 0x1b;
@@ -276,6 +276,10 @@ impl Bus for Board {
 
     fn tsc(&mut self, position: Position) -> u64 {
         self.clock.ns_at(position)
+    }
+
+    fn tsc_rate(&self) -> Option<TscRate> {
+        Some(self.clock.rate())
     }
 
     fn rdmsr(&mut self, position: Position, msr: u32) -> Result<u64, UnknownMsr> {

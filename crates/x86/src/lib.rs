@@ -35,7 +35,7 @@ pub mod sys;
 mod translate;
 mod undefined;
 
-pub use bus::{Bus, UnknownMsr};
+pub use bus::{Bus, TscRate, UnknownMsr};
 pub use cache::{CacheStats, CodeNote};
 pub use engine::{Cpu, CpuConfig, CpuStats};
 pub use exception::{Exception, Vector};

@@ -5,7 +5,7 @@
 use super::Emit;
 use crate::PageFlags;
 use crate::mmu::first::{First, JUMP_ENTRIES, Jump, TLB_ENTRIES, TLB_FILLS, Tlb};
-use crate::mmu::groups::{Entry, FAR_JUMPS, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX};
+use crate::mmu::groups::{Entry, FAR_JUMPS, FAR_SHIFT, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX};
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
@@ -129,7 +129,7 @@ impl Emit {
                 dynasm!(self.ops ; .arch x64
                     ; user: ; test r11, r11 ; js =>miss
                     ; mov [spill0], rax
-                    ; mov r10d, r11d ; shr r10d, 6 ; mov eax, r11d ; and eax, 63 ; xor r10d, eax
+                    ; mov r10d, r11d ; shr r10d, FAR_SHIFT as i8 ; mov eax, r11d ; and eax, (1 << FAR_SHIFT) - 1 ; xor r10d, eax
                     ; and r10d, FAR_JUMPS as i32 - 1);
             } else {
                 dynasm!(self.ops ; .arch x64

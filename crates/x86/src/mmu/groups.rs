@@ -58,8 +58,12 @@ pub const LARGE_SHIFT: u32 = 21;
 pub const SMALL: [usize; 2] = [1024, 4096];
 /// Entries for large pages.
 pub const LARGE: [usize; 2] = [64, 256];
-/// Jumps in an element: groups of 64, one a page.
-pub const FAR_JUMPS: usize = 2048;
+/// Jumps in an element: groups of [`FAR_GROUP`], one a page; powers of two.
+pub const FAR_JUMPS: usize = 1 << 14;
+/// Jumps to one page that are kept.
+pub const FAR_GROUP: usize = 128;
+/// By how much an address is shifted so that what is left counts pieces of pages, a group of them a page.
+pub const FAR_SHIFT: u32 = 12 - FAR_GROUP.trailing_zeros();
 /// Jumps that are shared, into the upper half; a power of two.
 pub const UPPER_JUMPS: usize = 1 << 15;
 /// What an address of the upper half is multiplied by to find its jump.
@@ -234,9 +238,18 @@ impl Element {
         }
         self.second.clear();
     }
+    /// Empties the groups of pages into which jumps may have been published.
     fn clear_jumps(&mut self) {
-        for (i, jump) in self.far.iter_mut().enumerate() {
-            *jump = Jump::empty(i);
+        for (w, &word) in self.second.published.iter().enumerate() {
+            let mut left = word;
+            while left != 0 {
+                let page = w * 64 + left.trailing_zeros() as usize;
+                left &= left - 1;
+                let group = page * FAR_GROUP & (FAR_JUMPS - 1);
+                for (k, jump) in self.far[group..group + FAR_GROUP].iter_mut().enumerate() {
+                    *jump = Jump::empty(group + k);
+                }
+            }
         }
     }
 }
@@ -244,7 +257,7 @@ impl Element {
 /// Where the jump to `rip` is in an element.
 #[inline]
 fn far_index(rip: u64) -> usize {
-    ((rip >> 6) ^ (rip & 63)) as usize & (FAR_JUMPS - 1)
+    ((rip >> FAR_SHIFT) ^ (rip & ((1 << FAR_SHIFT) - 1))) as usize & (FAR_JUMPS - 1)
 }
 
 /// Where the jump to `rip` of the upper half is among those that are shared.
@@ -486,8 +499,8 @@ impl Groups {
             }
             let published = e.second.may_be_published(va, shift);
             if published && small {
-                let group = far_index(va & !(PAGE_SIZE - 1)) & !63;
-                for k in group..group + 64 {
+                let group = far_index(va & !(PAGE_SIZE - 1)) & !(FAR_GROUP - 1);
+                for k in group..group + FAR_GROUP {
                     if e.far[k].rip & !(PAGE_SIZE - 1) == va {
                         e.far[k] = Jump::empty(k);
                     }
