@@ -139,9 +139,12 @@ impl Emit {
                     ; shr r10d, 32 - UPPER_JUMPS.trailing_zeros() as i8);
             }
             dynasm!(self.ops ; .arch x64
-                ; shl r10d, 4 ; add r10, [far]
+                ; shl r10d, 4 ; mov eax, r10d ; add r10, [far]
+                // There or in the place beside it.
+                ; cmp [r10], r11 ; je >found
+                ; xor eax, size_of::<Jump>() as i32 ; add rax, [far] ; mov r10, rax
                 ; cmp [r10], r11 ; jne =>other
-                ; mov r10, [r10 + 8]
+                ; found: ; mov r10, [r10 + 8]
                 // Into the first level.
                 ; mov eax, r11d ; and eax, JUMP_ENTRIES as i32 - 1 ; shl eax, 4
                 ; mov [rax + jumps], r11 ; mov [rax + jumps + 8], r10
