@@ -15,7 +15,7 @@ use crate::serial::Serial;
 use crate::stats::DeviceStats;
 use crate::virtio::{Cx, Failure, Received};
 use std::sync::Arc;
-use twinstep_x86::{Activity, ActivityCell, Bus, Position, UnknownMsr};
+use twinstep_x86::{Activity, ActivityCell, Bus, Position, TscRate, UnknownMsr};
 
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const MSR_APIC_BASE: u32 = 0x1b;
@@ -340,6 +340,10 @@ impl Bus for Board {
 
     fn tsc(&mut self, position: Position) -> u64 {
         self.clock.ns_at(position)
+    }
+
+    fn tsc_rate(&self) -> Option<TscRate> {
+        Some(self.clock.rate())
     }
 
     fn rdmsr(&mut self, position: Position, msr: u32) -> Result<u64, UnknownMsr> {

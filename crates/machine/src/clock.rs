@@ -5,7 +5,7 @@
 //! least `t`; so a timer fires at a position that no slicing of the run can move.
 use crate::payload::{Payload, RestoreError};
 use minicbor::{Decode, Encode};
-use twinstep_x86::Position;
+use twinstep_x86::{Position, TscRate};
 
 /// Picoseconds an instruction lasts before the first clock input.
 const DEFAULT_RATE: u32 = 1000;
@@ -35,6 +35,11 @@ impl Clock {
         let instructions = position.saturating_sub(self.base_position);
         let ns = u128::from(instructions) * u128::from(self.picoseconds_per_instruction) / 1000;
         self.base_ns.saturating_add(u64::try_from(ns).unwrap_or(u64::MAX))
+    }
+
+    /// [`Clock::ns_at`] as a rule, until the next clock input.
+    pub(crate) fn rate(&self) -> TscRate {
+        TscRate { position: self.base_position, tsc: self.base_ns, thousandths: self.picoseconds_per_instruction.into() }
     }
 
     /// The first position at which guest time is at least `ns`, or `None` if no number of instructions gets there.

@@ -5,6 +5,17 @@ use crate::Position;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UnknownMsr;
 
+/// How the time-stamp counter counts: `tsc` at `position`, and for each instruction from there on `thousandths` more, rounded down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TscRate {
+    /// See above.
+    pub position: Position,
+    /// See above.
+    pub tsc: u64,
+    /// See above.
+    pub thousandths: u64,
+}
+
 /// The machine as the CPU sees it. Every call carries the position of the instruction that makes it, counted *before* it
 /// retires, so that a device can derive guest time from it. Implementations must be deterministic.
 pub trait Bus {
@@ -18,6 +29,10 @@ pub trait Bus {
     fn pio_write(&mut self, position: Position, port: u16, size: u8, value: u32);
     /// The time-stamp counter at `position`, before the guest's own offset. Never decreases with the position.
     fn tsc(&mut self, position: Position) -> u64;
+    /// [`Bus::tsc`] as a rule that holds until [`crate::Cpu::run`] comes back, if there is one.
+    fn tsc_rate(&self) -> Option<TscRate> {
+        None
+    }
     /// Reads a model-specific register that the CPU itself does not own (x2APIC, kvmclock, TSC deadline, ...).
     fn rdmsr(&mut self, position: Position, msr: u32) -> Result<u64, UnknownMsr>;
     /// Writes a model-specific register that the CPU itself does not own.

@@ -104,6 +104,8 @@ pub struct Cache {
     /// Blocks that ran often: they are translated as traces.
     hot: HashSet<Key, FixedHasher>,
     blocks: Vec<Block>,
+    /// Where each block begins, once more and close together, to be searched.
+    entries: Vec<u32>,
     links: Vec<LinkState>,
     /// Those that were linked to another page.
     far: Vec<u32>,
@@ -133,6 +135,7 @@ impl Cache {
             restless: HashSet::default(),
             hot: HashSet::default(),
             blocks: Vec::new(),
+            entries: Vec::new(),
             links: Vec::new(),
             far: Vec::new(),
             by_key: HashMap::default(),
@@ -205,7 +208,7 @@ impl Cache {
     }
     fn id_at(&self, pc: usize) -> Option<u32> {
         (pc < self.next)
-            .then(|| self.blocks.partition_point(|b| b.entry as usize <= pc).checked_sub(1))
+            .then(|| self.entries.partition_point(|&entry| entry as usize <= pc).checked_sub(1))
             .flatten()
             .map(|i| i as u32)
     }
@@ -250,6 +253,7 @@ impl Cache {
         }
         self.stats.blocks += 1;
         self.stats.instructions += t.points.len() as u64;
+        self.entries.push(t.entry);
         self.blocks.push(Block {
             key,
             entry: t.entry,
@@ -401,6 +405,7 @@ impl Cache {
         }
         self.stats.full_flushes += 1;
         self.blocks.clear();
+        self.entries.clear();
         self.links.clear();
         self.far.clear();
         self.by_key.clear();

@@ -2,6 +2,7 @@
 use crate::translate::Mode;
 use crate::{Features, sys};
 use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic};
+use std::sync::OnceLock;
 
 /// How an instruction is executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,26 @@ pub enum Unit {
 
 /// The unit an instruction belongs to.
 pub fn unit(insn: &Instruction) -> Unit {
+    kept(insn).0
+}
+
+/// What the code alone of an instruction says: its unit, and what `sys` needs of the FPU to execute it. Asked for at every turn, so the answers
+/// are kept.
+fn kept(insn: &Instruction) -> (Unit, Image) {
+    static KEPT: OnceLock<Box<[(Unit, Image)]>> = OnceLock::new();
+    let all = KEPT.get_or_init(|| {
+        Code::values()
+            .map(|code| {
+                let mut insn = Instruction::default();
+                insn.set_code(code);
+                (find_unit(&insn), find_image(&insn))
+            })
+            .collect()
+    });
+    all[insn.code() as usize]
+}
+
+fn find_unit(insn: &Instruction) -> Unit {
     use CpuidFeature::*;
     if matches!(
         insn.mnemonic(),
@@ -79,7 +100,11 @@ pub enum Image {
 
 /// What `sys` needs of the FPU to execute the instruction.
 pub fn image(insn: &Instruction) -> Image {
-    match unit(insn) {
+    kept(insn).1
+}
+
+fn find_image(insn: &Instruction) -> Image {
+    match find_unit(insn) {
         Unit::Avx => Image::Vectors,
         Unit::X87 | Unit::Sse => Image::All,
         Unit::Integer => {

@@ -79,6 +79,12 @@ pub struct Frame {
     pub jump_kinds: [u16; 4],
     /// Scratch of the shared routines.
     pub spill: [u64; 4],
+    /// For RDTSC: what the budget is taken from to give the instructions since the counter was `tsc`; 0 if nobody knows.
+    pub tsc_origin: u64,
+    /// See `tsc_origin`.
+    pub tsc: u64,
+    /// What each instruction adds to `tsc`, in thousandths.
+    pub tsc_thousandths: u64,
 }
 
 /// Values of [`Frame::exit`].
@@ -213,6 +219,15 @@ impl FrameAt {
     }
     pub fn spill(self, n: usize) -> i32 {
         field!(self.0, spill) + 8 * n as i32
+    }
+    pub fn tsc_origin(self) -> i32 {
+        field!(self.0, tsc_origin)
+    }
+    pub fn tsc(self) -> i32 {
+        field!(self.0, tsc)
+    }
+    pub fn tsc_thousandths(self) -> i32 {
+        field!(self.0, tsc_thousandths)
     }
     pub fn jumps(self, user: bool) -> i32 {
         field!(self.0, first.jumps) + (user as usize * JUMP_ENTRIES * size_of::<Jump>()) as i32

@@ -38,7 +38,7 @@ mod translate;
 mod undefined;
 
 pub use activity::{Activity, ActivityCell};
-pub use bus::{Bus, UnknownMsr};
+pub use bus::{Bus, TscRate, UnknownMsr};
 pub use cache::CodeNote;
 pub use engine::{Cpu, CpuConfig};
 pub use exception::{Exception, Vector};

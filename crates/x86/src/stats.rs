@@ -33,6 +33,8 @@ counters! {
         pub system_calls,
         /// Instructions that ran alone: faulting ones, accesses to devices and across pages, stores to watched pages, the last before a stop.
         pub alone,
+        /// Stores that a helper did, most of them to page tables.
+        pub helper_stores,
         /// Exceptions delivered to the guest, page faults among them.
         pub exceptions,
         /// Interrupts delivered to the guest.

@@ -466,7 +466,7 @@ fn fits_in_page(va: u64, len: usize) -> bool {
 }
 
 /// The hardware's number of a segment register; DS for everything else.
-fn segment_number(r: Register) -> usize {
+pub(crate) fn segment_number(r: Register) -> usize {
     match r {
         Register::ES => seg::ES,
         Register::CS => seg::CS,

@@ -5,7 +5,7 @@
 use super::Emit;
 use crate::PageFlags;
 use crate::mmu::first::{First, JUMP_ENTRIES, Jump, TLB_ENTRIES, TLB_FILLS, Tlb};
-use crate::mmu::groups::{Entry, FAR_JUMPS, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX};
+use crate::mmu::groups::{Entry, FAR_JUMPS, FAR_SHIFT, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX};
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
@@ -129,7 +129,7 @@ impl Emit {
                 dynasm!(self.ops ; .arch x64
                     ; user: ; test r11, r11 ; js =>miss
                     ; mov [spill0], rax
-                    ; mov r10d, r11d ; shr r10d, 6 ; mov eax, r11d ; and eax, 63 ; xor r10d, eax
+                    ; mov r10d, r11d ; shr r10d, FAR_SHIFT as i8 ; mov eax, r11d ; and eax, (1 << FAR_SHIFT) - 1 ; xor r10d, eax
                     ; and r10d, FAR_JUMPS as i32 - 1);
             } else {
                 dynasm!(self.ops ; .arch x64
@@ -139,9 +139,12 @@ impl Emit {
                     ; shr r10d, 32 - UPPER_JUMPS.trailing_zeros() as i8);
             }
             dynasm!(self.ops ; .arch x64
-                ; shl r10d, 4 ; add r10, [far]
+                ; shl r10d, 4 ; mov eax, r10d ; add r10, [far]
+                // There or in the place beside it.
+                ; cmp [r10], r11 ; je >found
+                ; xor eax, size_of::<Jump>() as i32 ; add rax, [far] ; mov r10, rax
                 ; cmp [r10], r11 ; jne =>other
-                ; mov r10, [r10 + 8]
+                ; found: ; mov r10, [r10 + 8]
                 // Into the first level.
                 ; mov eax, r11d ; and eax, JUMP_ENTRIES as i32 - 1 ; shl eax, 4
                 ; mov [rax + jumps], r11 ; mov [rax + jumps + 8], r10

@@ -5,7 +5,7 @@
 //! instruction at a time), and TF, RF and the interrupt shadow are clear, or it would not be running.
 use super::Emit;
 use crate::Segment;
-use crate::state::{CpuState, efer, rflags, seg};
+use crate::state::{CpuState, cr4, efer, rflags, seg};
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
@@ -68,6 +68,76 @@ impl Emit {
     pub fn swap_gs(&mut self) {
         let (base, other) = (self.at.seg_base(seg::GS), state!(self, kernel_gs_base));
         dynasm!(self.ops ; .arch x64 ; mov r10, [base] ; mov r11, [other] ; mov [base], r11 ; mov [other], r10);
+    }
+
+    /// RDTSC and (`aux`) RDTSCP of an instruction that has `unused` instructions of its block before it, itself included. Clobbers flags.
+    pub fn time_stamp(&mut self, unused: i32, user: bool, aux: bool, slow: DynamicLabel) {
+        let (origin, base, rate) = (self.at.tsc_origin(), self.at.tsc(), self.at.tsc_thousandths());
+        let (offset, control, tsc_aux) = (state!(self, tsc_offset), state!(self, cr4), state!(self, tsc_aux));
+        if user {
+            dynasm!(self.ops ; .arch x64 ; test DWORD [control], cr4::TSD as i32 ; jne =>slow);
+        }
+        // What is overwritten on the way to `slow` is what the instruction overwrites.
+        dynasm!(self.ops ; .arch x64
+            ; lea r10, [r15 + unused]
+            ; mov rax, [origin] ; sub rax, r10 ; jb =>slow
+            ; mul QWORD [rate]
+            ; mov r10d, 1000 ; cmp rdx, r10 ; jae =>slow
+            ; div r10
+            ; add rax, [base] ; jc =>slow
+            ; add rax, [offset]
+            ; mov rdx, rax ; shr rdx, 32 ; mov eax, eax);
+        if aux {
+            dynasm!(self.ops ; .arch x64 ; mov ecx, [tsc_aux]);
+        }
+    }
+    /// r11 = the selector of segment register `segment`. No flags.
+    pub fn selector(&mut self, segment: usize) {
+        let at = self.at.seg_base(segment) + offset_of!(Segment, selector) as i32 - offset_of!(Segment, base) as i32;
+        dynasm!(self.ops ; .arch x64 ; movzx r11d, WORD [at]);
+    }
+    /// Goes to `slow` unless a string instruction goes up and, with REP (`done`: where it goes on after no iteration), all of it lies in
+    /// one page for each of the registers. Clobbers r10 and flags.
+    pub fn string_fits(&mut self, registers: &[u8], size: usize, done: Option<DynamicLabel>, slow: DynamicLabel) {
+        let rflags = self.at.rflags();
+        dynasm!(self.ops ; .arch x64 ; test DWORD [rflags], rflags::DF as i32 ; jne =>slow);
+        let Some(done) = done else { return };
+        dynasm!(self.ops ; .arch x64 ; test rcx, rcx ; je =>done ; cmp rcx, 0x1000 / size as i32 ; ja =>slow);
+        for &r in registers {
+            dynasm!(self.ops ; .arch x64 ; mov r10d, Rd(r) ; and r10d, 0xfff);
+            match size {
+                1 => dynasm!(self.ops ; .arch x64 ; add r10d, ecx),
+                2 => dynasm!(self.ops ; .arch x64 ; lea r10d, [r10 + rcx * 2]),
+                4 => dynasm!(self.ops ; .arch x64 ; lea r10d, [r10 + rcx * 4]),
+                _ => dynasm!(self.ops ; .arch x64 ; lea r10d, [r10 + rcx * 8]),
+            }
+            dynasm!(self.ops ; .arch x64 ; cmp r10d, 0x1000 ; ja =>slow);
+        }
+    }
+    /// The instruction itself, on the host's addresses: RDI's is r10 more than the guest's, RSI's (`copy`) r11. Clobbers flags.
+    pub fn string(&mut self, size: usize, copy: bool, rep: bool) {
+        self.add_no_flags(7, 10);
+        if copy {
+            self.add_no_flags(6, 11);
+        }
+        if size == 2 {
+            self.ops.push(0x66);
+        }
+        if rep {
+            self.ops.push(0xf3);
+        }
+        if size == 8 {
+            self.ops.push(0x48);
+        }
+        self.ops.push(if copy { 0xa4 } else { 0xaa } | (size > 1) as u8);
+        self.take_off(7, 10);
+        if copy {
+            self.take_off(6, 11);
+        }
+    }
+    /// sub reg, other. Clobbers flags.
+    pub fn take_off(&mut self, reg: u8, other: u8) {
+        dynasm!(self.ops ; .arch x64 ; sub Rq(reg), Rq(other));
     }
 
     /// Loads CS and SS with flat segments at privilege level `dpl`; r10d is CS's selector, r11d SS's. Clobbers both and flags.

@@ -452,6 +452,7 @@ impl Core {
         self.limit = until;
         let budget = (until - self.position).min(i64::MAX as u64 / 2);
         self.limit = self.position + budget;
+        self.note_clock();
         let mut entry = self.cache.block(id).entry;
         let mut left = budget;
         loop {
@@ -515,6 +516,19 @@ impl Core {
                 }
                 _ => unreachable!("exit reason {reason}"),
             }
+        }
+    }
+
+    /// Lets translated code know how the time-stamp counter counts.
+    fn note_clock(&mut self) {
+        let rate = self.bus().tsc_rate();
+        // SAFETY: the frame is ours.
+        let frame = unsafe { &mut *self.frame };
+        frame.tsc_origin = 0;
+        if let Some(rate) = rate
+            && let Some(origin) = self.limit.checked_sub(rate.position)
+        {
+            (frame.tsc_origin, frame.tsc, frame.tsc_thousandths) = (origin, rate.tsc, rate.thousandths);
         }
     }
 

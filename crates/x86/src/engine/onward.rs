@@ -4,8 +4,12 @@
 //! Invariant: this is the loop's own order of things ([`Core::run_loop`]), for the cases in which none of its exits is due.
 use super::{Core, Stop};
 use crate::activity::Activity;
+use crate::cache::Key;
+use crate::mmu::Access;
 use crate::state::rflags;
 use crate::translate::Mode;
+use crate::{CpuState, PAGE_SIZE};
+use iced_x86::Code;
 
 /// How to go on.
 pub(super) enum Onward {
@@ -59,15 +63,45 @@ impl Core {
         Some(self.cache.block(to).entry)
     }
 
+    /// Does what a MOV that stores to `ea` does, if the instruction at RIP is one and there is RAM: in practice stores to page tables. `None`: somebody
+    /// else has to.
+    pub(super) fn plain_store(&mut self, ea: u64) -> Option<()> {
+        let mut mode = self.mode();
+        let (rip, gpa) = self.fetch(mode).ok()?;
+        mode.0 |= Mode::ALONE;
+        let (insn, _) = self.alone_block(Key { gpa, rip, mode }).ok()?;
+        let st = self.st();
+        let source = |st: &CpuState| st.gpr[insn.op1_register().number()];
+        let (value, size) = match insn.code() {
+            Code::Mov_rm64_r64 => (source(st), 8),
+            Code::Mov_rm64_imm32 => (insn.immediate32to64() as u64, 8),
+            Code::Mov_rm32_r32 => (source(st), 4),
+            _ => return None,
+        };
+        if !st.is_64_bit_code() || ea % PAGE_SIZE + size as u64 > PAGE_SIZE {
+            return None;
+        }
+        // SAFETY: the state is not part of the MMU.
+        let st = unsafe { &(*self.frame).st };
+        let to = self.mmu.fill(st, ea, Access::Write, st.cpl == 3).ok()?;
+        self.mmu.ram().page(to)?;
+        self.mmu.write_ram(to, &value.to_le_bytes()[..size]);
+        self.stats.engine.helper_stores += 1;
+        self.st().rip = insn.next_ip();
+        self.position += 1;
+        Some(())
+    }
+
     /// Runs the instruction at RIP alone, or delivers its exception, in the middle of a block that is left for good. The state is exact, the
     /// position too; the budget is made so.
-    pub(super) fn alone_and_on(&mut self) -> Onward {
+    /// If `stores`, it stores to this address and cannot in the block.
+    pub(super) fn alone_and_on(&mut self, stores: Option<u64>) -> Onward {
         // What is known of the block that is left counts as long as no code is translated.
         self.settle();
         let limit = self.limit;
         // SAFETY: the frame is ours; the code that called the helper is not entered again but by its `ret`.
         let host_rsp = unsafe { (*self.frame).host_rsp };
-        let done = match self.step_alone() {
+        let done = match stores.and_then(|ea| self.plain_store(ea)).map_or_else(|| self.step_alone(), Ok) {
             Ok(()) => true,
             // If its delivery ends in a shutdown, the loop finds the same.
             Err(Stop::Fault(e)) => self.deliver(e).is_ok(),

@@ -59,8 +59,12 @@ pub const LARGE_SHIFT: u32 = 21;
 pub const SMALL: [usize; 2] = [1024, 4096];
 /// Entries for large pages.
 pub const LARGE: [usize; 2] = [64, 256];
-/// Jumps in an element: groups of 64, one a page.
-pub const FAR_JUMPS: usize = 2048;
+/// Jumps in an element: groups of [`FAR_GROUP`], one a page; powers of two.
+pub const FAR_JUMPS: usize = 1 << 14;
+/// Jumps to one page that are kept.
+pub const FAR_GROUP: usize = 128;
+/// By how much an address is shifted so that what is left counts pieces of pages, a group of them a page.
+pub const FAR_SHIFT: u32 = 12 - FAR_GROUP.trailing_zeros();
 /// Jumps that are shared, into the upper half; a power of two.
 pub const UPPER_JUMPS: usize = 1 << 15;
 /// What an address of the upper half is multiplied by to find its jump.
@@ -226,7 +230,7 @@ struct Element {
 
 impl Element {
     fn new() -> Self {
-        let far = (0..FAR_JUMPS).map(Jump::empty).collect();
+        let far = vec![NOWHERE; FAR_JUMPS].into();
         Self { root: None, stamp: 0, second: Second::new(0), far, tables: Vec::new() }
     }
     fn clear(&mut self) {
@@ -235,17 +239,46 @@ impl Element {
         }
         self.second.clear();
     }
+    /// Empties the groups of pages into which jumps may have been published.
     fn clear_jumps(&mut self) {
-        for (i, jump) in self.far.iter_mut().enumerate() {
-            *jump = Jump::empty(i);
+        for (w, &word) in self.second.published.iter().enumerate() {
+            let mut left = word;
+            while left != 0 {
+                let page = w * 64 + left.trailing_zeros() as usize;
+                left &= left - 1;
+                let group = page * FAR_GROUP & (FAR_JUMPS - 1);
+                self.far[group..group + FAR_GROUP].fill(NOWHERE);
+            }
         }
+    }
+}
+
+/// No jump: an address that is not canonical.
+const NOWHERE: Jump = Jump { rip: 1 << 63, code: 0 };
+
+/// The jump to `rip`, whose place is `k`; it may be in the one beside it.
+#[inline]
+fn find_jump(jumps: &[Jump], k: usize, rip: u64) -> Option<usize> {
+    [k, k ^ 1].into_iter().find(|&k| jumps[k].rip == rip)
+}
+/// Puts a jump into its place. What was there moves to the one beside it.
+fn put_jump(jumps: &mut [Jump], k: usize, jump: Jump) {
+    let known = find_jump(jumps, k, jump.rip);
+    if known.is_none() {
+        jumps[k ^ 1] = jumps[k];
+    }
+    jumps[known.unwrap_or(k)] = jump;
+}
+fn drop_jump(jumps: &mut [Jump], k: usize, rip: u64) {
+    if let Some(k) = find_jump(jumps, k, rip) {
+        jumps[k] = NOWHERE;
     }
 }
 
 /// Where the jump to `rip` is in an element.
 #[inline]
 fn far_index(rip: u64) -> usize {
-    ((rip >> 6) ^ (rip & 63)) as usize & (FAR_JUMPS - 1)
+    ((rip >> FAR_SHIFT) ^ (rip & ((1 << FAR_SHIFT) - 1))) as usize & (FAR_JUMPS - 1)
 }
 
 /// Where the jump to `rip` of the upper half is among those that are shared.
@@ -283,7 +316,7 @@ impl Groups {
             elements: vec![Element::new()],
             current: 0,
             shared: Second::new(1),
-            upper: vec![Jump::empty(0); UPPER_JUMPS].into(),
+            upper: vec![NOWHERE; UPPER_JUMPS].into(),
             upper_roots: Vec::new(),
             limit,
             clock: 0,
@@ -414,8 +447,7 @@ impl Groups {
     fn wipe_upper(&mut self) {
         self.upper_forgotten = true;
         self.first().wipe_jumps(1);
-        // Jumps to the lower half are never looked for here.
-        self.upper.fill(Jump::empty(0));
+        self.upper.fill(NOWHERE);
     }
     /// Something of the upper half is cached that was walked through root entry `index`.
     pub(super) fn note_upper_root(&mut self, index: usize, value: u64) {
@@ -473,10 +505,10 @@ impl Groups {
             }
             let published = e.second.may_be_published(va, shift);
             if published && small {
-                let group = far_index(va & !(PAGE_SIZE - 1)) & !63;
-                for k in group..group + 64 {
+                let group = far_index(va & !(PAGE_SIZE - 1)) & !(FAR_GROUP - 1);
+                for k in group..group + FAR_GROUP {
                     if e.far[k].rip & !(PAGE_SIZE - 1) == va {
-                        e.far[k] = Jump::empty(k);
+                        e.far[k] = NOWHERE;
                     }
                 }
             } else if published {
@@ -507,11 +539,11 @@ impl Groups {
             }
         }
         if !user && half(rip) == 1 {
-            self.upper[upper_index(rip)] = Jump { rip, code };
+            put_jump(&mut self.upper, upper_index(rip), Jump { rip, code });
         }
         // A block across pages would have to be found by its second page, too.
         if user && half(rip) == 0 && second_page.is_none() {
-            self.elements[self.current].far[far_index(rip)] = Jump { rip, code };
+            put_jump(&mut self.elements[self.current].far, far_index(rip), Jump { rip, code });
         }
     }
     /// What jumps to `rip` find.
@@ -520,32 +552,23 @@ impl Groups {
         if near.rip == rip {
             return Some(near.code);
         }
-        let far = match (user, half(rip)) {
-            (true, 0) => self.elements[self.current].far[far_index(rip)],
-            (false, 1) => self.upper[upper_index(rip)],
+        let (jumps, k) = match (user, half(rip)) {
+            (true, 0) => (&self.elements[self.current].far, far_index(rip)),
+            (false, 1) => (&self.upper, upper_index(rip)),
             _ => return None,
         };
-        if far.rip != rip {
-            return None;
-        }
-        self.first().publish(rip, far.code, user);
-        Some(far.code)
+        let code = jumps[find_jump(jumps, k, rip)?].code;
+        self.first().publish(rip, code, user);
+        Some(code)
     }
     /// A block is gone.
     pub(super) fn forget_jump(&mut self, rip: u64, user: bool) {
         self.first().forget_jump(rip, user);
         if !user {
-            let i = upper_index(rip);
-            if self.upper[i].rip == rip {
-                self.upper[i] = Jump::empty(0);
-            }
-            return;
+            return drop_jump(&mut self.upper, upper_index(rip), rip);
         }
-        let k = far_index(rip);
         for e in &mut self.elements {
-            if e.far[k].rip == rip {
-                e.far[k] = Jump::empty(k);
-            }
+            drop_jump(&mut e.far, far_index(rip), rip);
         }
     }
     /// All blocks are gone.

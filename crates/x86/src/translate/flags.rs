@@ -601,7 +601,7 @@ impl Translator<'_> {
             self.flags = Flags { host, counted, ..self.flags };
             return true;
         }
-        let source = n.map_or(Source::Constant(insn.immediate(1) as i32), Source::Register);
+        let source = n.map_or_else(|| Source::Constant(insn.immediate(1) as i32), Source::Register);
         self.flags = Flags::made(Some(match m {
             Add | Sub => Recipe::KeptUndo { add: m == Add, slot, bytes, source },
             _ => Recipe::KeptResult { slot, bytes },

@@ -65,6 +65,7 @@ pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<St
                 let target = insn.near_branch_target();
                 // A branch of 16-bit operands cuts off the instruction pointer.
                 let inside = target >> 12 == page && insn.op0_kind() != OpKind::NearBranch16;
+                let fresh = !steps.iter().any(|s| s.insn.ip() == target);
                 if insn.is_jcc_short_or_near() {
                     let body = steps.len() as u32 / copies + 1;
                     if inside && target == src.rip && copies < COPIES && steps.len() as u32 + 1 + body <= src.max {
@@ -80,8 +81,7 @@ pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<St
                         (Follow::Through, Some(next))
                     }
                 } else if insn.is_jmp_short_or_near() || insn.is_call_near() {
-                    let fresh = inside && !steps.iter().any(|s| s.insn.ip() == target);
-                    if fresh { (Follow::Taken, Some(target)) } else { (Follow::No, None) }
+                    if inside && fresh { (Follow::Taken, Some(target)) } else { (Follow::No, None) }
                 } else {
                     (Follow::No, None)
                 }

@@ -1,7 +1,7 @@
 //! System instructions that blocks execute by themselves do what they do when they run alone: the same program in blocks of several sizes, and
 //! instruction by instruction with an interrupt shadow before each, which makes it run alone.
 use crate::world::{BLOCKS, CODE, World};
-use twinstep_x86::state::{cr0, gpr, rflags};
+use twinstep_x86::state::{cr0, cr4, gpr, rflags, seg};
 use twinstep_x86::{CpuState, Exit};
 
 /// A fixed sequence of numbers.
@@ -122,6 +122,57 @@ fn in_blocks_as_alone() {
                 }
                 assert_eq!(w.cpu.state(), alone.cpu.state(), "seed {seed}, blocks of {max}, position {}", w.cpu.position());
             }
+        }
+    }
+}
+
+/// The time-stamp counter and the selectors, read in blocks and alone; at user level as well, where CR4.TSD forbids it.
+#[test]
+fn reading_what_the_processor_knows() {
+    // rdtsc; mov [rbx], rax; mov [rbx+8], rdx; rdtscp; mov [rbx+16], rax; mov [rbx+24], rcx; mov r10, fs; mov [rbx+32], r10;
+    // mov r11d, ss; mov [rbx+40], r11; mov eax, es; mov [rbx+48], rax; add rbx, 56; dec ebp; jnz; hlt
+    let mut code =
+        vec![0x0f, 0x31, 0x48, 0x89, 0x03, 0x48, 0x89, 0x53, 8, 0x0f, 0x01, 0xf9, 0x48, 0x89, 0x43, 16, 0x48, 0x89, 0x4b, 24];
+    code.extend([
+        0x49, 0x8c, 0xe2, 0x4c, 0x89, 0x53, 32, 0x41, 0x8c, 0xd3, 0x4c, 0x89, 0x5b, 40, 0x8c, 0xc0, 0x48, 0x89, 0x43, 48,
+    ]);
+    code.extend([0x48, 0x83, 0xc3, 56, 0xff, 0xcd]);
+    let back = code.len() as u8 + 2;
+    code.extend([0x75, back.wrapping_neg(), 0xf4]);
+    for (user, forbidden, offset) in
+        [(false, false, 0), (false, true, 3), (true, false, u64::MAX - 20), (true, true, 0), (true, false, 1 << 40)]
+    {
+        let start = |max| {
+            World::new(max, &code).with(|st| {
+                st.gpr[gpr::RBP] = 9;
+                (st.tsc_offset, st.tsc_aux) = (offset, 0x1_0000_0007);
+                st.cr4 |= if forbidden { cr4::TSD } else { 0 };
+                st.seg[seg::FS].selector = 0xfff3;
+                if user {
+                    st.cpl = 3;
+                    for (s, dpl) in [(seg::CS, 3), (seg::SS, 3)] {
+                        st.seg[s].attributes |= dpl << 5;
+                        st.seg[s].selector |= 3;
+                    }
+                }
+            })
+        };
+        let mut alone = start(64);
+        while !alone.cpu.state().halted {
+            alone.change(|st| st.interrupt_shadow = true);
+            let next = alone.cpu.position() + 1;
+            alone.run(next);
+        }
+        assert_eq!(alone.reg(gpr::RBP), if user && forbidden { 9 } else { 0 });
+        for max in BLOCKS {
+            let mut w = start(max);
+            w.finish();
+            assert!(
+                w.everything() == alone.everything(),
+                "{user} {forbidden} {offset:x}, blocks of {max}:\n{:?}\n{:?}",
+                w.cpu.state(),
+                alone.cpu.state()
+            );
         }
     }
 }

@@ -1,5 +1,5 @@
 //! A machine with nothing in it.
-use twinstep_x86::{Bus, Position, UnknownMsr};
+use twinstep_x86::{Bus, Position, TscRate, UnknownMsr};
 
 /// Reads as all ones, ignores writes, never asks for attention.
 #[derive(Debug, Default)]
@@ -15,7 +15,10 @@ impl Bus for QuietBus {
     }
     fn pio_write(&mut self, _: Position, _: u16, _: u8, _: u32) {}
     fn tsc(&mut self, position: Position) -> u64 {
-        position
+        5 + position * 1234 / 1000
+    }
+    fn tsc_rate(&self) -> Option<TscRate> {
+        Some(TscRate { position: 0, tsc: 5, thousandths: 1234 })
     }
     fn rdmsr(&mut self, _: Position, _: u32) -> Result<u64, UnknownMsr> {
         Err(UnknownMsr)
