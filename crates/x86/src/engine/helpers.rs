@@ -72,7 +72,8 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
         core.position = core.limit - (*frame).budget;
     }
     core.join_flags();
-    let onward = core.alone_and_on(write.then_some(ea));
+    // A group's address is not the instruction's own.
+    let onward = core.alone_and_on((write && !group).then_some(ea));
     go_on(core, onward)
 }
 
