@@ -246,7 +246,7 @@ impl Element {
             while left != 0 {
                 let page = w * 64 + left.trailing_zeros() as usize;
                 left &= left - 1;
-                let group = page * FAR_GROUP & (FAR_JUMPS - 1);
+                let group = (page * FAR_GROUP) & (FAR_JUMPS - 1);
                 self.far[group..group + FAR_GROUP].fill(NOWHERE);
             }
         }
