@@ -1,7 +1,7 @@
 //! Near jumps, calls and returns, and how a block goes on to another one.
 //!
 //! **In:** a branch. **Out:** code that leaves to its target(s), or goes on with one of them: a jump that can be linked inside the page, the jump
-//! cache for other pages and for indirect targets. Invariant: wherever a block is left, the frame's copy of the flags is valid.
+//! cache for other pages and for indirect targets. Invariant: wherever a block is left, the frame's copy of the flags is valid, or owed ([`super::owed`]).
 use super::{Cold, Ea, Follow, Link, Mode, T0, Translator, full_number};
 use crate::emit::At;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};

@@ -9,7 +9,7 @@
 //! - *Alone*: one instruction, every access through a helper that can do everything; it leaves after it.
 //!
 //! Invariant: at every point where code can be left, general registers, flags, RIP and the number of retired instructions are exact, or
-//! can be made so from what is there ([`flags`]). At block borders the frame's copy of the flags is valid.
+//! can be made so from what is there ([`flags`]). At block borders the frame's copy of the flags is valid, or owed ([`owed`]).
 mod branch;
 mod flags;
 mod groups;

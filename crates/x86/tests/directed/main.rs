@@ -3,6 +3,7 @@
 #[path = "../silicon/bus.rs"]
 mod bus;
 mod code;
+mod groups;
 #[path = "../silicon/memory.rs"]
 mod memory;
 mod narrow;
