@@ -6,7 +6,7 @@ use crate::layout::{
 };
 use crate::native::Slot;
 use crate::operands::operand_size;
-use iced_x86::{Code, EncodingKind, Instruction};
+use iced_x86::{Code, EncodingKind, Instruction, Mnemonic};
 
 /// Where a program's addresses end on Linux.
 const USER_END: u64 = 0x7fff_ffff_f000;
@@ -65,8 +65,9 @@ fn value(name: &str, silicon: u64, engine: u64, out: &mut Vec<String>) {
 /// Compares how two runs ended.
 pub fn outcomes(case: &Case, program: &Program, silicon: &Outcome, engine: &Outcome, out: &mut Vec<String>) {
     let large = case.segments.narrow && faulting(case, program, silicon).is_some_and(|i| touches_in_any_order(i) > 16);
-    // Which of two operands is found wanting first is each silicon's own affair: Zen 3 checks both segments of CMPS before any page.
-    let two = faulting(case, program, silicon).is_some_and(|i| is_cmps(i.code()));
+    // Which of two operands, or of several elements, is found wanting first is each silicon's own affair: Zen 3 checks both segments of CMPS
+    // before any page, and finds pages of masked moves before segments.
+    let two = faulting(case, program, silicon).is_some_and(|i| is_cmps(i.code()) || is_masked(i.mnemonic()));
     if (large || two)
         && silicon.vector != engine.vector
         && [silicon, engine].iter().all(|o| matches!(o.vector, 12 | 13 | PAGE_FAULT))
@@ -141,6 +142,12 @@ fn is_repeated_comparison(instruction: &Instruction) -> bool {
             | C::Scasq_RAX_m64
     );
     compares && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+}
+
+/// Moves of those elements that a mask names.
+fn is_masked(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(mnemonic, M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq)
 }
 
 fn is_cmps(code: Code) -> bool {
