@@ -68,13 +68,17 @@ pub fn outcomes(case: &Case, program: &Program, silicon: &Outcome, engine: &Outc
     // Which of two operands, or of several elements, is found wanting first is each silicon's own affair: Zen 3 checks both segments of CMPS
     // before any page, and finds pages of masked moves before segments.
     let two = faulting(case, program, silicon).is_some_and(|i| is_cmps(i.code()) || is_masked(i.mnemonic()));
-    if (large || two)
+    // Part of the operand in the last page before addresses that are not canonical, which is not there, and part of it beyond.
+    let border = |o: &Outcome| o.vector == PAGE_FAULT && o.cr2 >> 12 == USER_END >> 12;
+    let edge = border(silicon) || border(engine);
+    if (large || two || edge)
         && silicon.vector != engine.vector
         && [silicon, engine].iter().all(|o| matches!(o.vector, 12 | 13 | PAGE_FAULT))
     {
         // Part of the operand is, or one of two operands is, beyond its segment, and part of it in a page that is not there.
     } else if silicon.vector != engine.vector {
-        out.push(format!("end: silicon {} engine {}", vector_name(silicon.vector), vector_name(engine.vector)));
+        let (a, b) = (vector_name(silicon.vector), vector_name(engine.vector));
+        out.push(format!("end: silicon {a} engine {b}, cr2 {:#x} {:#x}", silicon.cr2, engine.cr2));
     } else {
         let mut ignored = 0;
         if silicon.vector == PAGE_FAULT {
