@@ -71,11 +71,7 @@ pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<St
                     if inside && target == src.rip && copies < COPIES && steps.len() as u32 + 1 + body <= src.max {
                         copies += 1;
                         (Follow::Taken, Some(target))
-                    } else if inside
-                        && target != src.rip
-                        && more_often(src, target, next)
-                        && !steps.iter().any(|s| s.insn.ip() == target)
-                    {
+                    } else if inside && fresh && target != src.rip && more_often(src, target, next) {
                         (Follow::Taken, Some(target))
                     } else {
                         (Follow::Through, Some(next))
