@@ -49,16 +49,22 @@ struct Shared {
     sampler: Sampler,
     /// Woken once, at the end; never cleared.
     end: Wake,
-    _file: SocketFile,
 }
 
 /// The control socket of a VM, from the process's beginning to its end. Cheap to clone; the socket goes with the last clone.
 #[derive(Clone)]
 pub struct Control(Arc<Owner>);
 
-struct Owner(Arc<Shared>);
+/// What goes with the last clone, in this order: the file while somebody still listens, so that it can't be another process's by then, and then the
+/// threads. They are not waited for; a process that ends meanwhile leaves nothing behind.
+struct Owner {
+    _file: SocketFile,
+    end: End,
+}
 
-impl Drop for Owner {
+struct End(Arc<Shared>);
+
+impl Drop for End {
     fn drop(&mut self) {
         self.0.end.wake();
     }
@@ -81,26 +87,28 @@ impl Control {
             clients: AtomicUsize::new(0),
             sampler: Sampler::default(),
             end: Wake::new()?,
-            _file: file,
         });
         let accepting = shared.clone();
         std::thread::Builder::new()
             .name("control".into())
             .spawn(move || accepting.accept(&listener))
             .what("cannot start a thread")?;
-        Ok(Self(Arc::new(Owner(shared))))
+        Ok(Self(Arc::new(Owner { _file: file, end: End(shared) })))
+    }
+    fn shared(&self) -> &Shared {
+        &self.0.end.0
     }
     /// The VM's name.
     pub fn name(&self) -> &str {
-        &self.0.0.name
+        &self.shared().name
     }
     /// From now on this process is `side`, and `courier` brings questions to the machine's thread; false: that is gone.
     pub fn serve(&self, side: &str, courier: impl Fn(Ask) -> bool + Send + 'static) {
-        *self.0.0.desk() = Desk { side: side.into(), courier: Ok(Box::new(courier)) };
+        *self.shared().desk() = Desk { side: side.into(), courier: Ok(Box::new(courier)) };
     }
     /// From now on there is no machine to ask.
     pub fn no_machine(&self, why: &str) {
-        self.0.0.desk().courier = Err(why.into());
+        self.shared().desk().courier = Err(why.into());
     }
 }
 
@@ -304,16 +312,9 @@ mod tests {
 
         let socket = folder::socket_of(&place.folder, "db").unwrap();
         drop(place.control);
+        assert!(!socket.exists(), "the file goes at once");
         let gone = client.identify().unwrap_err().to_string();
         assert!(gone.contains("closed"), "{gone}");
-        drop(client);
-        for _ in 0..5000 {
-            if !socket.exists() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        panic!("the socket's file stays");
     }
 
     #[test]
