@@ -227,7 +227,7 @@ impl Cache {
 
     /// Adds a block translated for [`Cache::next_place`]. `pages` are the RAM pages its bytes come from.
     /// `first_site` is the host address of its first site.
-    pub fn add(&mut self, key: Key, t: Translation, first_site: u32, second: Option<u64>, pages: &[usize]) -> u32 {
+    pub fn add(&mut self, key: Key, t: &Translation, first_site: u32, second: Option<u64>, pages: &[usize]) -> u32 {
         assert!(t.code.len() <= self.middle - self.next, "block of {} bytes overruns the cache", t.code.len());
         assert!(t.cold.len() <= self.end - self.next_cold, "block of {} cold bytes overruns the cache", t.cold.len());
         let id = self.blocks.len() as u32;
@@ -258,8 +258,8 @@ impl Cache {
             key,
             entry: t.entry,
             published: t.published,
-            points: t.points.into(),
-            sys: t.sys.into(),
+            points: t.points.as_slice().into(),
+            sys: t.sys.as_slice().into(),
             second,
             guest: t.guest,
             takes: t.takes,

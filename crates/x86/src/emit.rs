@@ -27,7 +27,7 @@ pub struct Shared {
     pub leave_lookup: i32,
     /// Goes on at the guest address in r11, which the jump cache does not know.
     pub lookup: i32,
-    /// Calls the memory helper of multi-instruction blocks, then jumps to `ret`, or leaves.
+    /// Calls the memory helper of multi-instruction blocks with the argument in the upper half of r10, then jumps to the lower half, or leaves.
     pub mem: i32,
     /// Calls the memory helper of single-instruction blocks.
     pub mem_alone: i32,
@@ -105,7 +105,8 @@ fn is_imm32(v: u64) -> bool {
 impl Emit {
     /// Starts a piece of code at host address `base`.
     pub fn new(base: usize, at: FrameAt, user: bool, shared: Shared) -> Self {
-        Self { ops: VecAssembler::new(base), encoder: Encoder::new(64), at, base, user, shared, avx: false }
+        // Nothing here refers to addresses outside of the piece, so the assembler need not know where it is.
+        Self { ops: VecAssembler::new(0), encoder: Encoder::new(64), at, base, user, shared, avx: false }
     }
     /// Bytes so far.
     pub fn offset(&self) -> usize {
@@ -138,20 +139,36 @@ impl Emit {
         self.jmp(label);
     }
 
-    /// The finished bytes.
-    pub fn finish(self) -> Vec<u8> {
-        self.ops.finalize().expect("labels are used inside a sequence only")
+    /// Begins another piece of code, at host address `base`. Cheaper than a new one.
+    ///
+    /// # Panics
+    /// If there is code that was not taken.
+    pub fn restart(&mut self, base: usize, user: bool) {
+        assert_eq!(self.offset(), 0, "code was emitted and not taken");
+        self.base = base;
+        self.user = user;
+    }
+    /// Appends the finished bytes to `to`. Nothing is left here.
+    pub fn take(&mut self, to: &mut Vec<u8>) {
+        to.extend(self.ops.drain().expect("labels are used inside a sequence only"));
     }
 
     /// Encodes an instruction that has no branch target and no RIP-relative operand.
     /// Returns false if it cannot be encoded.
     pub fn raw(&mut self, insn: &Instruction) -> bool {
         let ok = self.encoder.encode(insn, self.here() as u64).is_ok();
-        let bytes = self.encoder.take_buffer();
+        let mut bytes = self.encoder.take_buffer();
         if ok {
             self.ops.extend(bytes.iter());
         }
+        // The same memory for the next one.
+        bytes.clear();
+        self.encoder.set_buffer(bytes);
         ok
+    }
+    /// Emits an instruction that needs no rewriting as it is.
+    pub fn copy(&mut self, bytes: &[u8]) {
+        self.ops.extend(bytes.iter());
     }
 
     /// jmp to an absolute host address.
@@ -379,10 +396,10 @@ impl Emit {
         let (owed, back) = (self.at.owed(), self.at.owed_return());
         // Load, test, skip, store and jump are 8 + 3 + 2 + 12 + 3 bytes.
         let resume = self.here() as i32 + 28;
+        // The jump goes over store and jump. (Labels cost more than all the rest.)
         dynasm!(self.ops ; .arch x64
-            ; mov r11, [owed] ; test r11, r11 ; je BYTE >none
-            ; mov QWORD [back], resume ; jmp r11
-            ; none:);
+            ; mov r11, [owed] ; test r11, r11 ; .bytes [0x74, 15]
+            ; mov QWORD [back], resume ; jmp r11);
         assert_eq!(self.here() as i32, resume);
     }
     /// Returns the place of the jump to be made if flags are owed. Clobbers flags.
@@ -423,11 +440,11 @@ impl Emit {
         }
     }
 
-    /// Calls a helper (a field of [`Shared`]); execution goes on at host address `resume` unless it leaves. Clobbers r10.
-    pub fn call_helper(&mut self, helper: i32, arg: i32, resume: i32) {
-        let (ret, argument) = (self.at.ret(), self.at.arg());
-        dynasm!(self.ops ; .arch x64 ; mov QWORD [argument], arg ; mov QWORD [ret], resume);
-        self.jmp_abs(helper);
+    /// Calls the memory helper for the address in r11; execution goes on at host address `resume` unless it leaves. Clobbers r10.
+    pub fn call_mem(&mut self, arg: i32, resume: i32) {
+        let both = u64::from(arg as u32) << 32 | u64::from(resume as u32);
+        dynasm!(self.ops ; .arch x64 ; mov r10, QWORD both as i64);
+        self.jmp_abs(self.shared.mem);
     }
     /// Calls a helper and goes on behind the call.
     pub fn call_helper_here(&mut self, helper: i32, arg: i32) {
@@ -455,7 +472,11 @@ impl Emit {
     pub fn jump_cache_to(&mut self, target: u64) {
         let entry = self.at.jumps(self.user) + ((target as usize & (crate::frame::JUMP_ENTRIES - 1)) << 4) as i32;
         self.imm(11, target);
-        dynasm!(self.ops ; .arch x64 ; cmp [entry], r11 ; jne >miss ; jmp QWORD [entry + 8] ; miss:);
+        // jne over the jump of 7 bytes.
+        dynasm!(self.ops ; .arch x64 ; cmp [entry], r11 ; .bytes [0x75, 7]);
+        let before = self.offset();
+        dynasm!(self.ops ; .arch x64 ; jmp QWORD [entry + 8]);
+        assert_eq!(self.offset() - before, 7);
         self.jmp_abs(self.shared.lookup);
     }
     /// Goes on at the guest address in r11, which a guest computed, through the jump cache; what is owed is noted. Clobbers flags. Whoever finds that no code can be there is told whence it came: the block, and by
@@ -474,9 +495,11 @@ impl Emit {
             ; shl r10d, 4
             ; and r10d, mask
             ; cmp [r10 + jumps], r11
-            ; jne BYTE >miss
-            ; jmp QWORD [r10 + jumps + 8]
-            ; miss:);
+            // Over the jump of 7 bytes.
+            ; .bytes [0x75, 7]);
+        let before = self.offset();
+        dynasm!(self.ops ; .arch x64 ; jmp QWORD [r10 + jumps + 8]);
+        assert_eq!(self.offset() - before, 7);
     }
     /// Leaves at the guest address in r11.
     pub fn leave_lookup(&mut self) {
@@ -624,6 +647,9 @@ impl Emit {
         };
         let store_ea = |emit: &mut Self| emit.store_word(at.ea(), 11);
         shared.mem = self.here() as i32;
+        let (ret, argument) = (at.ret(), at.arg());
+        // The upper half of `ret` is always 0.
+        dynasm!(self.ops ; .arch x64 ; mov [ret], r10d ; shr r10, 32 ; mov [argument], r10);
         store_ea(&mut self);
         let slow = self.label();
         self.second_level(slow);
@@ -639,6 +665,8 @@ impl Emit {
             shared.sites[Shared::site(user, write, constant)] = self.here() as i32;
             self.site_routine(user, write, constant);
         }
-        (self.finish(), shared)
+        let mut code = Vec::new();
+        self.take(&mut code);
+        (code, shared)
     }
 }

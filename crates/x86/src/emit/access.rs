@@ -117,10 +117,10 @@ impl Emit {
         dynasm!(self.ops ; .arch x64 ; mov QWORD [slot], site);
         self.jmp_abs(self.shared.sites[Shared::site(self.user, write, constant)]);
     }
-    /// The helper about to be called looks at this site (0: none).
-    pub fn note_site(&mut self, site: i32) {
-        let slot = self.at.site();
-        dynasm!(self.ops ; .arch x64 ; mov QWORD [slot], site);
+    /// r11 = the address again, after a check by the soft TLB that failed ([`Emit::tlb_check`]).
+    pub fn unchecked(&mut self, write: bool) {
+        let tags = if write { self.at.tlb_write(self.user) } else { self.at.tlb_read(self.user) };
+        dynasm!(self.ops ; .arch x64 ; xor r11, [r10 * 8 + tags]);
     }
 
     /// The `bytes` bytes there = from.

@@ -27,7 +27,7 @@ use crate::sites::Sites;
 use crate::state::{cr4, gpr, rflags};
 use crate::stats::{CpuGauges, CpuStats};
 use crate::sys::{self, Cx, Delivery, Flow};
-use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, translate};
+use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, Workshop, translate};
 use crate::{Bus, CpuModel, CpuState, Exception, Exit, Features, PAGE_SIZE, PageFlags, PhysMem, Position};
 use alone::{ALONE_KEPT, Alone};
 use fetch::Bytes;
@@ -187,6 +187,7 @@ pub struct Core {
     mmu: Mmu,
     cache: Cache,
     shared: Shared,
+    workshop: Workshop,
     model: CpuModel,
     /// The model has AVX.
     avx: bool,
@@ -248,6 +249,7 @@ impl Core {
                 mmu: Mmu::new(ram, &raw mut (*frame).first, config.cache_groups),
                 cache: Cache::new(start + SHARED_BYTES, start + len),
                 shared,
+                workshop: Workshop::new(FrameAt(frame as usize as i32), shared),
                 model: config.model,
                 avx,
                 max: config.max_block_instructions.clamp(1, MAX_TRACE),
@@ -619,20 +621,21 @@ impl Core {
             },
             restless: &|offset| cache.is_restless(key.gpa & !(PAGE_SIZE - 1) | offset as u64),
         };
-        let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared);
+        let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared, &mut self.workshop);
         for &site in &translation.sites {
             self.mmu.sites().add(site);
         }
-        let mut pages = vec![bytes.page];
-        pages.extend(bytes.second_page);
-        for &page in &pages {
+        let both = [bytes.page, bytes.second_page.unwrap_or_default()];
+        let pages = &both[..1 + bytes.second_page.is_some() as usize];
+        for &page in pages {
             if flags.get(page) & PageFlags::CODE == 0 {
                 flags.set(page, PageFlags::CODE);
                 self.mmu.forbid_writes(page);
             }
         }
         self.cache.stats.traces += u64::from(hot);
-        let id = self.cache.add(key, translation, first_site, bytes.second, &pages);
+        let id = self.cache.add(key, &translation, first_site, bytes.second, pages);
+        self.workshop.recycle(translation);
         self.activity.set(before);
         id
     }

@@ -132,6 +132,10 @@ impl Flags {
     pub(super) fn in_frame(&self) -> bool {
         self.frame && self.counted.is_none()
     }
+    /// Whether the frame has them for whoever leaves here.
+    pub(super) fn settled(&self) -> bool {
+        self.in_frame() && !self.owed
+    }
     /// Whether they can be had without the host's.
     fn can_be_made(&self) -> bool {
         self.frame || self.recipe.is_some()
@@ -386,7 +390,7 @@ impl Translator<'_> {
     }
     /// Before the silicon executes an instruction, after its address was checked: readers get their flags, and flags that would be lost
     /// are made. Clobbers r11.
-    pub(super) fn flags_before(&mut self, insn: &Instruction, effect: Effect, written: u16) {
+    pub(super) fn flags_before(&mut self, insn: &Instruction, effect: Effect) {
         let read = insn.rflags_read() & STATUS;
         let partial = effect == Effect::Partial && self.live_after();
         if only_carry_matters(insn, read, effect) {
@@ -397,7 +401,9 @@ impl Translator<'_> {
         } else if read != 0 {
             self.need(read);
         }
-        if effect != Effect::Full {
+        // What an instruction writes is dear to know; without recipes nobody wants to.
+        if effect != Effect::Full && (self.flags.recipe.is_some() || self.flags.counted.is_some()) {
+            let written = self.written(insn);
             self.protect(written);
         }
     }
@@ -624,22 +630,19 @@ impl Translator<'_> {
 }
 
 /// For each instruction of a trace: whether its flags, if it sets any, are clobbered by a check before they are overwritten or saved for good.
-pub(super) fn clobbered(steps: impl DoubleEndedIterator<Item = Next>) -> Vec<bool> {
+pub(super) fn clobbered(all: &mut Vec<bool>, steps: impl DoubleEndedIterator<Item = Next>) {
     let mut after = false;
-    let mut all: Vec<bool> = steps
-        .rev()
-        .map(|next| {
-            let here = after;
-            after = match next {
-                Next::Check => true,
-                Next::Ends => false,
-                Next::Passes => after,
-            };
-            here
-        })
-        .collect();
+    all.clear();
+    all.extend(steps.rev().map(|next| {
+        let here = after;
+        after = match next {
+            Next::Check => true,
+            Next::Ends => false,
+            Next::Passes => after,
+        };
+        here
+    }));
     all.reverse();
-    all
 }
 
 /// What an instruction means for flags that were set before it.
@@ -735,16 +738,13 @@ fn only_carry_matters(insn: &Instruction, read: u32, effect: Effect) -> bool {
 
 /// For each instruction of a trace: whether the flags after it can be seen before they are all overwritten. `leaves` says that the
 /// instruction can leave the trace, or is an exit.
-pub(super) fn liveness(steps: impl DoubleEndedIterator<Item = (bool, bool, Effect)>) -> Vec<bool> {
+pub(super) fn liveness(after: &mut Vec<bool>, steps: impl DoubleEndedIterator<Item = (bool, bool, Effect)>) {
     let mut live = true;
-    let mut after: Vec<bool> = steps
-        .rev()
-        .map(|(leaves, reads, effect)| {
-            let here = live;
-            live = leaves || reads || effect != Effect::Full && live;
-            here
-        })
-        .collect();
+    after.clear();
+    after.extend(steps.rev().map(|(leaves, reads, effect)| {
+        let here = live;
+        live = leaves || reads || effect != Effect::Full && live;
+        here
+    }));
     after.reverse();
-    after
 }

@@ -271,9 +271,14 @@ impl Groups {
         Plan::Check(Cover { start: disp - (start - from), size: (to - from) as usize, write: writes, many })
     }
     /// For each instruction of a trace whether all it accesses is covered by checks before it. `restless`: it has no site.
-    pub(super) fn quiet(&self, steps: &[Step], restless: &dyn Fn(&Step) -> bool, info: &mut InstructionInfoFactory) -> Vec<bool> {
+    pub(super) fn quiet(
+        &self,
+        steps: &[Step],
+        restless: &dyn Fn(&Step) -> bool,
+        info: &mut InstructionInfoFactory,
+        quiet: &mut Vec<bool>,
+    ) {
         let mut trial = Self { accesses: self.accesses.clone(), now: self.now.clone(), checked: Vec::new() };
-        let mut quiet = Vec::with_capacity(steps.len());
         for (k, step) in steps.iter().enumerate() {
             let (from, to) = (self.accesses.partition_point(|a| a.step < k), self.accesses.partition_point(|a| a.step <= k));
             // What the engine does of system instructions is its own affair.
@@ -296,7 +301,6 @@ impl Groups {
             quiet.push(all);
             trial.step(step, info);
         }
-        quiet
     }
     /// That check is made, with its addend in `site`. Registers are as they were in `plan`.
     pub(super) fn check(&mut self, register: u8, cover: Cover, site: i32) {

@@ -37,6 +37,7 @@ impl Translator<'_> {
             }
             _ => {}
         }
+        let verbatim = !insn.has_lock_prefix() && !insn.has_rep_prefix() && !insn.has_repne_prefix();
         let mut insn = *insn;
         // Nothing else writes guest memory meanwhile, and the prefixes that older hardware ignores must not mean
         // something newer to this host.
@@ -45,7 +46,7 @@ impl Translator<'_> {
         insn.set_has_repne_prefix(false);
         match (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory) {
             Some(_) => self.with_memory(&insn),
-            None => self.registers_only(&insn),
+            None => self.registers_only(&insn, verbatim),
         }
     }
 
@@ -63,6 +64,10 @@ impl Translator<'_> {
     /// Guest registers in the frame that the explicit operands name: (number, must be loaded, must be stored).
     pub(super) fn spilled(&mut self, insn: &Instruction) -> Vec<(u8, bool, bool)> {
         let mut found: Vec<(u8, bool, bool)> = Vec::new();
+        let named = |i| insn.op_kind(i) == OpKind::Register && full_number(insn.op_register(i)).is_some_and(in_frame);
+        if !(0..insn.op_count()).any(named) {
+            return found;
+        }
         let info = self.info.info(insn);
         for i in 0..insn.op_count() {
             if insn.op_kind(i) != OpKind::Register {
@@ -93,7 +98,8 @@ impl Translator<'_> {
         }
     }
 
-    pub(super) fn registers_only(&mut self, insn: &Instruction) {
+    /// `verbatim`: the guest's own bytes mean the same to the host, unless they name a register that lives elsewhere.
+    pub(super) fn registers_only(&mut self, insn: &Instruction, verbatim: bool) {
         if self.count(insn) {
             return;
         }
@@ -120,8 +126,8 @@ impl Translator<'_> {
         if can_fault(insn) {
             self.note_flags();
         }
-        let (effect, written) = (effect(insn, &self.silicon), self.written(insn));
-        self.flags_before(insn, effect, written);
+        let effect = effect(insn, &self.silicon);
+        self.flags_before(insn, effect);
         let kept = self.keep_old(insn, effect);
         for (i, &(n, loads, _)) in spilled.iter().enumerate() {
             if loads {
@@ -134,8 +140,12 @@ impl Translator<'_> {
                 Self::rename(&mut out, n, hosts[i]);
             }
         }
-        let ok = self.emit.raw(&out);
-        assert!(ok, "cannot encode {out:?}");
+        if verbatim && spilled.is_empty() {
+            self.emit.copy(self.src.bytes_of(insn));
+        } else {
+            let ok = self.emit.raw(&out);
+            assert!(ok, "cannot encode {out:?}");
+        }
         for (i, &(n, _, stores)) in spilled.iter().enumerate() {
             if stores {
                 self.emit.store(n as usize, hosts[i]);
@@ -151,7 +161,8 @@ impl Translator<'_> {
         let op = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory).expect("caller saw one");
         let access = self.info.info(insn).op_access(op);
         let write = writes(access);
-        if !write && self.spilled(insn).len() > 1 {
+        let spilled = self.spilled(insn);
+        if !write && spilled.len() > 1 {
             return self.through_frame(insn);
         }
         let size = insn.memory_size().size();
@@ -160,7 +171,6 @@ impl Translator<'_> {
         let mut out = *insn;
         Self::plain_code(&mut out);
 
-        let spilled = self.spilled(insn);
         let high = (0..insn.op_count())
             .filter(|&i| insn.op_kind(i) == OpKind::Register)
             .map(|i| insn.op_register(i))
@@ -175,8 +185,8 @@ impl Translator<'_> {
             return;
         }
         let data = T0;
-        let (effect, written) = (effect(insn, &self.silicon), self.written(insn));
-        self.flags_before(insn, effect, written);
+        let effect = effect(insn, &self.silicon);
+        self.flags_before(insn, effect);
         if let Some(&(n, loads, _)) = spilled.first() {
             if loads {
                 self.emit.load(data, n as usize);

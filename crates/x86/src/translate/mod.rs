@@ -88,6 +88,7 @@ pub struct Link {
 }
 
 /// A translated block.
+#[derive(Default)]
 pub struct Translation {
     /// Host code that is likely to run, for [`Source::host`].
     pub code: Vec<u8>,
@@ -145,6 +146,15 @@ pub struct Source<'a> {
     pub restless: &'a dyn Fn(u16) -> bool,
     /// How often the block at an offset of the page has run, as far as is known.
     pub runs: &'a dyn Fn(u16) -> u64,
+}
+
+impl Source<'_> {
+    /// The bytes of an instruction of the block.
+    fn bytes_of(&self, insn: &Instruction) -> &[u8] {
+        let single = self.straddles || self.mode.has(Mode::ALONE);
+        let from = if single { 0 } else { (insn.ip() & 0xfff) as usize };
+        &self.bytes[from..from + insn.len()]
+    }
 }
 
 /// Instructions in a trace at most.
@@ -221,33 +231,79 @@ enum Cold {
     Owed { from: usize, back: usize },
 }
 
+/// What one translation leaves to the next: memory, and nothing else.
+pub struct Workshop {
+    hot: Emit,
+    cold: Emit,
+    info: InstructionInfoFactory,
+    apart: Vec<Cold>,
+    steps: Vec<Step>,
+    live: Vec<bool>,
+    clobbered: Vec<bool>,
+    quiet: Vec<bool>,
+    done: Translation,
+}
+
+impl Workshop {
+    /// Takes back what a translation was made of.
+    pub fn recycle(&mut self, mut done: Translation) {
+        done.code.clear();
+        done.cold.clear();
+        done.sites.clear();
+        done.points.clear();
+        done.sys.clear();
+        done.links.clear();
+        self.done = done;
+    }
+    /// For code that uses this frame and these routines.
+    pub fn new(at: FrameAt, shared: Shared) -> Self {
+        let emit = || Emit::new(0, at, false, shared);
+        Self {
+            hot: emit(),
+            cold: emit(),
+            info: InstructionInfoFactory::new(),
+            apart: Vec::new(),
+            steps: Vec::new(),
+            live: Vec::new(),
+            clobbered: Vec::new(),
+            quiet: Vec::new(),
+            done: Translation::default(),
+        }
+    }
+}
+
 struct Translator<'a> {
     src: &'a Source<'a>,
-    emit: Emit,
+    /// Where code goes: at first what is likely to run, then the rest.
+    emit: &'a mut Emit,
+    /// The other one.
+    apart: &'a mut Emit,
     at: FrameAt,
     shared: Shared,
     silicon: Independent,
     flags: Flags,
-    info: InstructionInfoFactory,
+    info: &'a mut InstructionInfoFactory,
     points: Vec<Point>,
     sys: Vec<(u16, Instruction)>,
     links: Vec<Link>,
     sites: Vec<Site>,
-    cold: Vec<Cold>,
+    cold: &'a mut Vec<Cold>,
+    /// Memory for code.
+    buffers: (Vec<u8>, Vec<u8>),
     /// Instructions in the trace.
     len: usize,
     /// The instruction being translated.
     current: usize,
     /// For each instruction, whether the flags after it can be seen.
-    live: Vec<bool>,
+    live: &'a mut Vec<bool>,
     /// For each instruction, whether a check will clobber its flags ([`flags::clobbered`]).
-    clobbered: Vec<bool>,
+    clobbered: &'a mut Vec<bool>,
     /// The word of the frame that an operand was kept in last.
     slot: usize,
     /// Accesses that share checks.
     groups: Groups,
     /// For each instruction, whether all it accesses was checked before.
-    quiet: Vec<bool>,
+    quiet: &'a mut Vec<bool>,
     /// See [`Translation`].
     entry: usize,
     published: usize,
@@ -314,32 +370,39 @@ fn can_fault(insn: &Instruction) -> bool {
 }
 
 /// Translates one block.
-pub fn translate(src: &Source, at: FrameAt, shared: Shared) -> Translation {
+pub fn translate(src: &Source, at: FrameAt, shared: Shared, workshop: &mut Workshop) -> Translation {
+    workshop.hot.restart(src.host, src.mode.has(Mode::USER));
+    workshop.cold.restart(src.cold, src.mode.has(Mode::USER));
+    workshop.apart.clear();
+    workshop.steps.clear();
+    let done = std::mem::take(&mut workshop.done);
     let t = Translator {
         src,
-        emit: Emit::new(src.host, at, src.mode.has(Mode::USER), shared),
+        emit: &mut workshop.hot,
+        apart: &mut workshop.cold,
         at,
         shared,
         silicon: independent(),
         flags: Flags::FRAME,
-        info: InstructionInfoFactory::new(),
-        points: Vec::new(),
-        sys: Vec::new(),
-        links: Vec::new(),
-        sites: Vec::new(),
-        cold: Vec::new(),
+        info: &mut workshop.info,
+        points: done.points,
+        sys: done.sys,
+        links: done.links,
+        sites: done.sites,
+        buffers: (done.code, done.cold),
+        cold: &mut workshop.apart,
         len: 0,
         current: 0,
-        live: Vec::new(),
-        clobbered: Vec::new(),
+        live: &mut workshop.live,
+        clobbered: &mut workshop.clobbered,
         slot: 0,
         groups: Groups::none(),
-        quiet: Vec::new(),
+        quiet: &mut workshop.quiet,
         entry: src.host,
         published: src.host,
         takes: None,
     };
-    t.block()
+    t.block(&mut workshop.steps)
 }
 
 impl Translator<'_> {
@@ -357,33 +420,37 @@ impl Translator<'_> {
         address
     }
 
-    fn block(mut self) -> Translation {
+    fn block(mut self, steps: &mut Vec<Step>) -> Translation {
         // Collect first: the budget is paid for all at entry.
-        let (steps, next) = gather(self.src, &mut self.info);
+        let next = gather(self.src, steps, self.info);
+        let steps = &steps[..];
         self.len = steps.len();
-        if self.src.hot && !self.alone() && !self.code_32() {
-            self.groups = Groups::new(&steps, &mut self.info);
+        let grouped = self.src.hot && !self.alone() && !self.code_32();
+        self.quiet.clear();
+        if grouped {
+            self.groups = Groups::new(steps, self.info);
             let restless = |step: &Step| (self.src.restless)((step.insn.ip() & 0xfff) as u16);
-            self.quiet = self.groups.quiet(&steps, &restless, &mut self.info);
+            self.groups.quiet(steps, &restless, self.info, self.quiet);
         } else {
-            self.quiet = vec![false; steps.len()];
+            self.quiet.resize(steps.len(), false);
         }
-        let quiet = std::mem::take(&mut self.quiet);
-        self.live = liveness(steps.iter().zip(&quiet).map(|(s, &quiet)| {
+        let quiet = &*self.quiet;
+        let of = steps.iter().zip(quiet).map(|(s, &quiet)| {
             let reads = s.insn.rflags_read() & STATUS != 0;
             (leaves(s, quiet), reads, if s.kind == Kind::Silicon { effect(&s.insn, &self.silicon) } else { flags::Effect::None })
-        }));
-        self.clobbered = clobbered(steps.iter().zip(&quiet).map(|(s, &quiet)| match s.kind {
+        });
+        liveness(self.live, of);
+        let of = steps.iter().zip(quiet).map(|(s, &quiet)| match s.kind {
             Kind::Nop => Next::Passes,
             Kind::Branch if s.insn.is_jcc_short_or_near() && s.follow != Follow::No => Next::Passes,
             Kind::Branch if s.insn.is_jmp_short_or_near() && s.follow != Follow::No => Next::Passes,
             Kind::Silicon if checks(&s.insn) && !quiet => Next::Check,
             Kind::Silicon if effect(&s.insn, &self.silicon) == flags::Effect::None => Next::Passes,
             _ => Next::Ends,
-        }));
-        self.quiet = quiet;
+        });
+        clobbered(self.clobbered, of);
         let n = steps.len() as i32;
-        self.open(&steps);
+        self.open(steps);
         if self.counts() && n > 0 {
             let counter = self.new_site(0, 1, 0);
             let from = self.emit.count_down(counter);
@@ -417,7 +484,9 @@ impl Translator<'_> {
                 Kind::Silicon => self.silicon(insn),
                 Kind::Invalid | Kind::NoFpu => unreachable!("never put into a block"),
             }
-            self.groups.step(step, &mut self.info);
+            if grouped {
+                self.groups.step(step, self.info);
+            }
         }
         if steps.is_empty() {
             // The first instruction must run alone.
@@ -445,8 +514,9 @@ impl Translator<'_> {
 
     /// Emits what was put apart and leads the hot code's jumps there.
     fn cold_code(&mut self) -> (Vec<u8>, Vec<u8>) {
-        let cold = Emit::new(self.src.cold, self.at, self.src.mode.has(Mode::USER), self.shared);
-        let mut hot = std::mem::replace(&mut self.emit, cold).finish();
+        let (mut hot, mut cold) = std::mem::take(&mut self.buffers);
+        self.emit.take(&mut hot);
+        std::mem::swap(&mut self.emit, &mut self.apart);
         let base = self.src.host;
         // Stubs that are found on the way are appended.
         let mut i = 0;
@@ -461,10 +531,13 @@ impl Translator<'_> {
                         self.sites[index].slow = self.emit.here() as u32;
                     }
                     self.flags = flags;
-                    self.settle_flags();
-                    self.emit.note_site(site.map_or(0, |s| s.0));
-                    self.checked_address(ea, arg as usize & 0xffff);
-                    self.emit.call_helper(self.shared.mem, arg, retry as i32);
+                    if site.is_none() && self.flags.settled() {
+                        self.emit.unchecked(write);
+                    } else {
+                        self.settle_flags();
+                        self.checked_address(ea, arg as usize & 0xffff);
+                    }
+                    self.emit.call_mem(arg, retry as i32);
                     Some(from)
                 }
                 Cold::Stub { from, link } => {
@@ -538,7 +611,7 @@ impl Translator<'_> {
             }
             i += 1;
         }
-        let cold = std::mem::replace(&mut self.emit, Emit::new(0, self.at, false, self.shared)).finish();
+        self.emit.take(&mut cold);
         (hot, cold)
     }
 

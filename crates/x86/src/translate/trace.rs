@@ -37,10 +37,9 @@ fn more_often(src: &Source, target: u64, next: u64) -> bool {
     runs(target) > runs(next)
 }
 
-/// Collects a trace. The second result is where it goes on if its last instruction does not say.
-pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<Step>, u64) {
+/// Collects a trace in `steps`. The result is where it goes on if its last instruction does not say.
+pub(super) fn gather(src: &Source, steps: &mut Vec<Step>, info: &mut InstructionInfoFactory) -> u64 {
     let page = src.rip >> 12;
-    let mut steps: Vec<Step> = Vec::new();
     let mut at = src.rip;
     let mut copies = 1;
     while (steps.len() as u32) < src.max && (at >> 12 == page) {
@@ -100,5 +99,5 @@ pub(super) fn gather(src: &Source, info: &mut InstructionInfoFactory) -> (Vec<St
     {
         last.follow = Follow::No;
     }
-    (steps, at)
+    at
 }

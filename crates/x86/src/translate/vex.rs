@@ -13,8 +13,8 @@ impl Translator<'_> {
     /// r10, r11 and r15 all at once: each stands for itself, and the budget waits in the frame.
     pub(super) fn three_registers(&mut self, insn: &Instruction, spilled: &[(u8, bool, bool)]) {
         assert!(spilled.len() == 3, "{insn:?} names too many registers");
-        let (effect, written) = (effect(insn, &self.silicon), self.written(insn));
-        self.flags_before(insn, effect, written);
+        let effect = effect(insn, &self.silicon);
+        self.flags_before(insn, effect);
         self.emit.store_word(self.at.tmp(2), BUDGET);
         for &(n, loads, _) in spilled {
             if loads {
@@ -46,6 +46,6 @@ impl Translator<'_> {
         self.emit.store_word(self.at.tmp(2), T0);
         let mut out = *insn;
         Self::set_memory(&mut out, Register::None, Register::None, self.at.tmp(2));
-        self.registers_only(&out);
+        self.registers_only(&out, false);
     }
 }
