@@ -23,6 +23,10 @@ pub struct Shared {
     pub enter: i32,
     /// Saves everything and leaves; `exit` is set already.
     pub leave: i32,
+    /// Saves everything and leaves with the reason in the upper half of r10 and the argument in the lower.
+    pub leave_with: i32,
+    /// The same, where flags may be owed.
+    pub leave_owing: i32,
     /// Leaves with [`crate::frame::exit::LOOKUP`] at the address in r11.
     pub leave_lookup: i32,
     /// Goes on at the guest address in r11, which the jump cache does not know.
@@ -51,6 +55,8 @@ impl Shared {
         let mut all = vec![
             (self.enter, "enter"),
             (self.leave, "leave"),
+            (self.leave_with, "leave_with"),
+            (self.leave_owing, "leave_owing"),
             (self.leave_lookup, "leave_lookup"),
             (self.lookup, "lookup"),
             (self.mem, "mem"),
@@ -507,9 +513,21 @@ impl Emit {
     }
     /// Leaves with a reason and an argument.
     pub fn leave(&mut self, reason: u64, arg: i32) {
-        let (exit, exit_arg) = (self.at.exit(), self.at.exit_arg());
-        dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], reason as i32 ; mov QWORD [exit_arg], arg);
-        self.jmp_abs(self.shared.leave);
+        self.leave_by(self.shared.leave_with, reason, arg);
+    }
+    /// The same, where flags may be owed.
+    pub fn leave_owing(&mut self, reason: u64, arg: i32) {
+        self.leave_by(self.shared.leave_owing, reason, arg);
+    }
+    fn leave_by(&mut self, routine: i32, reason: u64, arg: i32) {
+        let both = reason << 32 | u64::from(arg as u32);
+        dynasm!(self.ops ; .arch x64 ; mov r10, QWORD both as i64);
+        self.jmp_abs(routine);
+    }
+    /// Has the flags made and saved, which are owed, and goes on at host address `resume`.
+    pub fn settle_and_go(&mut self, resume: i32) {
+        let (owed, back) = (self.at.owed(), self.at.owed_return());
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [back], resume ; jmp QWORD [owed]);
     }
     /// r10 = sign-extended guest register `reg` (bits 16, 32, 64) shifted right by log2(bits): the word index of a bit string
     /// access. Clobbers flags.
@@ -615,6 +633,16 @@ impl Emit {
         shared.leave = self.here() as i32;
         self.save_all();
         self.return_to_rust();
+
+        // The upper half of the argument is always 0.
+        let exit_arg = at.exit_arg();
+        shared.leave_owing = self.here() as i32;
+        dynasm!(self.ops ; .arch x64 ; mov [exit_arg], r10d ; shr r10, 32 ; mov [exit], r10);
+        self.settle_owed();
+        self.jmp_abs(shared.leave);
+        shared.leave_with = self.here() as i32;
+        dynasm!(self.ops ; .arch x64 ; mov [exit_arg], r10d ; shr r10, 32 ; mov [exit], r10);
+        self.jmp_abs(shared.leave);
 
         shared.fault = self.here() as i32;
         dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], crate::frame::exit::HOST_FAULT as i32);

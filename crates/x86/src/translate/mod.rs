@@ -589,19 +589,16 @@ impl Translator<'_> {
                     None
                 }
                 Cold::Owed { from, back } => {
-                    self.emit.settle_owed();
-                    self.emit.jmp_abs(back as i32);
+                    self.emit.settle_and_go(back as i32);
                     Some(from)
                 }
                 Cold::Hot { from } => {
-                    self.settle_head();
-                    self.emit.leave(exit::HOT, self.src.block as i32);
+                    self.leave_head(exit::HOT);
                     Some(from)
                 }
                 Cold::Short { from, n } => {
                     self.emit.refund(n);
-                    self.settle_head();
-                    self.emit.leave(exit::BUDGET, self.src.block as i32);
+                    self.leave_head(exit::BUDGET);
                     Some(from)
                 }
             };

@@ -101,10 +101,12 @@ impl Translator<'_> {
             self.emit.owe(0);
         }
     }
-    /// Makes the frame's flags valid for whoever leaves before the first instruction.
-    pub(super) fn settle_head(&mut self) {
-        if self.takes.is_some() {
-            self.emit.settle_owed();
+    /// Leaves before the first instruction, with the frame's flags made valid.
+    pub(super) fn leave_head(&mut self, reason: u64) {
+        let block = self.src.block as i32;
+        match self.takes {
+            Some(_) => self.emit.leave_owing(reason, block),
+            None => self.emit.leave(reason, block),
         }
     }
     /// Whether this block's head takes these flags as a debt.
