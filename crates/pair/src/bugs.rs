@@ -34,11 +34,21 @@ pub enum Bug {
     NeverThrottle,
     /// A primary whose arbiter does not answer does not ask again.
     AskOnce,
+    /// The primary lets an output leave when its note is received, although it was to be matched.
+    ReleaseBeforeMatch,
+    /// The primary releases what it holds when it begins to resynchronise.
+    ReleaseAtResync,
+    /// The primary takes its guest out of the resync, and lets outputs leave, when it has sent all and not when the secondary has it.
+    ResumeBeforeReady,
+    /// The secondary counts the outputs that came with a resync as left.
+    ForgetPendingAtResync,
+    /// The secondary counts the output that differs as matched.
+    MatchTheMismatch,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 14] = [
+    pub const ALL: [Bug; 19] = [
         Bug::ReleaseBeforeAck,
         Bug::LiveWithoutArbiter,
         Bug::ForgetReissue,
@@ -53,6 +63,11 @@ impl Bug {
         Bug::ReleasedBeforeLeft,
         Bug::NeverThrottle,
         Bug::AskOnce,
+        Bug::ReleaseBeforeMatch,
+        Bug::ReleaseAtResync,
+        Bug::ResumeBeforeReady,
+        Bug::ForgetPendingAtResync,
+        Bug::MatchTheMismatch,
     ];
 }
 

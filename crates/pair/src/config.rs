@@ -5,9 +5,33 @@
 
 use crate::types::Nanos;
 
+/// When an output may leave a protected primary. The primary's setting decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Commit {
+    /// When the secondary has received the record that notes it.
+    #[default]
+    Received,
+    /// When the secondary has made the same output itself and said so.
+    Matched,
+}
+
+/// What a primary does when the secondary has made another output than it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnMismatch {
+    /// The primary is believed: the secondary is made equal to it again ([`crate::PrimaryState::Resyncing`]).
+    #[default]
+    Primary,
+    /// Nobody is: the VM stops on both sides, for people to find out.
+    Stop,
+}
+
 /// The bounds and times of a pair. Both sides have their own; they need not be equal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
+    /// When an output may leave.
+    pub commit: Commit,
+    /// What happens when outputs differ.
+    pub on_mismatch: OnMismatch,
     /// How often a side lets the other hear from it.
     pub heartbeat_interval: Nanos,
     /// A peer silent for so long is suspected dead. Silence that a stall of our own explains is not counted.
@@ -31,6 +55,8 @@ pub struct Config {
     pub max_unreplayed_bytes: u64,
     /// The primary is throttled when the secondary is more instructions than this behind. Bounds the time to go live.
     pub max_replay_lag: u64,
+    /// The same with [`Commit::Matched`], where it bounds how long an output is held.
+    pub max_matched_lag: u64,
     /// The primary is throttled when more outputs than this are held.
     pub max_held_outputs: u64,
     /// A soft bound above may be passed by this factor before the secondary is given up: a throttled guest needs a moment to stop.
@@ -42,6 +68,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Config {
         Config {
+            commit: Commit::default(),
+            on_mismatch: OnMismatch::default(),
             heartbeat_interval: Nanos::from_millis(20),
             peer_timeout: Nanos::from_millis(300),
             copy_timeout: Nanos::from_millis(30_000),
@@ -55,6 +83,8 @@ impl Default for Config {
             max_unreplayed_bytes: 64 << 20,
             // About a quarter of a second of guest time at 1 GHz: what a failover may cost in replay.
             max_replay_lag: 250_000_000,
+            // About a hundredth of a second.
+            max_matched_lag: 10_000_000,
             max_held_outputs: 16_384,
             hard_bound_factor: 4,
             image_window_bytes: 16 << 20,
@@ -73,6 +103,14 @@ pub struct ConfigError {
 }
 
 impl Config {
+    /// How many instructions the secondary may be behind.
+    pub fn max_lag(&self) -> u64 {
+        match self.commit {
+            Commit::Received => self.max_replay_lag,
+            Commit::Matched => self.max_replay_lag.min(self.max_matched_lag),
+        }
+    }
+
     /// Says what does not fit, if anything.
     pub fn check(&self) -> Result<(), ConfigError> {
         let rules: [(bool, &'static str, &'static str); 9] = [
@@ -94,6 +132,7 @@ impl Config {
                 self.max_unacked_bytes > 0
                     && self.max_unreplayed_bytes > 0
                     && self.max_replay_lag > 0
+                    && self.max_matched_lag > 0
                     && self.max_held_outputs > 0,
                 "max_*",
                 "must not be zero, or the guest could never run",

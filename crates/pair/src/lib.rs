@@ -43,7 +43,7 @@ pub mod wire;
 
 pub use arbiter::{Arbiter, Claim, TableArbiter, Verdict, verdict_for};
 pub use bugs::{Bug, Bugs};
-pub use config::{Config, ConfigError};
+pub use config::{Commit, Config, ConfigError, OnMismatch};
 pub use notice::{Notice, StopReason};
 pub use primary::{Primary, PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
 pub use secondary::{Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use crate::types::{Epoch, Nanos};
+use crate::types::{Epoch, Nanos, OutputId};
 
 /// Something an administrator may want to know. Prints as a sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,6 +83,11 @@ pub enum StopReason {
         /// What happened to the connection.
         reason: String,
     },
+    /// The two sides have made different outputs, and nobody is to be believed.
+    Mismatch {
+        /// The first that differs.
+        output: OutputId,
+    },
     /// The two sides do not fit.
     Refused {
         /// What does not fit.
@@ -100,6 +105,9 @@ impl fmt::Display for StopReason {
             StopReason::PeerEnded { reason } => write!(f, "the other side said goodbye: {reason}"),
             StopReason::NotProtected { reason } => {
                 write!(f, "the connection was lost before protection had started ({reason}); the primary goes on alone")
+            }
+            StopReason::Mismatch { output } => {
+                write!(f, "the two sides differ in output {output}, and it is set that the VM stops then (--on-mismatch stop)")
             }
             StopReason::Refused { reason } => write!(f, "pairing refused: {reason}"),
         }

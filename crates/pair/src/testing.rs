@@ -1,6 +1,6 @@
 //! What the tests of both state machines share: identities, configurations, frames.
 
-use crate::config::Config;
+use crate::config::{Commit, Config};
 use crate::types::{Epoch, Nanos, OwnerId, Record, VmId};
 use crate::wire::{Decoder, Expectation, Hello, HelloReply, HostIdentity, Message, VmIdentity, encode};
 use crate::{PrimarySetup, SecondarySetup};
@@ -34,11 +34,19 @@ pub(crate) fn secondary_setup() -> SecondarySetup {
 }
 
 pub(crate) fn hello() -> Hello {
-    Hello { min_version: 1, max_version: 1, vm: vm(), epoch: Epoch::FIRST, owner: PRIMARY, host: host() }
+    Hello {
+        min_version: 2,
+        max_version: 2,
+        vm: vm(),
+        epoch: Epoch::FIRST,
+        commit: Commit::Received,
+        owner: PRIMARY,
+        host: host(),
+    }
 }
 
 pub(crate) fn reply() -> HelloReply {
-    HelloReply { version: 1, vm: VM, epoch: Epoch::FIRST, owner: SECONDARY, host: host() }
+    HelloReply { version: 2, vm: VM, epoch: Epoch::FIRST, owner: SECONDARY, host: host() }
 }
 
 pub(crate) fn record(position: u64, length: usize) -> Record {
@@ -46,13 +54,13 @@ pub(crate) fn record(position: u64, length: usize) -> Record {
 }
 
 pub(crate) fn frame(message: &Message) -> Vec<u8> {
-    encode(message, 1)
+    encode(message, 2)
 }
 
 /// The messages in bytes that were sent.
 pub(crate) fn messages(bytes: &[u8]) -> Vec<Message> {
     let mut decoder = Decoder::new();
-    decoder.agree(1);
+    decoder.agree(2);
     decoder.push(bytes);
     let mut found = Vec::new();
     while let Some(message) = decoder.next_message().expect("what is sent is sound") {

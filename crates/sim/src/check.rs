@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use twinstep_pair::{Config, Epoch, PrimaryState, SecondaryState, StopReason, TableArbiter};
+use twinstep_pair::{Commit, Config, Epoch, PrimaryState, SecondaryState, StopReason, TableArbiter};
 
 use crate::side::{Role, Side, VM, owner};
 use crate::world::World;
@@ -20,6 +20,7 @@ pub(crate) struct Checker {
     pub(crate) ended: bool,
     pub(crate) alone: u64,
     pub(crate) live: u64,
+    pub(crate) resyncs: u64,
     pub(crate) faults: u64,
     /// How much had been acknowledged some time before the end.
     pub(crate) acknowledged_before: usize,
@@ -45,7 +46,7 @@ impl Checker {
     }
 
     /// The output rule: under protection, what leaves is noted at the secondary's host.
-    pub(crate) fn check_release(&self, sides: &[Side], side: usize, up_to: u64) -> Result<(), String> {
+    pub(crate) fn check_release(&self, sides: &[Side], side: usize, up_to: u64, commit: Commit) -> Result<(), String> {
         let primary = &sides[side];
         if primary.primary_state().is_some_and(|state| state < PrimaryState::Protected) {
             return Ok(());
@@ -54,6 +55,10 @@ impl Checker {
         // What was made before protection started may leave, even if the host does it only now.
         if up_to > noted.max(primary.made_freely) {
             return Err(format!("side {side} releases output {up_to}, but its secondary has notes only up to {noted}"));
+        }
+        let matched = primary.peer.map_or(0, |peer| sides[peer].matched);
+        if commit == Commit::Matched && up_to > matched.max(primary.made_freely) {
+            return Err(format!("side {side} releases output {up_to}, but its secondary has made the same only up to {matched}"));
         }
         Ok(())
     }
@@ -95,7 +100,7 @@ impl Checker {
         let bounds = [
             ("unacknowledged bytes", status.unacked_bytes, config.max_unacked_bytes, true),
             ("unreplayed bytes", status.unreplayed_bytes, config.max_unreplayed_bytes, true),
-            ("instructions behind", status.lag_instructions, config.max_replay_lag, protected),
+            ("instructions behind", status.lag_instructions, config.max_lag(), protected),
             ("held outputs", status.held_outputs, config.max_held_outputs, protected),
         ];
         for (what, value, bound, counts) in bounds {
@@ -153,11 +158,12 @@ impl Checker {
         match &side.role {
             Role::Primary(primary) => match primary.state() {
                 PrimaryState::Deciding => Err(format!("side {index} still waits for the arbiter")),
+                PrimaryState::Resyncing => Err(format!("side {index} is still resynchronising")),
                 PrimaryState::Protected if !peer_alive => Err(format!("side {index} has not noticed its peer's death")),
                 _ => Ok(()),
             },
             Role::Secondary(secondary) => match secondary.state() {
-                SecondaryState::Deciding | SecondaryState::Consuming => {
+                SecondaryState::Resyncing | SecondaryState::Deciding | SecondaryState::Consuming => {
                     Err(format!("side {index} is still {}", secondary.state().name()))
                 }
                 SecondaryState::Following if !peer_alive => Err(format!("side {index} has not noticed its peer's death")),

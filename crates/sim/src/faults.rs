@@ -36,6 +36,12 @@ impl World {
                     side.replay_stalled_until = until;
                 }
             }
+            Fault::Flip => {
+                let side = &mut self.sides[victim];
+                if matches!(side.role, Role::Primary(_)) || side.restored {
+                    side.machine.flip();
+                }
+            }
             Fault::Goodbye => {
                 let reason = "the administrator wants it".to_owned();
                 match self.sides[victim].role {

@@ -78,6 +78,11 @@ impl Machine {
         Machine { position: 0, digest: 1, outputs: 0, chain: 0, writes: BTreeSet::new(), replies: VecDeque::new() }
     }
 
+    /// A bit of the state flips.
+    pub(crate) fn flip(&mut self) {
+        self.digest ^= 1 << 20;
+    }
+
     /// One instruction.
     pub(crate) fn step(&mut self) -> Option<Output> {
         self.position += 1;
@@ -119,6 +124,31 @@ impl Machine {
         let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes.resize(bytes.len() + padding, 0x5a);
         bytes
+    }
+
+    /// The machine and outputs of it, as a resync carries them.
+    pub(crate) fn to_resync(&self, outputs: &[Output], padding: usize) -> Vec<u8> {
+        let mut words = vec![outputs.len() as u64];
+        for o in outputs {
+            words.extend([o.id, o.position, o.chain_before, o.digest, o.acknowledges.map_or(0, |write| write + 1)]);
+        }
+        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        bytes.extend(self.to_image(padding));
+        bytes
+    }
+
+    /// The reverse.
+    pub(crate) fn from_resync(bytes: &[u8]) -> (Machine, Vec<Output>) {
+        let word = |at: usize| u64::from_le_bytes(bytes[at * 8..at * 8 + 8].try_into().expect("eight bytes"));
+        let count = word(0) as usize;
+        let outputs = (0..count).map(|i| 1 + i * 5).map(|at| Output {
+            id: word(at),
+            position: word(at + 1),
+            chain_before: word(at + 2),
+            digest: word(at + 3),
+            acknowledges: word(at + 4).checked_sub(1),
+        });
+        (Machine::from_image(&bytes[(1 + count * 5) * 8..]), outputs.collect())
     }
 
     /// The machine of an image.

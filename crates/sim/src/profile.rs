@@ -3,7 +3,7 @@
 //!
 //! In: the seed's generator. Out: a [`Profile`]. Invariant: the faults of a profile are such that a correct pair survives them.
 
-use twinstep_pair::{Config, Nanos};
+use twinstep_pair::{Commit, Config, Nanos, OnMismatch};
 
 use crate::random::Random;
 
@@ -28,7 +28,7 @@ pub(crate) struct Profile {
     /// How often a change of state is followed by a fault at once: the moments at which protocols break.
     pub(crate) fault_at_change_percent: u64,
     /// Which kinds, as weights: see `Fault`.
-    pub(crate) fault_weights: [u64; 7],
+    pub(crate) fault_weights: [u64; 8],
     /// Instructions that a guest runs in one slice, at most.
     pub(crate) slice_max: u64,
     /// Instructions that replay runs in one slice, at most.
@@ -64,11 +64,21 @@ pub(crate) enum Fault {
     ReplayStall,
     /// A side ends properly.
     Goodbye,
+    /// A bit of a machine's state flips.
+    Flip,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Fault; 7] =
-        [Fault::Crash, Fault::PowerLoss, Fault::Cut, Fault::Partition, Fault::Stall, Fault::ReplayStall, Fault::Goodbye];
+    pub(crate) const ALL: [Fault; 8] = [
+        Fault::Crash,
+        Fault::PowerLoss,
+        Fault::Cut,
+        Fault::Partition,
+        Fault::Stall,
+        Fault::ReplayStall,
+        Fault::Goodbye,
+        Fault::Flip,
+    ];
 }
 
 impl Profile {
@@ -76,7 +86,7 @@ impl Profile {
         let slow_network = random.percent(20);
         let away_from = random.between(0, CALM_FROM.0);
         let away_for = if random.percent(30) { random.between(0, CALM_FROM.0) } else { 0 };
-        let mut fault_weights = [0; 7];
+        let mut fault_weights = [0; 8];
         for weight in &mut fault_weights {
             *weight = random.pick(&[0, 1, 1, 4]);
         }
@@ -85,9 +95,12 @@ impl Profile {
         }
         // Properly ended VMs teach little; they are rare.
         fault_weights[6] = u64::from(random.percent(10));
+        let config = draw_config(random);
+        // What the world sees of a flipped bit is wrong unless outputs are compared before they leave.
+        fault_weights[7] = if config.commit == Commit::Matched { random.pick(&[0, 2, 8]) } else { 0 };
         let slice_max = random.pick(&[10, 100, 400]);
         Profile {
-            config: draw_config(random),
+            config,
             delay_min_ns: 20_000,
             delay_max_ns: if slow_network { 6_000_000 } else { random.pick(&[50_000, 300_000, 2_000_000]) },
             ns_per_byte: random.pick(&[0, 1, 10, if slow_network { 2_000 } else { 100 }]),
@@ -131,6 +144,8 @@ impl Profile {
 
 fn draw_config(random: &mut Random) -> Config {
     Config {
+        commit: random.pick(&[Commit::Received, Commit::Matched]),
+        on_mismatch: OnMismatch::Primary,
         heartbeat_interval: Nanos::from_millis(4),
         peer_timeout: Nanos::from_millis(random.pick(&[20, 40])),
         copy_timeout: Nanos::from_millis(60),
@@ -142,6 +157,7 @@ fn draw_config(random: &mut Random) -> Config {
         max_unacked_bytes: random.pick(&[1_500, 20_000]),
         max_unreplayed_bytes: random.pick(&[3_000, 40_000]),
         max_replay_lag: random.pick(&[500, 5_000]),
+        max_matched_lag: random.pick(&[100, 400]),
         max_held_outputs: random.pick(&[8, 200]),
         // A slice of the toy guest may pass the small bounds several times over; the hard bound is far.
         hard_bound_factor: 64,

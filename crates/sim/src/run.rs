@@ -29,6 +29,8 @@ pub struct Figures {
     pub alone: u64,
     /// How often a secondary went live.
     pub live: u64,
+    /// How often a secondary was made equal again.
+    pub resyncs: u64,
     /// How many outputs the world saw.
     pub outputs: u64,
     /// How many of them it saw again.
@@ -46,6 +48,7 @@ impl Figures {
             faults: self.faults + other.faults,
             alone: self.alone + other.alone,
             live: self.live + other.live,
+            resyncs: self.resyncs + other.resyncs,
             outputs: self.outputs + other.outputs,
             duplicates: self.duplicates + other.duplicates,
             acknowledged: self.acknowledged + other.acknowledged,
@@ -82,6 +85,7 @@ pub fn run_seed(seed: u64, bug: Option<Bug>) -> Result<Figures, Box<Violation>> 
             faults: world.checker.faults,
             alone: world.checker.alone,
             live: world.checker.live,
+            resyncs: world.checker.resyncs,
             outputs: world.outside.seen(),
             duplicates: world.outside.duplicates,
             acknowledged: world.outside.acknowledged.len() as u64,

@@ -62,6 +62,18 @@ pub(crate) struct Side {
     pub(crate) replay_stalled_until: Nanos,
     /// The newest output whose note the host holds.
     pub(crate) noted: u64,
+    /// Records handed over so far.
+    pub(crate) received: u64,
+    /// There is a machine.
+    pub(crate) restored: bool,
+    /// Outputs made and not compared yet.
+    pub(crate) made: VecDeque<Output>,
+    /// The newest output that is the same on both sides.
+    pub(crate) matched: u64,
+    /// Replay stands still, since an output differed.
+    pub(crate) still: bool,
+    /// Replay compares no more.
+    pub(crate) diverged: bool,
 }
 
 fn host_identity() -> HostIdentity {
@@ -97,6 +109,12 @@ impl Side {
             replayed: 0,
             replay_stalled_until: Nanos(0),
             noted: 0,
+            received: 0,
+            restored: false,
+            made: VecDeque::new(),
+            matched: 0,
+            still: false,
+            diverged: false,
         }
     }
 
@@ -152,6 +170,15 @@ impl Side {
     /// Whether its outputs leave without anybody's acknowledgement.
     pub(crate) fn on_its_own(&self) -> bool {
         self.alive && self.primary_state().is_some_and(|state| state < PrimaryState::Protected)
+    }
+
+    /// Whether the output made last may leave at once.
+    pub(crate) fn lets_go(&self) -> bool {
+        let held = match &self.role {
+            Role::Primary(primary) => primary.status().held_outputs,
+            Role::Secondary(_) => 0,
+        };
+        self.on_its_own() && held == 0
     }
 
     /// Whether the guest may run now.

@@ -11,7 +11,7 @@ use twinstep_pair::{
 
 use crate::arbiter::{Fate, ToyArbiter};
 use crate::check::Checker;
-use crate::machine::{Input, Machine};
+use crate::machine::{Input, Machine, Output};
 use crate::network::Connection;
 use crate::outside::Outside;
 use crate::profile::{CALM_FROM, END, Fault, Profile};
@@ -265,7 +265,7 @@ impl World {
                 },
             }
         }
-        if self.sides[side].primary_state() != Some(PrimaryState::Copying) {
+        if !matches!(self.sides[side].primary_state(), Some(PrimaryState::Copying | PrimaryState::Resyncing)) {
             self.sides[side].paused = false;
         }
         if let Some(deadline) = self.sides[side].deadline() {
@@ -291,13 +291,23 @@ impl World {
                 self.sides[side].paused = self.profile.pause_during_copy;
                 self.give_primary(side, PrimaryEvent::ImageCut { position });
             }
+            PrimaryAction::StartResync { .. } => {
+                let padding = self.profile.image_padding as usize;
+                let state = &mut self.sides[side];
+                let outputs: Vec<_> = state.outputs.values().cloned().collect();
+                state.image = state.machine.to_resync(&outputs, padding);
+                state.image_wanted = 0;
+                state.paused = true;
+                let position = state.machine.position;
+                self.give_primary(side, PrimaryEvent::ImageCut { position });
+            }
             PrimaryAction::WantImage { bytes } => {
                 self.sides[side].image_wanted += bytes;
                 let delay = self.random.between(0, 100_000);
                 self.plan(delay, Happening::Feed(side));
             }
             PrimaryAction::Release { up_to } => {
-                self.checker.check_release(&self.sides, side, up_to)?;
+                self.checker.check_release(&self.sides, side, up_to, self.profile.config.commit)?;
                 // Some hosts write at once and report later, others have a queue.
                 if self.sides[side].last_leave <= self.now && self.random.percent(50) {
                     self.emit(side, up_to)?;
@@ -339,7 +349,16 @@ impl World {
                 let delay = self.random.between(0, 5_000_000);
                 self.plan(delay, Happening::Restored(side));
             }
-            SecondaryAction::Replay { records, .. } => {
+            SecondaryAction::Diverge => {
+                self.note(|_| format!("side {side}: goes on by itself"));
+                self.sides[side].still = false;
+                self.sides[side].diverged = true;
+                while let Some(output) = self.sides[side].made.pop_front() {
+                    self.made(side, output)?;
+                }
+            }
+            SecondaryAction::Replay { first_seq, records } => {
+                self.sides[side].received = first_seq + records.len() as u64 - 1;
                 for record in &records {
                     if record.kind == NOTE {
                         self.sides[side].noted = noted_output(record);
@@ -418,14 +437,17 @@ impl World {
         }
         let steps = self.random.between(1, self.profile.slice_max);
         for _ in 0..steps {
+            if self.sides[side].paused {
+                break;
+            }
             let Some(output) = self.sides[side].machine.step() else {
                 continue;
             };
-            let (id, position) = (output.id, output.position);
+            let (id, position, chain) = (output.id, output.position, output.chain_after());
             self.sides[side].outputs.insert(id, output);
-            let note = Record { position, kind: NOTE, bytes: id.to_le_bytes().to_vec() };
+            let note = Record { position, kind: NOTE, bytes: [id, chain].map(u64::to_le_bytes).concat() };
             self.give_primary(side, PrimaryEvent::Output { id, note });
-            if self.sides[side].on_its_own() {
+            if self.sides[side].lets_go() {
                 self.sides[side].made_freely = id;
             }
             if !batched {
@@ -457,7 +479,8 @@ impl World {
         }
         let pause = self.random.between(100_000, 800_000);
         self.plan(pause, Happening::Replay(side));
-        if self.sides[side].replay_stalled_until > self.now || self.sides[side].replay.is_empty() {
+        let state = &self.sides[side];
+        if state.replay_stalled_until > self.now || state.replay.is_empty() || state.still {
             return Ok(());
         }
         let mut budget = self.random.between(1, self.profile.replay_slice_max);
@@ -465,15 +488,19 @@ impl World {
             while self.sides[side].machine.position < record.position && budget > 0 {
                 budget -= 1;
                 if let Some(output) = self.sides[side].machine.step() {
-                    let id = output.id;
-                    self.sides[side].outputs.insert(id, output);
-                    self.tell_secondary(side, SecondaryEvent::Output { id })?;
+                    if self.sides[side].diverged {
+                        self.made(side, output)?;
+                    } else {
+                        self.sides[side].made.push_back(output);
+                    }
                 }
             }
             if self.sides[side].machine.position < record.position {
                 break;
             }
-            self.consume(side, &record)?;
+            if !self.consume(side, &record)? {
+                return Ok(());
+            }
             self.sides[side].replay.pop_front();
             self.sides[side].replayed += 1;
         }
@@ -481,22 +508,49 @@ impl World {
         self.tell_secondary(side, SecondaryEvent::Replayed { seq, position })
     }
 
-    fn consume(&mut self, side: usize, record: &Record) -> Result<(), String> {
+    /// Replay takes a record in; false if it shows that the sides differ. What it makes of the record may be said twice then: the record stays.
+    fn consume(&mut self, side: usize, record: &Record) -> Result<bool, String> {
         let machine = &mut self.sides[side].machine;
         if machine.position != record.position {
             return Err(format!("side {side}: replay is at {}, past {}", machine.position, record.position));
         }
-        if record.kind == INPUT {
-            machine.input(Input::from_bytes(&record.bytes));
-        } else if noted_output(record) != machine.outputs {
-            return Err(format!("side {side}: replay made {} outputs, not {}", machine.outputs, noted_output(record)));
+        let (still_due, made) = match self.sides[side].made.front() {
+            _ if self.sides[side].diverged => (false, None),
+            Some(output) if record.kind == NOTE => (output.chain_after() != noted(record, 1), Some(output.clone())),
+            Some(output) => (output.position < record.position, None),
+            None => (record.kind == NOTE, None),
+        };
+        if still_due {
+            let (output, position) = (self.sides[side].matched + 1, record.position);
+            self.note(|_| format!("side {side}: output {output} differs"));
+            self.sides[side].still = true;
+            self.sides[side].image.clear();
+            let event = SecondaryEvent::Mismatch { output, position, detail: vec![1], changed: vec![2; 9] };
+            self.tell_secondary(side, event)?;
+            return Ok(false);
         }
-        Ok(())
+        if let Some(output) = made {
+            self.sides[side].made.pop_front();
+            self.sides[side].matched = output.id;
+            self.made(side, output)?;
+        }
+        if record.kind == INPUT {
+            self.sides[side].machine.input(Input::from_bytes(&record.bytes));
+        }
+        Ok(true)
+    }
+
+    /// Replay has made an output that counts.
+    fn made(&mut self, side: usize, output: Output) -> Result<(), String> {
+        let id = output.id;
+        self.sides[side].outputs.insert(id, output);
+        self.tell_secondary(side, SecondaryEvent::Output { id })
     }
 
     fn feed_image(&mut self, side: usize) -> Result<(), String> {
         let state = &mut self.sides[side];
-        if state.primary_state() != Some(PrimaryState::Copying) || state.image.is_empty() {
+        let copying = matches!(state.primary_state(), Some(PrimaryState::Copying | PrimaryState::Resyncing));
+        if !copying || state.image.is_empty() {
             return Ok(());
         }
         let length = (state.image_wanted as usize).min(state.image.len());
@@ -517,10 +571,25 @@ impl World {
         if self.sides[side].stopped.is_some() {
             return Ok(());
         }
-        self.sides[side].machine = Machine::from_image(&self.sides[side].image);
-        let (position, last_output) = (self.sides[side].machine.position, self.sides[side].machine.outputs);
-        self.sides[side].image_outputs = last_output;
-        self.plan(0, Happening::Replay(side));
+        let state = &mut self.sides[side];
+        if state.restored {
+            let (machine, outputs) = Machine::from_resync(&state.image);
+            state.machine = machine;
+            state.outputs = outputs.into_iter().map(|output| (output.id, output)).collect();
+            state.made.clear();
+            state.replay.clear();
+            state.replayed = state.received;
+            state.still = false;
+            self.checker.resyncs += 1;
+        } else {
+            state.machine = Machine::from_image(&state.image);
+            state.restored = true;
+            state.image_outputs = state.machine.outputs;
+            self.plan(0, Happening::Replay(side));
+        }
+        let state = &mut self.sides[side];
+        state.matched = state.machine.outputs;
+        let (position, last_output) = (state.machine.position, state.machine.outputs);
         self.tell_secondary(side, SecondaryEvent::ImageRestored { position, last_output })
     }
 
@@ -578,6 +647,11 @@ impl World {
     }
 }
 
+/// The number of the output that a note is of.
 fn noted_output(record: &Record) -> u64 {
-    u64::from_le_bytes(record.bytes[..8].try_into().expect("a note holds the output's number"))
+    noted(record, 0)
+}
+
+fn noted(record: &Record, word: usize) -> u64 {
+    u64::from_le_bytes(record.bytes[word * 8..word * 8 + 8].try_into().expect("a note holds the output's number and chain"))
 }

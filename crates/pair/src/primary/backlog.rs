@@ -95,6 +95,11 @@ impl Backlog {
         Ok(news)
     }
 
+    /// The secondary was made equal to the primary at `position`, which may be before where it stood.
+    pub(super) fn stands_at(&mut self, position: u64) {
+        self.replayed_position = position;
+    }
+
     /// The newest record that is sent.
     pub(super) fn sent(&self) -> Seq {
         self.appended - self.pending.len() as u64

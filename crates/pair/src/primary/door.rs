@@ -76,6 +76,19 @@ pub enum PrimaryAction {
     Disconnect,
     /// The standby can replay this machine. Begin to produce the image.
     StartImage,
+    /// The secondary has made another output. Tell people what differs, and begin to produce the image of a resync: whatever the
+    /// secondary's machine lacks, and the data of all outputs that have not certainly left. The cut and the chunks are reported as for [`PrimaryAction::StartImage`];
+    /// after the cut the guest does not run until it is no longer throttled.
+    StartResync {
+        /// The first output that is not matched.
+        output: OutputId,
+        /// The position of the secondary's machine.
+        position: u64,
+        /// What the secondary made, in the host's words.
+        detail: Vec<u8>,
+        /// What has changed in the secondary since the two machines were last known to be equal, in the host's words.
+        changed: Vec<u8>,
+    },
     /// Feed up to so many further bytes of the image.
     WantImage {
         /// In addition to earlier wishes.
@@ -115,6 +128,8 @@ pub enum PrimaryState {
     Copying,
     /// Outputs are held until the secondary has what it needs to make them itself.
     Protected,
+    /// The secondary has made another output and gets what it lacks. The guest is throttled, outputs are held.
+    Resyncing,
     /// The secondary is lost, the arbiter is asked, the guest is throttled, outputs are held.
     Deciding,
     /// Over.
@@ -129,6 +144,7 @@ impl PrimaryState {
             PrimaryState::Greeting => "greeting",
             PrimaryState::Copying => "copying",
             PrimaryState::Protected => "protected",
+            PrimaryState::Resyncing => "resyncing",
             PrimaryState::Deciding => "deciding",
             PrimaryState::Stopped => "stopped",
         }
@@ -154,6 +170,10 @@ pub struct PrimaryStatus {
     pub held_outputs: u64,
     /// Image bytes that the secondary has received.
     pub image_bytes: u64,
+    /// The newest output that both sides have made alike.
+    pub matched: OutputId,
+    /// How often the secondary was made equal again.
+    pub resyncs: u64,
 }
 
 /// Who the primary is and what it runs.

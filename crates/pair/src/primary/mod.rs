@@ -3,7 +3,9 @@
 //! In: [`PrimaryEvent`]s with the time. Out: [`PrimaryAction`]s. Invariants:
 //!
 //! - **Output rule.** From the moment protection starts until the primary goes alone by right, an output leaves only when the
-//!   secondary has acknowledged the record that notes it, and with it all records before.
+//!   secondary has acknowledged the record that notes it, and with it all records before; if so configured ([`Commit::Matched`]), only when the
+//!   secondary has said as well that it has made the same.
+//! - **Resync.** What is held when the two differ is held until the secondary has confirmed that it has become equal, outputs included.
 //! - **No split brain.** Once protection has started the primary goes on alone only as the winner of the next epoch, or after
 //!   the secondary has said that it has stopped for good.
 //! - **Bounds.** Image, log and held outputs each have a limit; the guest is throttled before, the secondary given up beyond.
@@ -11,14 +13,18 @@
 //! ```text
 //!             PeerConnected          HelloReply       ImageReady, caught up
 //! Unprotected ─────────────▶ Greeting ─────────▶ Copying ────────────▶ Protected
-//!     ▲  ▲                      │                   │                     │ peer lost
+//!     ▲  ▲                      │                   │        Mismatch ┌───▶│◀───┐ ImageReady
+//!     │  │                      │                   │                 │    │    │
+//!     │  │                      │                   │             Resyncing ────┘
+//!     │  │                      │                   │                     │ peer lost
 //!     │  └──────────────────────┴───────────────────┘                     ▼
 //!     │        peer lost or refused: no arbiter                       Deciding ──▶ Stopped
 //!     └───────────────────────────────────────────────────────────────────┘  Lost
 //!                       Won: GoAlone in the next epoch
 //! ```
 //!
-//! When outputs are held, exactly: outputs made in `Unprotected`, `Greeting` and `Copying` leave at once. Protection starts in the
+//! When outputs are held, exactly: outputs made in `Unprotected`, `Greeting` and `Copying` leave at once (with [`Commit::Matched`], those made last in
+//! `Copying` are held until the secondary has made all that left before). Protection starts in the
 //! step after which the secondary has said `ImageReady` and has caught up, and the host has said that the outputs before the
 //! image's cut have left: every output made afterwards is held. In the same step, behind all records of outputs that have left already, the
 //! primary sends `ProtectionStart`; a secondary is entitled to go live only after it has read that. So a secondary that
@@ -38,11 +44,14 @@ use std::collections::VecDeque;
 
 use crate::arbiter::{Arbitration, Claim, Next, Verdict};
 use crate::bugs::{Bug, Bugs};
-use crate::config::ConfigError;
+use crate::config::{Commit, ConfigError, OnMismatch};
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
 use crate::wire::{Ack, Hello, HelloReply, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message};
+
+/// What a secondary can have changed at most, in bytes of its list a page of RAM.
+const CHANGED_BYTES_PER_PAGE: u64 = 32;
 
 use backlog::Backlog;
 pub use door::{PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
@@ -74,6 +83,13 @@ pub struct Primary {
     /// There is one from the image's cut until the secondary is lost.
     backlog: Option<Backlog>,
     outputs: HeldOutputs,
+    /// The newest output that the secondary has made alike.
+    matched: OutputId,
+    /// Outputs are held already, although protection has not started.
+    holding: bool,
+    /// What came of the secondary's list of changes.
+    changed: Vec<u8>,
+    resyncs: u64,
     arbitration: Option<Arbitration>,
     lost_reason: String,
     throttled: bool,
@@ -98,6 +114,10 @@ impl Primary {
             image: Image::default(),
             backlog: None,
             outputs: HeldOutputs::new(setup.last_output, setup.last_left),
+            matched: setup.last_output,
+            holding: false,
+            changed: Vec::new(),
+            resyncs: 0,
             arbitration: None,
             lost_reason: String::new(),
             throttled: false,
@@ -138,6 +158,8 @@ impl Primary {
             lag_instructions: backlog.map_or(0, Backlog::lag_instructions),
             held_outputs: self.outputs.held(),
             image_bytes: self.image.acked_bytes,
+            matched: self.matched,
+            resyncs: self.resyncs,
         }
     }
 
@@ -176,7 +198,7 @@ impl Primary {
             PrimaryEvent::OutputsLeft { up_to } => self.outputs.has_left(up_to),
             PrimaryEvent::ImageChunk(bytes) => self.on_image_chunk(&bytes),
             PrimaryEvent::ImageCut { position } => self.on_image_cut(position),
-            PrimaryEvent::ImageEnd => self.on_image_end(),
+            PrimaryEvent::ImageEnd => self.on_image_end(now),
             PrimaryEvent::Progress { position } => self.position = self.position.max(position),
             PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),
@@ -195,6 +217,7 @@ impl Primary {
             max_version: MAX_VERSION,
             vm: self.setup.vm.clone(),
             epoch: self.epoch,
+            commit: self.setup.config.commit,
             owner: self.setup.owner,
             host: self.setup.host.clone(),
         }));
@@ -223,13 +246,18 @@ impl Primary {
     }
 
     fn on_message(&mut self, now: Nanos, message: Message) {
-        use PrimaryState::{Copying, Greeting, Protected};
+        use PrimaryState::{Copying, Greeting, Protected, Resyncing};
         match (self.state, message) {
             (Greeting, Message::HelloReply(reply)) => self.on_hello_reply(now, reply),
             (Greeting, Message::Refuse { reason }) => self.refuse(now, reason),
-            (Copying | Protected, Message::Ack(ack)) => self.on_ack(now, &ack),
-            (Copying, Message::ImageReady { position }) => self.on_image_ready(now, position),
-            (Copying | Protected, Message::Heartbeat { .. }) => {}
+            (Copying | Protected | Resyncing, Message::Ack(ack)) => self.on_ack(now, &ack),
+            (Copying | Resyncing, Message::ImageReady { position }) => self.on_image_ready(now, position),
+            (Copying | Protected | Resyncing, Message::Heartbeat { .. }) => {}
+            (Copying | Protected, Message::Changed(bytes)) => self.on_changed(now, &bytes),
+            (Copying, Message::Mismatch { output, .. }) => {
+                self.lose_peer(now, &format!("the standby makes another output {output} before protection has started"));
+            }
+            (Protected, Message::Mismatch { output, position, detail }) => self.on_mismatch(now, output, position, detail),
             (_, Message::Goodbye { reason }) => self.on_goodbye(now, &reason),
             (state, message) => {
                 let (kind, state) = (message.kind(), state.name());
@@ -269,7 +297,7 @@ impl Primary {
 
     fn on_goodbye(&mut self, now: Nanos, reason: &str) {
         let reason = format!("the standby said goodbye: {reason}");
-        if self.state != PrimaryState::Protected {
+        if !matches!(self.state, PrimaryState::Protected | PrimaryState::Resyncing) {
             return self.lose_peer(now, &reason);
         }
         // It has stopped for good, so there is nobody to win an epoch against.
@@ -288,8 +316,13 @@ impl Primary {
         }
     }
 
+    /// Whether an image is wanted: the first one, or that of a resync.
+    fn is_copying(&self) -> bool {
+        matches!(self.state, PrimaryState::Copying | PrimaryState::Resyncing)
+    }
+
     fn on_image_chunk(&mut self, bytes: &[u8]) {
-        if self.state != PrimaryState::Copying {
+        if !self.is_copying() {
             return; // The standby was lost while the host read the image.
         }
         assert!(!self.image.ended, "the image goes on after its end");
@@ -301,23 +334,31 @@ impl Primary {
     }
 
     fn on_image_cut(&mut self, position: u64) {
-        if self.state != PrimaryState::Copying {
+        if !self.is_copying() {
             return;
         }
         assert!(self.image.cut.is_none(), "an image has one cut");
         self.image.cut = Some((position, self.outputs.produced()));
         self.position = self.position.max(position);
-        self.backlog = Some(Backlog::new(position));
+        if self.state == PrimaryState::Copying {
+            self.backlog = Some(Backlog::new(position));
+        } else {
+            // The image stands for all records before it; and the secondary hears of what has left, which it does not carry.
+            self.flush();
+        }
     }
 
-    fn on_image_end(&mut self) {
-        if self.state != PrimaryState::Copying {
+    fn on_image_end(&mut self, now: Nanos) {
+        if !self.is_copying() {
             return;
         }
         assert!(!self.image.ended, "the image ends once");
         let (position, _) = self.image.cut.expect("the cut is made before the image ends");
         self.image.ended = true;
         self.send(&Message::ImageEnd { position, total_bytes: self.image.fed_bytes });
+        if self.bugs.has(Bug::ResumeBeforeReady) && self.state == PrimaryState::Resyncing {
+            self.resynced(now);
+        }
     }
 
     fn on_image_ready(&mut self, now: Nanos, position: u64) {
@@ -325,6 +366,65 @@ impl Primary {
             return self.lose_peer(now, &format!("the standby has restored another image, at position {position}"));
         }
         self.image.restored = true;
+        // Its machine made the outputs before the cut, for it is this one.
+        self.matched = self.matched.max(self.image.cut.map_or(0, |(_, last_output)| last_output));
+        if self.state == PrimaryState::Resyncing {
+            self.resynced(now);
+        }
+    }
+
+    // ---- outputs that differ ----
+
+    fn on_changed(&mut self, now: Nanos, bytes: &[u8]) {
+        self.changed.extend(bytes);
+        let most = self.setup.vm.ram_bytes / 4096 * CHANGED_BYTES_PER_PAGE + (1 << 20);
+        if self.changed.len() as u64 > most {
+            self.lose_peer(now, "the standby says that more has changed than there is");
+        }
+    }
+
+    /// The guest stands still from here on, and nothing leaves, until the secondary is equal again.
+    fn on_mismatch(&mut self, now: Nanos, output: OutputId, position: u64, detail: Vec<u8>) {
+        let changed = std::mem::take(&mut self.changed);
+        if self.setup.config.on_mismatch == OnMismatch::Stop {
+            let reason = StopReason::Mismatch { output };
+            self.send(&Message::Goodbye { reason: reason.to_string() });
+            return self.stop(reason);
+        }
+        self.image = Image::default();
+        self.last_progress = now;
+        self.enter(PrimaryState::Resyncing, &format!("the two sides differ in output {output}"));
+        self.set_throttle(Some("the standby is made equal again"));
+        if self.bugs.has(Bug::ReleaseAtResync) {
+            self.release_all();
+        }
+        self.actions.push_back(PrimaryAction::StartResync { output, position, detail, changed });
+        self.want_image();
+    }
+
+    fn resynced(&mut self, now: Nanos) {
+        let (position, _) = self.image.cut.expect("it has an end, so it has a cut");
+        let backlog = self.backlog.as_mut().expect("there is one since the first image");
+        // The image stands for all that was sent.
+        let all = backlog.sent();
+        let ack = Ack { received_seq: all, replayed_seq: all, replayed_position: position, ..Ack::default() };
+        backlog.acknowledge(&ack).expect("nothing is taken back");
+        backlog.stands_at(position);
+        self.resyncs += 1;
+        self.last_progress = now;
+        self.enter(PrimaryState::Protected, "the standby is equal again");
+        self.release_what_may();
+        self.set_throttle(None);
+    }
+
+    fn release_what_may(&mut self) {
+        let received = self.backlog.as_ref().expect("there is one under protection").received();
+        let matched = match self.setup.config.commit {
+            Commit::Matched if !self.bugs.has(Bug::ReleaseBeforeMatch) => self.matched,
+            _ => OutputId::MAX,
+        };
+        let up_to = self.outputs.release_acked(received, matched);
+        self.release(up_to);
     }
 
     /// Starts protection once
@@ -336,10 +436,15 @@ impl Primary {
         let (Some((_, last_output)), Some(backlog)) = (self.image.cut, &self.backlog) else {
             return;
         };
-        let caught_up = backlog.lag_instructions() <= self.setup.config.max_replay_lag;
+        let caught_up = backlog.lag_instructions() <= self.setup.config.max_lag();
         let left = self.outputs.left() >= last_output || self.bugs.has(Bug::ProtectBeforeLeft);
         let ready = self.image.restored && left && caught_up;
         if self.state != PrimaryState::Copying || !ready {
+            return;
+        }
+        // What has left was compared by nobody. From here on nothing more leaves until the secondary has made the same.
+        if self.setup.config.commit == Commit::Matched && self.matched < self.outputs.released() {
+            self.holding = true;
             return;
         }
         // All records of outputs that have left already must precede the message that entitles the secondary.
@@ -348,8 +453,10 @@ impl Primary {
         }
         let last_seq = self.backlog.as_ref().expect("there is one since the cut").sent();
         self.send(&Message::ProtectionStart { last_seq });
+        self.holding = false;
         self.last_progress = now;
         self.enter(PrimaryState::Protected, "the standby has the whole machine");
+        self.release_what_may();
     }
 
     // ---- the log and the outputs ----
@@ -366,7 +473,7 @@ impl Primary {
     fn on_output(&mut self, id: OutputId, note: Record) {
         let note = self.append(note);
         self.outputs.produce(id, note);
-        if self.state < PrimaryState::Protected || self.bugs.has(Bug::ReleaseBeforeAck) {
+        if self.state < PrimaryState::Protected && !self.holding || self.bugs.has(Bug::ReleaseBeforeAck) {
             self.release_all();
         }
     }
@@ -392,9 +499,12 @@ impl Primary {
         if ack.image_bytes > self.image.fed_bytes || ack.image_bytes < self.image.acked_bytes {
             return self.lose_peer(now, "the standby acknowledges an image that was not sent");
         }
+        if ack.matched > self.outputs.produced() {
+            return self.lose_peer(now, "the standby says that it has made outputs which were not made here");
+        }
         let image_news = ack.image_bytes > self.image.acked_bytes;
         self.image.acked_bytes = ack.image_bytes;
-        if self.state == PrimaryState::Copying {
+        if self.is_copying() {
             self.want_image();
         }
         let log_news = match &mut self.backlog {
@@ -409,10 +519,13 @@ impl Primary {
             Ok(log_news) if log_news || image_news => self.last_progress = now,
             Ok(_) => {}
         }
+        let match_news = ack.matched > self.matched;
+        self.matched = self.matched.max(ack.matched);
+        if match_news {
+            self.last_progress = now;
+        }
         if self.state == PrimaryState::Protected {
-            let received = self.backlog.as_ref().expect("there is one under protection").received();
-            let up_to = self.outputs.release_acked(received);
-            self.release(up_to);
+            self.release_what_may();
         }
     }
 
@@ -451,15 +564,18 @@ impl Primary {
         self.drop_link();
         // Nobody will acknowledge these records any more.
         self.backlog = None;
+        self.changed = Vec::new();
         match self.state {
             PrimaryState::Greeting | PrimaryState::Copying => {
+                self.holding = false;
                 self.set_throttle(None);
                 self.enter(PrimaryState::Unprotected, reason);
+                self.release_all();
             }
-            PrimaryState::Protected if self.bugs.has(Bug::AloneWithoutArbiter) => {
+            PrimaryState::Protected | PrimaryState::Resyncing if self.bugs.has(Bug::AloneWithoutArbiter) => {
                 self.go_alone(self.epoch.next(), reason.to_owned());
             }
-            PrimaryState::Protected => {
+            PrimaryState::Protected | PrimaryState::Resyncing => {
                 self.lost_reason = reason.to_owned();
                 self.enter(PrimaryState::Deciding, reason);
                 self.set_throttle(Some("the standby is lost and the arbiter is asked"));
@@ -507,7 +623,7 @@ impl Primary {
     }
 
     fn go_alone(&mut self, epoch: Epoch, reason: String) {
-        assert!(matches!(self.state, PrimaryState::Protected | PrimaryState::Deciding));
+        assert!(matches!(self.state, PrimaryState::Protected | PrimaryState::Resyncing | PrimaryState::Deciding));
         self.epoch = epoch;
         self.backlog = None;
         self.arbitration = None;
@@ -529,7 +645,7 @@ impl Primary {
 
     fn peer_timeout(&self) -> Nanos {
         let config = &self.setup.config;
-        if self.state == PrimaryState::Protected { config.peer_timeout } else { config.copy_timeout }
+        if self.state >= PrimaryState::Protected { config.peer_timeout } else { config.copy_timeout }
     }
 
     /// Whether a secondary without progress holds the guest back.
@@ -574,7 +690,7 @@ impl Primary {
                     self.last_progress = now;
                     self.set_throttle(Some(what));
                 }
-            } else if self.throttled && self.beyond(1, 2).is_none() {
+            } else if self.throttled && self.state != PrimaryState::Resyncing && self.beyond(1, 2).is_none() {
                 // Half the bound, so that the guest is not stopped and started for every record.
                 self.set_throttle(None);
             }
@@ -604,7 +720,7 @@ impl Primary {
         if !self.image.restored {
             return None; // The secondary can't replay before it has the image.
         }
-        if multiplier == 1 && passes(backlog.lag_instructions(), config.max_replay_lag) {
+        if multiplier == 1 && passes(backlog.lag_instructions(), config.max_lag()) {
             return Some("the standby is too far behind");
         }
         passes(self.outputs.held(), config.max_held_outputs).then_some("too many outputs are held")

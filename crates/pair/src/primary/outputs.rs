@@ -38,10 +38,10 @@ impl HeldOutputs {
         self.notes.push_back(note);
     }
 
-    /// Lets go of all whose notes are acknowledged; tells how far outputs may leave now, if further than before.
-    pub(super) fn release_acked(&mut self, received: Seq) -> Option<OutputId> {
+    /// Lets go of those up to `matched` whose notes are acknowledged; tells how far outputs may leave now, if further than before.
+    pub(super) fn release_acked(&mut self, received: Seq, matched: OutputId) -> Option<OutputId> {
         let before = self.released;
-        while self.notes.front().is_some_and(|note| *note <= received) {
+        while self.released < matched && self.notes.front().is_some_and(|note| *note <= received) {
             self.notes.pop_front();
             self.released += 1;
         }
@@ -77,6 +77,11 @@ impl HeldOutputs {
     /// The newest.
     pub(super) fn produced(&self) -> OutputId {
         self.produced
+    }
+
+    /// The newest that may leave.
+    pub(super) fn released(&self) -> OutputId {
+        self.released
     }
 
     /// The newest that has certainly left.

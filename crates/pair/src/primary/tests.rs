@@ -22,6 +22,14 @@ impl Bench {
         Bench { primary: Primary::new(primary_setup()).unwrap(), now: Nanos(0), outputs: 0 }
     }
 
+    /// With these rules instead of the default ones, protected.
+    fn ruled(commit: Commit, on_mismatch: OnMismatch) -> Bench {
+        let mut bench = Bench::protected();
+        bench.primary.setup.config.commit = commit;
+        bench.primary.setup.config.on_mismatch = on_mismatch;
+        bench
+    }
+
     fn tell(&mut self, event: PrimaryEvent) -> Done {
         self.primary.handle(self.now, event);
         let mut done = Done::default();
@@ -45,7 +53,7 @@ impl Bench {
     }
 
     fn ack(&mut self, received_seq: u64, replayed_seq: u64, replayed_position: u64) -> Done {
-        self.hear(Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes: 4 }))
+        self.hear(Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes: 4, matched: 0 }))
     }
 
     /// Lets time pass in steps a host would make.
@@ -368,4 +376,107 @@ fn a_configuration_that_can_not_work_is_refused() {
     setup.config.peer_timeout = setup.config.heartbeat_interval;
     let error = Primary::new(setup).unwrap_err();
     assert!(error.to_string().contains("peer_timeout: must be at least four heartbeat intervals"), "{error}");
+}
+
+fn mismatch() -> Message {
+    Message::Mismatch { output: 2, position: 12, detail: vec![7] }
+}
+
+#[test]
+fn a_matched_output_is_held_until_it_was_made_twice() {
+    let mut bench = Bench::ruled(Commit::Matched, OnMismatch::Primary);
+    bench.output(11);
+    bench.output(12);
+    assert_eq!(bench.ack(2, 2, 12).actions, []);
+    let ack = Ack { received_seq: 2, replayed_seq: 2, replayed_position: 12, image_bytes: 4, matched: 1 };
+    assert_eq!(bench.hear(Message::Ack(ack)).actions, [release(1)]);
+    assert_eq!(bench.hear(Message::Ack(Ack { matched: 2, ..ack })).actions, [release(2)]);
+    bench.hear(Message::Ack(Ack { matched: 3, ..ack }));
+    assert_eq!(bench.primary.state(), PrimaryState::Deciding, "it has matched what was not made");
+}
+
+/// Protection starts when all that has left was made twice, and nothing more leaves until then.
+#[test]
+fn what_left_before_protection_is_matched_as_well() {
+    let mut bench = Bench::copied();
+    bench.primary.setup.config.commit = Commit::Matched;
+    assert_eq!(bench.output(11).actions, [release(1)]);
+    bench.tell(PrimaryEvent::OutputsLeft { up_to: 1 });
+    assert_eq!(bench.hear(Message::ImageReady { position: 10 }).sent, []);
+    assert_eq!(bench.output(12).actions, []);
+    let ack = Ack { received_seq: 2, replayed_seq: 1, replayed_position: 11, image_bytes: 4, matched: 1 };
+    let done = bench.hear(Message::Ack(ack));
+    assert!(done.sent.contains(&Message::ProtectionStart { last_seq: 2 }), "{done:?}");
+    assert_eq!(done.actions, []);
+    assert_eq!(bench.hear(Message::Ack(Ack { matched: 2, ..ack })).actions, [release(2)]);
+}
+
+#[test]
+fn a_mismatch_is_repaired_before_anything_leaves() {
+    for commit in [Commit::Matched, Commit::Received] {
+        let mut bench = Bench::ruled(commit, OnMismatch::Primary);
+        bench.output(11);
+        bench.hear(Message::Ack(Ack { received_seq: 1, replayed_seq: 1, replayed_position: 11, image_bytes: 4, matched: 1 }));
+        bench.tell(PrimaryEvent::OutputsLeft { up_to: 1 });
+        bench.output(12);
+        bench.hear(Message::Changed(vec![1, 2]));
+        bench.hear(Message::Changed(vec![3]));
+        let done = bench.hear(mismatch());
+        let (output, position, detail, changed) = (2, 12, vec![7], vec![1, 2, 3]);
+        let bytes = config().image_window_bytes;
+        let start = PrimaryAction::StartResync { output, position, detail, changed };
+        assert_eq!(done.actions, [PrimaryAction::Throttle(true), start, PrimaryAction::WantImage { bytes }]);
+        // What the guest did before it was stopped goes on to the log, and is in the image as well.
+        bench.output(13);
+        bench.tell(PrimaryEvent::ImageCut { position: 13 });
+        assert_eq!(bench.tell(PrimaryEvent::ImageChunk(vec![9; 2])).sent, [Message::ImageChunk(vec![9; 2])]);
+        let done = bench.tell(PrimaryEvent::ImageEnd);
+        assert_eq!(done.sent, [Message::ImageEnd { position: 13, total_bytes: 2 }]);
+        let ack = Ack { received_seq: 3, replayed_seq: 1, replayed_position: 12, image_bytes: 2, matched: 1 };
+        assert_eq!(bench.hear(Message::Ack(ack)).actions, [], "{commit:?}: nothing leaves before the secondary is equal");
+        let done = bench.hear(Message::ImageReady { position: 13 });
+        assert_eq!(done.actions, [release(3), PrimaryAction::Throttle(false)]);
+        let status = bench.primary.status();
+        assert_eq!((status.state, status.resyncs, status.unreplayed_bytes), (PrimaryState::Protected, 1, 0));
+        assert_eq!(bench.hear(Message::Ack(Ack { replayed_seq: 3, replayed_position: 13, matched: 3, ..ack })).actions, []);
+        bench.output(14);
+        assert_eq!(
+            bench
+                .hear(Message::Ack(Ack { received_seq: 4, replayed_seq: 4, replayed_position: 14, image_bytes: 2, matched: 4 }))
+                .actions,
+            [release(4)]
+        );
+    }
+}
+
+/// The secondary may go live, so its loss is decided by the arbiter, in the middle of a resync as well.
+#[test]
+fn a_peer_lost_in_a_resync_is_a_matter_for_the_arbiter() {
+    let mut bench = Bench::ruled(Commit::Matched, OnMismatch::Primary);
+    bench.output(11);
+    bench.output(12);
+    bench.hear(mismatch());
+    let done = bench.tell(PrimaryEvent::PeerClosed { reason: "reset".to_owned() });
+    assert_eq!(done.actions, [PrimaryAction::AskArbiter(claim(2))]);
+    let done = bench.tell(answer(Verdict::Won));
+    assert!(done.actions.contains(&release(2)) && done.actions.contains(&PrimaryAction::Throttle(false)), "{done:?}");
+}
+
+#[test]
+fn nobody_is_believed_if_so_configured() {
+    let mut bench = Bench::ruled(Commit::Received, OnMismatch::Stop);
+    bench.output(11);
+    bench.output(12);
+    let done = bench.hear(mismatch());
+    assert_eq!(done.actions, [PrimaryAction::Disconnect, PrimaryAction::Stop(StopReason::Mismatch { output: 2 })]);
+    assert!(matches!(&done.sent[..], [Message::Goodbye { reason }] if reason.contains("output 2")), "{done:?}");
+}
+
+#[test]
+fn a_secondary_that_lists_more_changes_than_there_is_ram_is_given_up() {
+    let mut bench = Bench::protected();
+    for _ in 0..16 {
+        bench.hear(Message::Changed(vec![0; 1 << 17]));
+    }
+    assert_eq!(bench.primary.state(), PrimaryState::Deciding);
 }

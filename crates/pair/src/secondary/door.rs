@@ -29,7 +29,8 @@ pub enum SecondaryEvent {
         /// The last output it had made.
         last_output: OutputId,
     },
-    /// Replay made an output. The host keeps its data until [`SecondaryAction::Discard`] or until it has gone live and sent it again.
+    /// Replay made an output, and it is the one that was noted (or [`SecondaryAction::Diverge`] was asked for). The host keeps its data until
+    /// [`SecondaryAction::Discard`] or until it has gone live and sent it again.
     Output {
         /// The machine's running number of the output.
         id: OutputId,
@@ -41,6 +42,18 @@ pub enum SecondaryEvent {
         seq: Seq,
         /// Where the machine is.
         position: u64,
+    },
+    /// Replay has made another output than the one noted, or none, or one too many. It stands still until [`SecondaryAction::Restore`] or
+    /// [`SecondaryAction::Diverge`]; records that come meanwhile are kept.
+    Mismatch {
+        /// The first output that is not matched.
+        output: OutputId,
+        /// Where the machine is.
+        position: u64,
+        /// What was made instead, in the host's words.
+        detail: Vec<u8>,
+        /// What has changed in this machine since it was last known to equal the primary's, in the host's words.
+        changed: Vec<u8>,
     },
     /// The arbiter's answer to [`SecondaryAction::AskArbiter`].
     ArbiterAnswer {
@@ -75,7 +88,8 @@ pub enum SecondaryAction {
     Prepare(Hello),
     /// The next bytes of the image.
     ImageChunk(Vec<u8>),
-    /// The image is complete: restore the machine, with ticks going on meanwhile (or the primary misses our heartbeats), and report with [`SecondaryEvent::ImageRestored`].
+    /// The image is complete. If there is a machine already (a resync), the image says what it lacks: it replaces that, and with it all records
+    /// handed over so far and all data of outputs. Restore the machine, with ticks going on meanwhile (or the primary misses our heartbeats), and report with [`SecondaryEvent::ImageRestored`].
     Restore {
         /// The position the machine must be at.
         position: u64,
@@ -88,6 +102,9 @@ pub enum SecondaryAction {
         /// In order.
         records: Vec<Record>,
     },
+    /// The primary is lost, and replay stands still since its outputs differed: it goes on without comparing, from the machine that is here. What the world has
+    /// seen under [`crate::Commit::Matched`] fits that machine.
+    Diverge,
     /// Outputs up to this one have certainly left the primary; their data is not needed any more.
     Discard {
         /// The last one.
@@ -119,6 +136,8 @@ pub enum SecondaryState {
     Copying,
     /// The machine is restored and replays.
     Following,
+    /// An output differed; what the machine lacks comes in.
+    Resyncing,
     /// The primary is lost, the arbiter is asked; replay goes on to the end of the log.
     Deciding,
     /// The epoch is ours; the rest of the log is consumed.
@@ -136,6 +155,7 @@ impl SecondaryState {
             SecondaryState::Listening => "listening",
             SecondaryState::Copying => "copying",
             SecondaryState::Following => "following",
+            SecondaryState::Resyncing => "resyncing",
             SecondaryState::Deciding => "deciding",
             SecondaryState::Consuming => "consuming",
             SecondaryState::Live => "live",
@@ -165,6 +185,8 @@ pub struct SecondaryStatus {
     pub unconfirmed_outputs: u64,
     /// Image bytes received.
     pub image_bytes: u64,
+    /// How often this side was made equal again.
+    pub resyncs: u64,
 }
 
 /// Who the secondary is and what it may accept.

@@ -15,6 +15,10 @@
 //!     └─────────────────┴──────────────────────┴──────────────▶ Stopped ◀──────┘
 //! ```
 //!
+//! An output that differs takes it from Following to Resyncing: the machine stands still until the primary's image has replaced it, and then follows on.
+//! If the primary is lost before, the machine that stands still is the one to go live with ([`SecondaryAction::Diverge`]): it has made every output that
+//! was matched.
+//!
 //! One `Secondary` serves one connection. A standby that is to wait for the next primary makes a new one.
 
 mod door;
@@ -25,12 +29,12 @@ use std::collections::VecDeque;
 
 use crate::arbiter::{Arbitration, Claim, Next, Verdict};
 use crate::bugs::{Bug, Bugs};
-use crate::config::ConfigError;
+use crate::config::{Commit, Config, ConfigError};
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::primary::{Primary, PrimarySetup};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{Ack, Hello, HelloReply, Message, greeting_version};
+use crate::wire::{Ack, Hello, HelloReply, MAX_CHANGED_BYTES, Message, greeting_version};
 
 pub use door::{SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
 
@@ -54,6 +58,11 @@ pub struct Secondary {
     primary_position: u64,
     /// Outputs that the machine has made, its life before the cut included.
     produced: OutputId,
+    /// The machine stands still since it has made another output than the primary's.
+    diverged: bool,
+    /// An image of a resync is being restored: it may be too late to go on without it.
+    restoring: bool,
+    resyncs: u64,
     /// Outputs that have certainly left, as far as we were told.
     confirmed: OutputId,
     discarded: OutputId,
@@ -90,6 +99,9 @@ impl Secondary {
             replayed_position: 0,
             primary_position: 0,
             produced: 0,
+            diverged: false,
+            restoring: false,
+            resyncs: 0,
             confirmed: 0,
             discarded: 0,
             ack_due: false,
@@ -127,6 +139,7 @@ impl Secondary {
             primary_position: self.primary_position,
             unconfirmed_outputs: self.produced.saturating_sub(self.confirmed),
             image_bytes: self.image_bytes,
+            resyncs: self.resyncs,
         }
     }
 
@@ -156,6 +169,9 @@ impl Secondary {
             SecondaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
             SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
             SecondaryEvent::Output { id } => self.on_output(id),
+            SecondaryEvent::Mismatch { output, position, detail, changed } => {
+                self.on_mismatch(output, position, detail, &changed);
+            }
             SecondaryEvent::Replayed { seq, position } => self.on_replayed(now, seq, position),
             SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             SecondaryEvent::Shutdown { reason } => self.on_shutdown(reason),
@@ -173,7 +189,8 @@ impl Secondary {
         assert_eq!(self.state, SecondaryState::Live, "only who is live becomes a primary");
         let hello = self.hello.expect("it had a primary once");
         let setup = PrimarySetup {
-            config: self.setup.config,
+            // What the VM was promised holds on.
+            config: Config { commit: hello.commit, ..self.setup.config },
             vm: hello.vm,
             host: self.setup.host,
             owner: self.setup.owner,
@@ -213,19 +230,19 @@ impl Secondary {
     }
 
     fn on_message(&mut self, now: Nanos, message: Message) {
-        use SecondaryState::{Copying, Following, Listening};
+        use SecondaryState::{Copying, Following, Listening, Resyncing};
         match (self.state, message) {
             (Listening, Message::Hello(hello)) => self.on_hello(hello),
             (Copying, Message::Refuse { reason }) => self.on_refused(reason),
-            (Copying, Message::ImageChunk(bytes)) => self.on_image_chunk(now, bytes),
-            (Copying, Message::ImageEnd { position, total_bytes }) => self.on_image_end(now, position, total_bytes),
-            (Following, Message::ProtectionStart { last_seq }) => self.on_protection_start(now, last_seq),
-            (Copying | Following, Message::Log { first_seq, records }) => self.on_log(now, first_seq, records),
-            (Copying | Following, Message::Released { up_to }) => {
+            (Copying | Resyncing, Message::ImageChunk(bytes)) => self.on_image_chunk(now, bytes),
+            (Copying | Resyncing, Message::ImageEnd { position, total_bytes }) => self.on_image_end(now, position, total_bytes),
+            (Following | Resyncing, Message::ProtectionStart { last_seq }) => self.on_protection_start(now, last_seq),
+            (Copying | Following | Resyncing, Message::Log { first_seq, records }) => self.on_log(now, first_seq, records),
+            (Copying | Following | Resyncing, Message::Released { up_to }) => {
                 self.confirmed = self.confirmed.max(up_to);
                 self.discard();
             }
-            (Copying | Following, Message::Heartbeat { position, .. }) => {
+            (Copying | Following | Resyncing, Message::Heartbeat { position, .. }) => {
                 self.primary_position = self.primary_position.max(position);
             }
             (_, Message::Goodbye { reason }) => self.stop(StopReason::PeerEnded { reason }),
@@ -286,10 +303,44 @@ impl Secondary {
             return self.lose_peer(now, &format!("the image has {received} bytes instead of {total_bytes}"));
         }
         self.image_position = Some(position);
+        self.restoring = self.state == SecondaryState::Resyncing;
         self.actions.push_back(SecondaryAction::Restore { position });
     }
 
+    // ---- outputs that differ ----
+
+    fn on_mismatch(&mut self, output: OutputId, position: u64, detail: Vec<u8>, changed: &[u8]) {
+        assert!(!self.diverged, "a machine that stands still makes no output");
+        assert_eq!(output, self.produced + 1, "all outputs before the one that differs are matched");
+        self.diverged = true;
+        match self.state {
+            SecondaryState::Following => {}
+            // Nobody is left to be compared with, or it is being found out.
+            SecondaryState::Consuming => return self.diverge(),
+            _ => return,
+        }
+        if self.bugs.has(Bug::MatchTheMismatch) {
+            self.produced = output;
+            self.acknowledge();
+        }
+        for piece in changed.chunks(MAX_CHANGED_BYTES) {
+            self.send(&Message::Changed(piece.to_vec()));
+        }
+        self.image_bytes = 0;
+        self.image_position = None;
+        self.send(&Message::Mismatch { output, position, detail });
+        self.enter(SecondaryState::Resyncing, &format!("output {output} is not the primary's"));
+    }
+
+    fn diverge(&mut self) {
+        self.actions.push_back(SecondaryAction::Diverge);
+        self.diverged = false;
+    }
+
     fn on_restored(&mut self, now: Nanos, position: u64, last_output: OutputId) {
+        if std::mem::take(&mut self.restoring) {
+            return self.on_resynced(position, last_output);
+        }
         assert_eq!(self.state, SecondaryState::Copying, "a machine is restored once");
         if self.image_position != Some(position) {
             return self.lose_peer(now, &format!("the restored machine is at position {position}, not where its image was cut"));
@@ -304,6 +355,27 @@ impl Secondary {
         }
         self.send(&Message::ImageReady { position });
         self.enter(SecondaryState::Following, "the machine is restored");
+    }
+
+    /// The image stands for all records received so far, and came with the data of all outputs that may not have left. The primary may be lost by now;
+    /// then this is the machine to go live with.
+    fn on_resynced(&mut self, position: u64, last_output: OutputId) {
+        assert!(self.diverged, "only a machine that stands still is made equal");
+        self.diverged = false;
+        self.resyncs += 1;
+        self.replayed_seq = self.received_seq;
+        self.replayed_position = position;
+        self.produced = last_output;
+        if self.bugs.has(Bug::ForgetPendingAtResync) {
+            self.confirmed = self.confirmed.max(last_output);
+        }
+        self.discarded = self.discarded.max(self.confirmed.min(last_output));
+        if self.state == SecondaryState::Resyncing {
+            self.ack_due = true;
+            self.send(&Message::ImageReady { position });
+            self.enter(SecondaryState::Following, "the machine is the primary's again");
+        }
+        self.go_live_if_consumed();
     }
 
     fn on_protection_start(&mut self, now: Nanos, last_seq: Seq) {
@@ -341,7 +413,15 @@ impl Secondary {
     fn on_output(&mut self, id: OutputId) {
         assert_eq!(id, self.produced + 1, "outputs are numbered without gaps");
         self.produced = id;
+        if self.matters() {
+            self.ack_due = true;
+        }
         self.discard();
+    }
+
+    /// Whether the primary waits for outputs to be matched.
+    fn matters(&self) -> bool {
+        self.hello.as_ref().is_some_and(|hello| hello.commit == Commit::Matched)
     }
 
     fn discard(&mut self) {
@@ -378,6 +458,7 @@ impl Secondary {
             replayed_seq: self.replayed_seq,
             replayed_position: self.replayed_position,
             image_bytes: self.image_bytes,
+            matched: self.produced,
         };
         self.send(&Message::Ack(ack));
     }
@@ -452,11 +533,14 @@ impl Secondary {
         let left = self.received_seq - self.replayed_seq;
         let reason = format!("epoch {epoch} is ours ({}); {left} records are left", self.lost_reason);
         self.enter(SecondaryState::Consuming, &reason);
+        if self.diverged && !self.restoring {
+            self.diverge();
+        }
         self.go_live_if_consumed();
     }
 
     fn go_live_if_consumed(&mut self) {
-        let consumed = self.replayed_seq == self.received_seq || self.bugs.has(Bug::LiveBeforeConsuming);
+        let consumed = self.replayed_seq == self.received_seq && !self.restoring || self.bugs.has(Bug::LiveBeforeConsuming);
         if self.state != SecondaryState::Consuming || !consumed {
             return;
         }

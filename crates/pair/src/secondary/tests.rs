@@ -311,3 +311,66 @@ fn every_message_in_every_state_is_survived() {
         }
     }
 }
+
+fn differs() -> SecondaryEvent {
+    SecondaryEvent::Mismatch { output: 8, position: 12, detail: vec![7], changed: vec![1, 2] }
+}
+
+#[test]
+fn an_output_that_differs_waits_for_the_primarys_machine() {
+    let mut bench = Bench::behind();
+    let done = bench.tell(differs());
+    let mismatch = Message::Mismatch { output: 8, position: 12, detail: vec![7] };
+    assert_eq!(done.sent, [Message::Changed(vec![1, 2]), mismatch]);
+    assert_eq!(bench.secondary.state(), SecondaryState::Resyncing);
+    // What was on its way is taken in and handed over; the image stands for it.
+    assert_eq!(bench.log(4, &[14]).actions.len(), 1);
+    let done = bench.hear(Message::ImageChunk(vec![5; 9]));
+    assert_eq!(done.actions, [SecondaryAction::ImageChunk(vec![5; 9])]);
+    assert!(matches!(done.sent[..], [Message::Ack(Ack { image_bytes: 9, received_seq: 4, matched: 7, .. })]), "{done:?}");
+    let done = bench.hear(Message::ImageEnd { position: 15, total_bytes: 9 });
+    assert_eq!(done.actions, [SecondaryAction::Restore { position: 15 }]);
+    let done = bench.tell(SecondaryEvent::ImageRestored { position: 15, last_output: 9 });
+    let ack = Ack { received_seq: 4, replayed_seq: 4, replayed_position: 15, image_bytes: 9, matched: 9 };
+    assert_eq!(done.sent, [Message::ImageReady { position: 15 }, Message::Ack(ack)]);
+    // What came with the image may not have left.
+    bench.close();
+    let done = bench.tell(answer(Verdict::Won));
+    assert!(done.actions.contains(&SecondaryAction::GoLive { epoch: Epoch(2), reissue: 7..10 }), "{done:?}");
+}
+
+#[test]
+fn without_the_primary_it_goes_on_with_its_own() {
+    let mut bench = Bench::behind();
+    bench.tell(differs());
+    bench.hear(Message::ImageChunk(vec![5; 9]));
+    assert_eq!(bench.close().actions, [ask()]);
+    assert_eq!(bench.tell(answer(Verdict::Won)).actions, [SecondaryAction::Diverge]);
+    bench.tell(SecondaryEvent::Output { id: 8 });
+    let done = bench.tell(SecondaryEvent::Replayed { seq: 3, position: 13 });
+    assert_eq!(done.actions, [SecondaryAction::GoLive { epoch: Epoch(2), reissue: 7..9 }]);
+}
+
+/// Restoring has begun, so the old machine is gone: the new one goes live.
+#[test]
+fn a_resync_that_is_complete_is_waited_for() {
+    let mut bench = Bench::behind();
+    bench.tell(differs());
+    bench.hear(Message::ImageChunk(vec![5; 9]));
+    bench.hear(Message::ImageEnd { position: 15, total_bytes: 9 });
+    bench.close();
+    assert_eq!(bench.tell(answer(Verdict::Won)).actions, []);
+    let done = bench.tell(SecondaryEvent::ImageRestored { position: 15, last_output: 9 });
+    assert_eq!(done.actions, [SecondaryAction::GoLive { epoch: Epoch(2), reissue: 7..10 }]);
+}
+
+/// Who waits for a match is told at once, not when the next report of progress is due.
+#[test]
+fn matches_are_acknowledged_at_once_if_anybody_waits_for_them() {
+    for (commit, sent) in [(Commit::Received, 0), (Commit::Matched, 1)] {
+        let mut bench = Bench::entitled();
+        bench.secondary.hello.as_mut().unwrap().commit = commit;
+        bench.log(1, &[11]);
+        assert_eq!(bench.tell(SecondaryEvent::Output { id: 6 }).sent.len(), sent, "{commit:?}");
+    }
+}

@@ -7,8 +7,8 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{
-    Ack, GREETING_VERSION, HEADER_BYTES, Hello, HelloReply, Kind, MAGIC, MAX_IMAGE_CHUNK_BYTES, MAX_PAYLOAD_BYTES,
-    MAX_RECORD_BYTES, MAX_TEXT_BYTES, Message, RECORD_HEAD_BYTES, WireError,
+    Ack, GREETING_VERSION, HEADER_BYTES, Hello, HelloReply, Kind, MAGIC, MAX_CHANGED_BYTES, MAX_DETAIL_BYTES,
+    MAX_IMAGE_CHUNK_BYTES, MAX_PAYLOAD_BYTES, MAX_RECORD_BYTES, MAX_TEXT_BYTES, Message, RECORD_HEAD_BYTES, WireError,
 };
 use crate::types::{Nanos, Record};
 
@@ -48,6 +48,15 @@ struct AckPayload {
     replayed_seq: U64,
     replayed_position: U64,
     image_bytes: U64,
+    matched: U64,
+    reserved: [u8; 8],
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct MismatchHead {
+    output: U64,
+    position: U64,
     reserved: [u8; 16],
 }
 
@@ -141,9 +150,20 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
                 replayed_seq: U64::new(ack.replayed_seq),
                 replayed_position: U64::new(ack.replayed_position),
                 image_bytes: U64::new(ack.image_bytes),
-                reserved: [0; 16],
+                matched: U64::new(ack.matched),
+                reserved: [0; 8],
             };
             frame.extend(payload.as_bytes());
+        }
+        Message::Changed(bytes) => {
+            assert!(!bytes.is_empty() && bytes.len() <= MAX_CHANGED_BYTES, "a list of {} bytes", bytes.len());
+            frame.extend(bytes);
+        }
+        Message::Mismatch { output, position, detail } => {
+            assert!(detail.len() <= MAX_DETAIL_BYTES, "a detail of {} bytes", detail.len());
+            let head = MismatchHead { output: U64::new(*output), position: U64::new(*position), reserved: [0; 16] };
+            frame.extend(head.as_bytes());
+            frame.extend(detail);
         }
         Message::Heartbeat { time, position } => {
             let payload = HeartbeatPayload { time: U64::new(time.0), position: U64::new(*position), reserved: [0; 16] };
@@ -245,7 +265,19 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
                 replayed_seq: ack.replayed_seq.get(),
                 replayed_position: ack.replayed_position.get(),
                 image_bytes: ack.image_bytes.get(),
+                matched: ack.matched.get(),
             })
+        }
+        Kind::Changed if payload.is_empty() => return Err(bad("it is empty")),
+        Kind::Changed if payload.len() > MAX_CHANGED_BYTES => return Err(bad("it is too long")),
+        Kind::Changed => Message::Changed(payload.to_vec()),
+        Kind::Mismatch => {
+            let (head, detail) = MismatchHead::read_from_prefix(payload).map_err(|_| bad("its head is cut off"))?;
+            reserved(kind, &head.reserved)?;
+            if detail.len() > MAX_DETAIL_BYTES {
+                return Err(bad("it is too long"));
+            }
+            Message::Mismatch { output: head.output.get(), position: head.position.get(), detail: detail.to_vec() }
         }
         Kind::Heartbeat => {
             let beat = HeartbeatPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;

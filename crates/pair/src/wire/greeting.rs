@@ -9,6 +9,7 @@
 use minicbor::{Decode, Encode};
 
 use super::{MAX_TEXT_BYTES, MAX_VERSION, MIN_VERSION};
+use crate::config::Commit;
 use crate::types::{Epoch, OwnerId, VmId};
 
 /// The machine that is to be protected.
@@ -57,6 +58,8 @@ pub struct Hello {
     pub vm: VmIdentity,
     /// The epoch in which it runs.
     pub epoch: Epoch,
+    /// What its outputs wait for.
+    pub commit: Commit,
     /// The primary's process.
     pub owner: OwnerId,
     /// The primary's host.
@@ -154,6 +157,9 @@ struct WireGreeting {
     /// Only in a hello.
     #[n(10)]
     ram_bytes: Option<u64>,
+    /// Only in a hello: 0 is received, 1 is matched.
+    #[n(11)]
+    commit: Option<u8>,
 }
 
 impl WireGreeting {
@@ -199,6 +205,10 @@ impl Hello {
             cpu_family: host.cpu_family,
             cpu_model: Some(self.vm.cpu_model.clone()),
             ram_bytes: Some(self.vm.ram_bytes),
+            commit: Some(match self.commit {
+                Commit::Received => 0,
+                Commit::Matched => 1,
+            }),
         }
         .to_bytes()
     }
@@ -215,6 +225,12 @@ impl Hello {
                 ram_bytes: greeting.ram_bytes.ok_or("it has no RAM size")?,
             },
             epoch: Epoch(greeting.epoch),
+            commit: match greeting.commit {
+                Some(0) => Commit::Received,
+                Some(1) => Commit::Matched,
+                Some(_) => return Err("its output rule is unknown"),
+                None => return Err("it has no output rule"),
+            },
             owner: OwnerId(greeting.owner),
             host,
         })
@@ -236,6 +252,7 @@ impl HelloReply {
             cpu_family: host.cpu_family,
             cpu_model: None,
             ram_bytes: None,
+            commit: None,
         }
         .to_bytes()
     }

@@ -28,9 +28,9 @@ use crate::types::{Nanos, OutputId, Record, Seq};
 /// The first four bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"TWPR";
 /// The oldest payload version this build understands.
-pub const MIN_VERSION: u16 = 1;
+pub const MIN_VERSION: u16 = 2;
 /// The newest payload version this build understands.
-pub const MAX_VERSION: u16 = 1;
+pub const MAX_VERSION: u16 = 2;
 /// The version in the header of a greeting.
 pub const GREETING_VERSION: u16 = 0;
 /// The size of a frame's header.
@@ -48,6 +48,12 @@ pub const MAX_PAYLOAD_BYTES: usize = 2 << 20;
 /// The longest text in a message.
 pub const MAX_TEXT_BYTES: usize = 1024;
 
+/// The largest piece of a list of changed pages in one message.
+pub const MAX_CHANGED_BYTES: usize = 1 << 18;
+/// The most that is said of an output that differs.
+pub const MAX_DETAIL_BYTES: usize = 1 << 18;
+
+const _: () = assert!(MAX_CHANGED_BYTES <= MAX_PAYLOAD_BYTES && MAX_DETAIL_BYTES + 32 <= MAX_PAYLOAD_BYTES);
 const _: () = assert!(LOG_BATCH_BYTES + MAX_RECORD_BYTES + 2 * RECORD_HEAD_BYTES <= MAX_PAYLOAD_BYTES);
 const _: () = assert!(MAX_IMAGE_CHUNK_BYTES <= MAX_PAYLOAD_BYTES);
 
@@ -96,6 +102,17 @@ pub enum Message {
         /// The last one.
         up_to: OutputId,
     },
+    /// Secondary, before a `Mismatch`: a piece of what has changed here since the two machines were last known to be equal. Opaque here.
+    Changed(Vec<u8>),
+    /// Secondary: I have made another output than the one noted, or none, or one too many. I stand still and wait for an image.
+    Mismatch {
+        /// The first output that is not matched.
+        output: OutputId,
+        /// The position of the secondary's machine.
+        position: u64,
+        /// What the secondary made. Opaque here.
+        detail: Vec<u8>,
+    },
     /// Either side: I am alive.
     Heartbeat {
         /// The sender's clock.
@@ -119,8 +136,10 @@ pub struct Ack {
     pub replayed_seq: Seq,
     /// The position of the secondary's machine.
     pub replayed_position: u64,
-    /// So many bytes of the image are received.
+    /// So many bytes of the image are received; from a `Mismatch` on, of the image of the resync.
     pub image_bytes: u64,
+    /// All outputs up to this one were made by the secondary as well, and are the same.
+    pub matched: OutputId,
 }
 
 /// The kind of a frame. Numbers are never reused.
@@ -151,11 +170,15 @@ pub enum Kind {
     Heartbeat = 11,
     /// [`Message::Goodbye`]
     Goodbye = 12,
+    /// [`Message::Changed`]
+    Changed = 13,
+    /// [`Message::Mismatch`]
+    Mismatch = 14,
 }
 
 impl Kind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Kind; 12] = [
+    pub const ALL: [Kind; 14] = [
         Kind::Hello,
         Kind::HelloReply,
         Kind::Refuse,
@@ -168,6 +191,8 @@ impl Kind {
         Kind::Released,
         Kind::Heartbeat,
         Kind::Goodbye,
+        Kind::Changed,
+        Kind::Mismatch,
     ];
 
     /// The kind with that number.
@@ -197,6 +222,8 @@ impl Message {
             Message::Released { .. } => Kind::Released,
             Message::Heartbeat { .. } => Kind::Heartbeat,
             Message::Goodbye { .. } => Kind::Goodbye,
+            Message::Changed(_) => Kind::Changed,
+            Message::Mismatch { .. } => Kind::Mismatch,
         }
     }
 }
