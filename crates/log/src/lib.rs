@@ -11,9 +11,11 @@
 //! | [`image`] | a machine's state as a stream of bytes: snapshots, and what a recording or a standby starts from |
 //! | [`recording`] | an image and the entries since, in a file |
 //! | [`replay`] | a machine driven through a log again, and the first difference |
+//! | [`compare`] | outputs of two machines that need not be in step |
 //! | [`container`] | how files begin, and how they can be wrong |
 //! | [`stats`] | how much of what |
 pub mod codec;
+pub mod compare;
 pub mod container;
 pub mod decoder;
 pub mod entry;
@@ -25,6 +27,7 @@ pub mod replay;
 pub mod stats;
 
 pub use codec::{EncodeError, Fault, MAX_ENTRY, MAX_PAYLOAD, encode_into, encoded_length};
+pub use compare::{Comparer, Mismatch};
 pub use container::{ReadError, WriteError};
 pub use decoder::{DecodeError, Decoder};
 pub use entry::{EndReason, Entry, EntryKind, Event, OutputNote, OutputPort};

@@ -26,6 +26,7 @@ mod digest;
 mod dirty;
 mod disk;
 pub mod door;
+pub mod faults;
 mod kvmclock;
 pub mod layout;
 mod machine;

@@ -470,6 +470,24 @@ impl Machine {
         Digest::new(&self.ram_digest, self.cpu.0.state(), &self.save())
     }
 
+    /// Hashes all pages that were not zero again; those whose hash has changed.
+    pub(crate) fn rehash(&mut self) -> Vec<usize> {
+        let changed = |&page: &usize| {
+            let known = self.ram_digest.pages()[page];
+            known != 0 && known != RamDigest::hash(page, self.cpu.0.ram().page_bytes(page))
+        };
+        let pages: Vec<usize> = (0..self.ram_digest.pages().len()).filter(changed).collect();
+        for &page in &pages {
+            self.ram_digest.update(page, self.cpu.0.ram().page_bytes(page));
+        }
+        pages
+    }
+
+    /// Replaces the processor's state.
+    pub(crate) fn set_cpu_state(&mut self, state: CpuState) {
+        self.cpu.0.set_state(state);
+    }
+
     /// A hash for every page of RAM as of the last digest (0 for a page of zeroes), to find out which pages make two digests differ.
     pub fn page_hashes(&self) -> &[u128] {
         self.ram_digest.pages()

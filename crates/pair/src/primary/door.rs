@@ -89,6 +89,11 @@ pub enum PrimaryAction {
         /// What has changed in the secondary since the two machines were last known to be equal, in the host's words.
         changed: Vec<u8>,
     },
+    /// The two machines were equal there, in all of their state: what changed before needs not be remembered for a resync.
+    Agreed {
+        /// Where.
+        position: u64,
+    },
     /// Feed up to so many further bytes of the image.
     WantImage {
         /// In addition to earlier wishes.

@@ -90,6 +90,7 @@ pub struct Primary {
     /// What came of the secondary's list of changes.
     changed: Vec<u8>,
     resyncs: u64,
+    agreed_position: u64,
     arbitration: Option<Arbitration>,
     lost_reason: String,
     throttled: bool,
@@ -118,6 +119,7 @@ impl Primary {
             holding: false,
             changed: Vec::new(),
             resyncs: 0,
+            agreed_position: 0,
             arbitration: None,
             lost_reason: String::new(),
             throttled: false,
@@ -518,6 +520,10 @@ impl Primary {
             }
             Ok(log_news) if log_news || image_news => self.last_progress = now,
             Ok(_) => {}
+        }
+        if ack.agreed_position > self.agreed_position {
+            self.agreed_position = ack.agreed_position;
+            self.actions.push_back(PrimaryAction::Agreed { position: ack.agreed_position });
         }
         let match_news = ack.matched > self.matched;
         self.matched = self.matched.max(ack.matched);

@@ -53,7 +53,14 @@ impl Bench {
     }
 
     fn ack(&mut self, received_seq: u64, replayed_seq: u64, replayed_position: u64) -> Done {
-        self.hear(Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes: 4, matched: 0 }))
+        self.hear(Message::Ack(Ack {
+            received_seq,
+            replayed_seq,
+            replayed_position,
+            image_bytes: 4,
+            matched: 0,
+            agreed_position: 0,
+        }))
     }
 
     /// Lets time pass in steps a host would make.
@@ -388,7 +395,7 @@ fn a_matched_output_is_held_until_it_was_made_twice() {
     bench.output(11);
     bench.output(12);
     assert_eq!(bench.ack(2, 2, 12).actions, []);
-    let ack = Ack { received_seq: 2, replayed_seq: 2, replayed_position: 12, image_bytes: 4, matched: 1 };
+    let ack = Ack { received_seq: 2, replayed_seq: 2, replayed_position: 12, image_bytes: 4, matched: 1, agreed_position: 0 };
     assert_eq!(bench.hear(Message::Ack(ack)).actions, [release(1)]);
     assert_eq!(bench.hear(Message::Ack(Ack { matched: 2, ..ack })).actions, [release(2)]);
     bench.hear(Message::Ack(Ack { matched: 3, ..ack }));
@@ -404,7 +411,7 @@ fn what_left_before_protection_is_matched_as_well() {
     bench.tell(PrimaryEvent::OutputsLeft { up_to: 1 });
     assert_eq!(bench.hear(Message::ImageReady { position: 10 }).sent, []);
     assert_eq!(bench.output(12).actions, []);
-    let ack = Ack { received_seq: 2, replayed_seq: 1, replayed_position: 11, image_bytes: 4, matched: 1 };
+    let ack = Ack { received_seq: 2, replayed_seq: 1, replayed_position: 11, image_bytes: 4, matched: 1, agreed_position: 0 };
     let done = bench.hear(Message::Ack(ack));
     assert!(done.sent.contains(&Message::ProtectionStart { last_seq: 2 }), "{done:?}");
     assert_eq!(done.actions, []);
@@ -416,7 +423,14 @@ fn a_mismatch_is_repaired_before_anything_leaves() {
     for commit in [Commit::Matched, Commit::Received] {
         let mut bench = Bench::ruled(commit, OnMismatch::Primary);
         bench.output(11);
-        bench.hear(Message::Ack(Ack { received_seq: 1, replayed_seq: 1, replayed_position: 11, image_bytes: 4, matched: 1 }));
+        bench.hear(Message::Ack(Ack {
+            received_seq: 1,
+            replayed_seq: 1,
+            replayed_position: 11,
+            image_bytes: 4,
+            matched: 1,
+            agreed_position: 0,
+        }));
         bench.tell(PrimaryEvent::OutputsLeft { up_to: 1 });
         bench.output(12);
         bench.hear(Message::Changed(vec![1, 2]));
@@ -432,7 +446,7 @@ fn a_mismatch_is_repaired_before_anything_leaves() {
         assert_eq!(bench.tell(PrimaryEvent::ImageChunk(vec![9; 2])).sent, [Message::ImageChunk(vec![9; 2])]);
         let done = bench.tell(PrimaryEvent::ImageEnd);
         assert_eq!(done.sent, [Message::ImageEnd { position: 13, total_bytes: 2 }]);
-        let ack = Ack { received_seq: 3, replayed_seq: 1, replayed_position: 12, image_bytes: 2, matched: 1 };
+        let ack = Ack { received_seq: 3, replayed_seq: 1, replayed_position: 12, image_bytes: 2, matched: 1, agreed_position: 0 };
         assert_eq!(bench.hear(Message::Ack(ack)).actions, [], "{commit:?}: nothing leaves before the secondary is equal");
         let done = bench.hear(Message::ImageReady { position: 13 });
         assert_eq!(done.actions, [release(3), PrimaryAction::Throttle(false)]);
@@ -442,7 +456,14 @@ fn a_mismatch_is_repaired_before_anything_leaves() {
         bench.output(14);
         assert_eq!(
             bench
-                .hear(Message::Ack(Ack { received_seq: 4, replayed_seq: 4, replayed_position: 14, image_bytes: 2, matched: 4 }))
+                .hear(Message::Ack(Ack {
+                    received_seq: 4,
+                    replayed_seq: 4,
+                    replayed_position: 14,
+                    image_bytes: 2,
+                    matched: 4,
+                    agreed_position: 0
+                }))
                 .actions,
             [release(4)]
         );

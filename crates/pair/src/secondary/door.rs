@@ -43,6 +43,11 @@ pub enum SecondaryEvent {
         /// Where the machine is.
         position: u64,
     },
+    /// The machine was seen to be equal to the primary's, in all of its state.
+    Agreed {
+        /// Where.
+        position: u64,
+    },
     /// Replay has made another output than the one noted, or none, or one too many. It stands still until [`SecondaryAction::Restore`] or
     /// [`SecondaryAction::Diverge`]; records that come meanwhile are kept.
     Mismatch {

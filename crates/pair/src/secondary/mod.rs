@@ -63,6 +63,7 @@ pub struct Secondary {
     /// An image of a resync is being restored: it may be too late to go on without it.
     restoring: bool,
     resyncs: u64,
+    agreed_position: u64,
     /// Outputs that have certainly left, as far as we were told.
     confirmed: OutputId,
     discarded: OutputId,
@@ -102,6 +103,7 @@ impl Secondary {
             diverged: false,
             restoring: false,
             resyncs: 0,
+            agreed_position: 0,
             confirmed: 0,
             discarded: 0,
             ack_due: false,
@@ -169,6 +171,7 @@ impl Secondary {
             SecondaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
             SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
             SecondaryEvent::Output { id } => self.on_output(id),
+            SecondaryEvent::Agreed { position } => self.agreed_position = self.agreed_position.max(position),
             SecondaryEvent::Mismatch { output, position, detail, changed } => {
                 self.on_mismatch(output, position, detail, &changed);
             }
@@ -459,6 +462,7 @@ impl Secondary {
             replayed_position: self.replayed_position,
             image_bytes: self.image_bytes,
             matched: self.produced,
+            agreed_position: self.agreed_position,
         };
         self.send(&Message::Ack(ack));
     }

@@ -331,7 +331,7 @@ fn an_output_that_differs_waits_for_the_primarys_machine() {
     let done = bench.hear(Message::ImageEnd { position: 15, total_bytes: 9 });
     assert_eq!(done.actions, [SecondaryAction::Restore { position: 15 }]);
     let done = bench.tell(SecondaryEvent::ImageRestored { position: 15, last_output: 9 });
-    let ack = Ack { received_seq: 4, replayed_seq: 4, replayed_position: 15, image_bytes: 9, matched: 9 };
+    let ack = Ack { received_seq: 4, replayed_seq: 4, replayed_position: 15, image_bytes: 9, matched: 9, agreed_position: 0 };
     assert_eq!(done.sent, [Message::ImageReady { position: 15 }, Message::Ack(ack)]);
     // What came with the image may not have left.
     bench.close();

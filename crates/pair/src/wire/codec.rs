@@ -49,7 +49,7 @@ struct AckPayload {
     replayed_position: U64,
     image_bytes: U64,
     matched: U64,
-    reserved: [u8; 8],
+    agreed_position: U64,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -151,7 +151,7 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
                 replayed_position: U64::new(ack.replayed_position),
                 image_bytes: U64::new(ack.image_bytes),
                 matched: U64::new(ack.matched),
-                reserved: [0; 8],
+                agreed_position: U64::new(ack.agreed_position),
             };
             frame.extend(payload.as_bytes());
         }
@@ -259,13 +259,13 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::Log => decode_log(payload)?,
         Kind::Ack => {
             let ack = AckPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;
-            reserved(kind, &ack.reserved)?;
             Message::Ack(Ack {
                 received_seq: ack.received_seq.get(),
                 replayed_seq: ack.replayed_seq.get(),
                 replayed_position: ack.replayed_position.get(),
                 image_bytes: ack.image_bytes.get(),
                 matched: ack.matched.get(),
+                agreed_position: ack.agreed_position.get(),
             })
         }
         Kind::Changed if payload.is_empty() => return Err(bad("it is empty")),

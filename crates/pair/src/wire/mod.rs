@@ -140,6 +140,8 @@ pub struct Ack {
     pub image_bytes: u64,
     /// All outputs up to this one were made by the secondary as well, and are the same.
     pub matched: OutputId,
+    /// The position at which the two machines were last seen to be equal, in all of their state; 0 if never since the image.
+    pub agreed_position: u64,
 }
 
 /// The kind of a frame. Numbers are never reused.

@@ -46,7 +46,14 @@ fn one_of_each() -> Vec<Message> {
         Message::ImageReady { position: 5 },
         Message::ProtectionStart { last_seq: 2 },
         Message::Log { first_seq: 3, records: vec![record(6, 1, b"ab"), record(7, 2, b"")] },
-        Message::Ack(Ack { received_seq: 4, replayed_seq: 3, replayed_position: 6, image_bytes: 3, matched: 8 }),
+        Message::Ack(Ack {
+            received_seq: 4,
+            replayed_seq: 3,
+            replayed_position: 6,
+            image_bytes: 3,
+            matched: 8,
+            agreed_position: 2,
+        }),
         Message::Released { up_to: 9 },
         Message::Heartbeat { time: Nanos(10), position: 7 },
         Message::Goodbye { reason: "over".to_owned() },
@@ -261,15 +268,15 @@ fn any_record() -> impl Strategy<Value = Record> {
 }
 
 fn any_message() -> impl Strategy<Value = Message> {
-    let numbers = any::<[u64; 5]>();
+    let numbers = any::<[u64; 6]>();
     prop_oneof![
         proptest::sample::select(one_of_each()),
         ".{0,100}".prop_map(|reason| Message::Refuse { reason }),
         proptest::collection::vec(any::<u8>(), 1..300).prop_map(Message::ImageChunk),
         (1..u64::MAX / 2, proptest::collection::vec(any_record(), 1..10))
             .prop_map(|(first_seq, records)| Message::Log { first_seq, records }),
-        numbers.prop_map(|[received_seq, replayed_seq, replayed_position, image_bytes, matched]| {
-            Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes, matched })
+        numbers.prop_map(|[received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position]| {
+            Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position })
         }),
         numbers.prop_map(|[time, position, ..]| Message::Heartbeat { time: Nanos(time), position }),
     ]
