@@ -107,7 +107,7 @@ impl Ask {
         Some((Self { question, back, _open: Open(open.clone()) }, answer))
     }
     /// Answers it from a machine. Never blocks.
-    pub fn answer(self, machine: &Machine) {
+    pub fn answer(self, machine: &mut Machine) {
         let answer = match self.question {
             Question::Stat => Answer::Stat(Box::new(VmFigures::of(machine))),
         };

@@ -295,8 +295,8 @@ mod tests {
         let (to, inbox) = channel::<Ask>();
         place.control.serve("survivor", move |ask| to.send(ask).is_ok());
         let machine = std::thread::spawn(move || {
-            let machine = Machine::new(Config { ram_mib: 64, ..Config::default() }, Vec::new()).unwrap();
-            inbox.into_iter().take(2).for_each(|ask| ask.answer(&machine));
+            let mut machine = Machine::new(Config { ram_mib: 64, ..Config::default() }, Vec::new()).unwrap();
+            inbox.into_iter().take(2).for_each(|ask| ask.answer(&mut machine));
         });
         let stat = client.stat().unwrap();
         assert_eq!((stat.position, stat.counters["exits.lookup"]), (0, 0));

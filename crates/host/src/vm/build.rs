@@ -161,13 +161,8 @@ pub fn from_image<R: Read>(
     Ok((machine, extra))
 }
 
-/// The machine of an image before its state: takes the host's own payload out of `payloads`.
-fn blank(
-    metadata: &ImageMetadata,
-    payloads: &mut Vec<ImagePayload>,
-    disks: DiskMaker,
-    tune: &dyn Fn(&mut Config),
-) -> Result<(Machine, Extra)> {
+/// Takes the host's own payload out of an image's.
+pub fn take_extra(payloads: &mut Vec<ImagePayload>) -> Result<Extra> {
     let own = payloads.iter().position(|p| p.kind == EXTRA_KIND);
     let own = own.ok_or_else(|| Error::new("the image says nothing of the machine's configuration"))?;
     let own = payloads.swap_remove(own);
@@ -175,7 +170,17 @@ fn blank(
         let what = format!("the image's payload '{EXTRA_KIND}' has version {}, this build reads {EXTRA_VERSION}", own.version);
         return Err(Error::new(what).next("use the Twinstep that wrote it"));
     }
-    let extra: Extra = minicbor::decode(&own.bytes).what("the image's configuration cannot be read")?;
+    minicbor::decode(&own.bytes).what("the image's configuration cannot be read")
+}
+
+/// The machine of an image before its state: takes the host's own payload out of `payloads`.
+fn blank(
+    metadata: &ImageMetadata,
+    payloads: &mut Vec<ImagePayload>,
+    disks: DiskMaker,
+    tune: &dyn Fn(&mut Config),
+) -> Result<(Machine, Extra)> {
+    let extra = take_extra(payloads)?;
     let mut config = Config {
         ram_mib: extra.ram_mib,
         cpu_model: metadata.cpu_model.clone(),

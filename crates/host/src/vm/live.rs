@@ -15,6 +15,7 @@ use twinstep_pair::Record;
 use super::build;
 use super::pace::{Pace, cpu_ns};
 use super::pairing::ToPair;
+use super::resync::{self, Baseline};
 use crate::control::Ask;
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
@@ -29,6 +30,16 @@ pub enum ToVm {
     Throttle(bool),
     /// Make an image for the pair, and go on.
     MakeImage,
+    /// Make the delta for a standby that has changed these pages ([`resync`]), and stand still until no longer throttled.
+    MakeDelta {
+        /// The standby's list.
+        changed: Vec<u8>,
+    },
+    /// The standby was equal to the machine at this position.
+    Agreed {
+        /// The position.
+        position: u64,
+    },
     /// A question of the control socket.
     Ask(Ask),
     /// Give the machine up.
@@ -135,6 +146,8 @@ struct Live {
     logging: bool,
     pace: Pace,
     throttled: bool,
+    /// What has changed since the standby was last known to be equal.
+    baseline: Option<Baseline>,
     end: Option<End>,
 }
 
@@ -153,6 +166,7 @@ pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
         wiring,
         logging,
         throttled: false,
+        baseline: None,
         end: None,
     };
     let end = live.run();
@@ -258,7 +272,13 @@ impl Live {
             ToVm::Throttle(on) => self.throttled = on,
             ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
             ToVm::MakeImage => self.make_image(),
-            ToVm::Ask(ask) => ask.answer(&self.machine),
+            ToVm::MakeDelta { changed } => self.make_delta(&changed),
+            ToVm::Agreed { position } => {
+                if let Some(baseline) = &mut self.baseline {
+                    baseline.agreed(position);
+                }
+            }
+            ToVm::Ask(ask) => ask.answer(&mut self.machine),
         }
     }
 
@@ -318,6 +338,9 @@ impl Live {
             let digest = minicbor::to_vec(self.machine.digest()).expect("encoding into memory cannot fail");
             let entry = self.recorder.digest(position, digest).expect("positions of one machine do not go back");
             self.log(entry);
+            if let Some(baseline) = &mut self.baseline {
+                baseline.mark(&mut self.machine);
+            }
         }
     }
 
@@ -367,6 +390,7 @@ impl Live {
         );
         match written {
             Ok((bytes, _)) => {
+                self.baseline = Some(Baseline::new(&mut self.machine));
                 let position = self.machine.position();
                 let pause_ns = now_ns() - started;
                 self.tell_pair(pair, ToPair::Image { position, bytes, pause_ns });
@@ -374,6 +398,19 @@ impl Live {
             Err(e) => self.end = Some(End::HostFailure(format!("cannot make an image: {e}"))),
         }
         self.pace.stood_still(now_ns(), cpu_ns(), self.machine.position());
+    }
+
+    /// Makes the delta and hands it to the pair, which has throttled the guest already.
+    fn make_delta(&mut self, changed: &[u8]) {
+        let (Some(pair), Some(baseline)) = (self.wiring.pair.clone(), &mut self.baseline) else { return };
+        let started = now_ns();
+        match resync::delta(&mut self.machine, baseline, changed, &self.wiring.disk_bytes, self.wiring.last_output) {
+            Ok(delta) => {
+                let (position, took_ns) = (self.machine.position(), now_ns() - started);
+                self.tell_pair(pair, ToPair::Delta { position, delta, took_ns });
+            }
+            Err(e) => self.tell_pair(pair, ToPair::NoDelta(e.to_string())),
+        }
     }
 
     fn finish(&mut self, end: &End) {

@@ -8,15 +8,21 @@
 //! | [`live`] | run and record: real I/O to inputs, outputs to real I/O |
 //! | [`pairing`] | the primary's end of the logging channel |
 //! | [`standby`] | the secondary: replay from the network, go live |
+//! | `follow` | the standby's thread that owns the machine: replay, comparison |
+//! | [`resync`] | what makes a secondary equal to its primary again |
+//! | [`difference`] | in what two outputs differ, for people |
 //! | [`session`] | one VM from the command to its end |
 //! | [`replay`] | a recording replayed and checked |
 //!
 //! *Invariant*: a machine is driven by one thread; everything else reaches it as a message.
 pub mod build;
+pub mod difference;
+mod follow;
 pub mod live;
 pub mod pace;
 pub mod pairing;
 pub mod replay;
+pub mod resync;
 pub mod session;
 pub mod spec;
 pub mod standby;

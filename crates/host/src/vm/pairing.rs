@@ -17,7 +17,9 @@ use twinstep_pair::{
     Arbiter, Claim, Epoch, Nanos, OutputId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record, Verdict,
 };
 
+use super::difference;
 use super::live::{Outlet, ToVm};
+use super::resync::{self, Delta};
 use crate::error::{Context, Result};
 use crate::events::{Events, now_ns};
 
@@ -49,6 +51,17 @@ pub enum ToPair {
         /// How long the guest stood still for it.
         pause_ns: u64,
     },
+    /// The delta that was asked for, of the machine at this position.
+    Delta {
+        /// The position.
+        position: u64,
+        /// The delta.
+        delta: Delta,
+        /// How long it took.
+        took_ns: u64,
+    },
+    /// It cannot be made.
+    NoDelta(String),
     /// Bytes from the standby.
     Bytes(Vec<u8>),
     /// The connection is gone.
@@ -239,6 +252,8 @@ impl PairThread {
             vm: wiring.vm,
             events: wiring.events,
             held: VecDeque::new(),
+            unmatched: Unmatched::default(),
+            resync_ns: 0,
             image: None,
             image_wanted: 0,
             report: PairReport::default(),
@@ -258,6 +273,48 @@ impl PairThread {
     }
 }
 
+/// Outputs that the secondary has not matched. Those that are too many are forgotten, the oldest first: then a difference in them is shown without bytes.
+#[derive(Default)]
+struct Unmatched {
+    outputs: VecDeque<(OutputId, u64, Output)>,
+    bytes: usize,
+}
+
+/// Bytes of outputs that are kept in order to show differences.
+const UNMATCHED_BYTES: usize = 32 << 20;
+
+impl Unmatched {
+    fn push(&mut self, id: OutputId, position: u64, output: &Output) {
+        self.bytes += cost(output);
+        self.outputs.push_back((id, position, output.clone()));
+        while self.bytes > UNMATCHED_BYTES {
+            self.pop();
+        }
+    }
+    fn pop(&mut self) {
+        if let Some((_, _, output)) = self.outputs.pop_front() {
+            self.bytes -= cost(&output);
+        }
+    }
+    /// Those up to this one are matched.
+    fn forget(&mut self, matched: OutputId) {
+        while self.outputs.front().is_some_and(|(id, ..)| *id <= matched) {
+            self.pop();
+        }
+    }
+    fn get(&self, wanted: OutputId) -> difference::Made<'_> {
+        let found = self.outputs.iter().find(|(id, ..)| *id == wanted);
+        found.map(|(_, position, output)| (*position, output))
+    }
+}
+
+fn cost(output: &Output) -> usize {
+    super::live::weight(match output {
+        Output::NetTx { frame, .. } | Output::NetTxGso { frame, .. } => frame,
+        Output::Serial(bytes) | Output::Console(bytes) => bytes,
+    })
+}
+
 struct Driver {
     primary: Primary,
     inbox: Receiver<ToPair>,
@@ -269,6 +326,10 @@ struct Driver {
     events: Events,
     /// Outputs that may not leave yet, with the time they were made.
     held: VecDeque<(OutputId, u64, Output)>,
+    /// Outputs that the secondary has not matched yet, with their positions, so that a difference can be shown.
+    unmatched: Unmatched,
+    /// When the guest was stopped for a resync.
+    resync_ns: u64,
     image: Option<(Vec<u8>, usize)>,
     image_wanted: u64,
     report: PairReport,
@@ -342,6 +403,9 @@ impl Driver {
             }
             ToPair::Output { id, note, output } => {
                 self.count(&note);
+                if self.primary.state() >= PrimaryState::Copying {
+                    self.unmatched.push(id, note.position, &output);
+                }
                 self.held.push_back((id, now_ns(), output));
                 PrimaryEvent::Output { id, note }
             }
@@ -357,6 +421,33 @@ impl Driver {
                 self.primary.handle(now(), PrimaryEvent::ImageCut { position });
                 self.feed_image();
                 return;
+            }
+            ToPair::Delta { position, delta, took_ns } => {
+                self.say_damaged("primary", &delta.damaged);
+                let outputs = self.held.iter().map(|(id, _, output)| (*id, output));
+                let bytes = resync::with_outputs(outputs, &delta.image);
+                let figures = Map::from_iter([
+                    ("pages".to_owned(), json!(delta.pages)),
+                    ("bytes".to_owned(), json!(bytes.len())),
+                    ("outputs".to_owned(), json!(self.held.len())),
+                    ("took_ns".to_owned(), json!(took_ns)),
+                ]);
+                let text = format!(
+                    "{} pages differ; with {} outputs that are held they make {} KiB",
+                    delta.pages,
+                    self.held.len(),
+                    bytes.len().div_ceil(1024)
+                );
+                self.events.say_with("delta", text, figures);
+                self.image = Some((bytes, 0));
+                self.primary.handle(now(), PrimaryEvent::ImageCut { position });
+                self.feed_image();
+                return;
+            }
+            ToPair::NoDelta(reason) => {
+                // As if the standby had hung up: it is of no use like this.
+                self.disconnect();
+                PrimaryEvent::PeerClosed { reason }
             }
             // Of a connection that was given up, nothing is wanted.
             ToPair::Bytes(_) | ToPair::Closed(_) if self.connection.is_none() => return,
@@ -415,6 +506,14 @@ impl Driver {
                 }
                 PrimaryAction::Disconnect => self.disconnect(),
                 PrimaryAction::StartImage => self.tell_vm(ToVm::MakeImage),
+                PrimaryAction::StartResync { output, position, detail, changed } => {
+                    self.resync_ns = now_ns();
+                    self.image = None;
+                    self.image_wanted = 0;
+                    self.say_mismatch(output, position, &detail);
+                    self.tell_vm(ToVm::MakeDelta { changed });
+                }
+                PrimaryAction::Agreed { position } => self.tell_vm(ToVm::Agreed { position }),
                 PrimaryAction::WantImage { bytes } => {
                     self.image_wanted += bytes;
                     self.feed_image();
@@ -442,13 +541,45 @@ impl Driver {
         let state = self.primary.state();
         if state != self.last_state {
             let before = std::mem::replace(&mut self.last_state, state);
-            if state == PrimaryState::Protected {
+            if state == PrimaryState::Protected && before == PrimaryState::Resyncing {
+                let pause_ns = now_ns() - self.resync_ns;
+                let figures = Map::from_iter([("pause_ns".to_owned(), json!(pause_ns))]);
+                let text = format!("the standby is equal again; the guest stood still for {:.1} ms", pause_ns as f64 / 1e6);
+                self.events.say_with("resynced", text, figures);
+            } else if state == PrimaryState::Protected {
                 self.report.protected = true;
                 self.events.say("protected", "every output now waits for the secondary");
+            }
+            if state == PrimaryState::Unprotected {
+                self.unmatched = Unmatched::default();
             }
             if state == PrimaryState::Unprotected && matches!(before, PrimaryState::Greeting | PrimaryState::Copying) {
                 self.events.say("unprotected", "the guest runs on without protection");
             }
+        }
+    }
+
+    /// Tells people what differs.
+    fn say_mismatch(&self, output: OutputId, position: u64, detail: &[u8]) {
+        let theirs = resync::take_outputs(detail).unwrap_or_default();
+        let theirs = theirs.first().map(|(position, output)| (*position, output));
+        let text = difference::describe(output, self.unmatched.get(output), theirs);
+        let figures = Map::from_iter([("output".to_owned(), json!(output)), ("position".to_owned(), json!(position))]);
+        let text = format!(
+            "{text}. Which side is wrong, two cannot say; the primary is believed. A replay of its recording on a third host can              (`twinstep replay`)"
+        );
+        self.events.say_with("mismatch", text, figures);
+    }
+
+    fn say_damaged(&self, side: &str, damaged: &[usize]) {
+        if !damaged.is_empty() {
+            let figures = Map::from_iter([("pages".to_owned(), json!(damaged))]);
+            let text = format!(
+                "memory of the {side}'s host is bad: {} pages changed without being written, the first is page {} of the guest's RAM",
+                damaged.len(),
+                damaged[0]
+            );
+            self.events.say_with("damaged", text, figures);
         }
     }
 
@@ -460,6 +591,7 @@ impl Driver {
 
     /// Says how the pair does, now and then.
     fn status(&mut self) {
+        self.unmatched.forget(self.primary.status().matched);
         let span_ns = now_ns() - self.status_ns;
         if span_ns < STATUS_NS {
             return;
@@ -480,6 +612,7 @@ impl Driver {
             "state": status.state.name(), "epoch": status.epoch.0, "throttled": status.throttled,
             "unacked_bytes": status.unacked_bytes, "unreplayed_bytes": status.unreplayed_bytes,
             "lag_instructions": status.lag_instructions, "held_now": status.held_outputs,
+            "matched": status.matched, "resyncs": status.resyncs,
             "held_mean_ns": (sum - sum_before).checked_div(number - number_before).unwrap_or(0),
             "held_max_ns": self.report.held_max_ns, "log_bytes_per_s": per_s(bytes), "log_per_s": log,
         });

@@ -2,25 +2,22 @@
 //!
 //! *In*: a connection from a primary. *Out*: how it ended, and, if it went live, the machine with the outputs that the world may not have
 //! seen. *Invariant*: the protocol runs on a thread of its own, so that receipt is acknowledged at once, however busy the replay is.
-use std::collections::VecDeque;
 use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, json};
-use twinstep_log::{Entry, ImageReader, ReplayOptions, Replayer};
-use twinstep_machine::{Activity, Config, Machine, Output};
+use twinstep_machine::{Config, Machine, Output};
 use twinstep_pair::{
-    Arbiter, Epoch, Nanos, OutputId, Record, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq, StopReason,
-    Verdict, wire,
+    Arbiter, Epoch, Nanos, OutputId, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq, StopReason, Verdict, wire,
 };
 
-use super::build::{self, DiskExtra, Extra};
-use super::live::entry_of;
+use super::build::{DiskExtra, Extra};
+use super::follow::{Follower, ToReplay};
 use super::pairing::{Asker, Closing, Connection};
-use super::replay::Vm;
-use crate::control::{Ask, Control};
+use super::resync::Changes;
+use crate::control::Control;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
 use crate::signals::Signals;
@@ -74,7 +71,7 @@ pub enum Outcome {
 
 /// What the protocol's thread is told.
 #[derive(Debug)]
-enum ToStandby {
+pub(super) enum ToStandby {
     Bytes(Vec<u8>),
     Closed(String),
     Verdict(Epoch, Verdict),
@@ -83,7 +80,28 @@ enum ToStandby {
         last_output: OutputId,
         took_ns: u64,
     },
+    /// An output was made, the same as the primary's.
     Output(OutputId),
+    /// The whole state was the same there.
+    Agreed(u64),
+    /// The state differs there, though no output does, in these parts.
+    StateDiffers(u64, String),
+    /// An output is not the primary's; the machine stands still.
+    Mismatch {
+        /// What is wrong, for people.
+        text: String,
+        output: OutputId,
+        position: u64,
+        detail: Vec<u8>,
+        changes: Changes,
+    },
+    /// The machine is the primary's again: so many pages were replaced.
+    Resynced {
+        position: u64,
+        last_output: OutputId,
+        pages: usize,
+        took_ns: u64,
+    },
     Replayed {
         seq: Seq,
         position: u64,
@@ -91,16 +109,6 @@ enum ToStandby {
     Failed(String),
     /// This process was told to end.
     Shutdown(String),
-}
-
-/// What the replay's thread is told.
-enum ToReplay {
-    Chunk(Vec<u8>),
-    Restore { position: u64 },
-    Records { first_seq: Seq, records: Vec<Record> },
-    Discard { up_to: OutputId },
-    Ask(Ask),
-    Finish { reissue: Range<OutputId>, epoch: Epoch, answer: Sender<Result<Live>> },
 }
 
 /// How long who connects may take to say its first word. A primary says it at once.
@@ -145,19 +153,8 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
     let (sender, inbox) = channel();
     let (replay, replay_inbox) = channel();
     let connection = Connection::start(wiring.stream, sender.clone(), ToStandby::Bytes, ToStandby::Closed)?;
-    let replayer = Replay {
-        inbox: replay_inbox,
-        to: sender.clone(),
-        disks: wiring.disks,
-        cables: wiring.cables,
-        tune: wiring.tune,
-        image: Vec::new(),
-        waiting: Vec::new(),
-        running: None,
-        held: VecDeque::new(),
-        last_output: 0,
-    };
-    std::thread::Builder::new().name("replay".into()).spawn(move || replayer.run()).what("cannot start a thread")?;
+    let follower = Follower::new(replay_inbox, sender.clone(), wiring.disks, wiring.cables, wiring.tune);
+    std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
     let asked = replay.clone();
     wiring.control.serve("standby", move |ask| asked.send(ToReplay::Ask(ask)).is_ok());
     let told = sender.clone();
@@ -171,6 +168,7 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
         asker: Asker::new(wiring.arbiter, sender, ToStandby::Verdict),
         replay,
         events: wiring.events,
+        state_differs: 0,
         failure: None,
         outcome: None,
     };
@@ -184,6 +182,8 @@ struct Driver {
     asker: Asker<ToStandby>,
     replay: Sender<ToReplay>,
     events: Events,
+    /// How often the state was seen to differ.
+    state_differs: u64,
     /// Why this host cannot go on, if it cannot.
     failure: Option<String>,
     outcome: Option<Result<Outcome>>,
@@ -240,6 +240,35 @@ impl Driver {
                 SecondaryEvent::ImageRestored { position, last_output }
             }
             ToStandby::Output(id) => SecondaryEvent::Output { id },
+            ToStandby::Agreed(position) => SecondaryEvent::Agreed { position },
+            ToStandby::StateDiffers(position, text) => {
+                self.state_differs += 1;
+                let figures =
+                    Map::from_iter([("position".to_owned(), json!(position)), ("times".to_owned(), json!(self.state_differs))]);
+                // Nobody can see it, so nothing is done about it.
+                let text = format!("the state is not the primary's at position {position}, but all outputs are: it {text}");
+                self.events.say_with("state-differs", text, figures);
+                return;
+            }
+            ToStandby::Mismatch { text, output, position, detail, changes } => {
+                let figures = Map::from_iter([("output".to_owned(), json!(output)), ("position".to_owned(), json!(position))]);
+                self.events.say_with("mismatch", text, figures);
+                if let Some(first) = changes.damaged.first() {
+                    let n = changes.damaged.len();
+                    let text = format!(
+                        "memory of this standby's host is bad: {n} pages changed without being written, the first is page {first} of the guest's RAM"
+                    );
+                    self.events.say("damaged", text);
+                }
+                SecondaryEvent::Mismatch { output, position, detail, changed: changes.list }
+            }
+            ToStandby::Resynced { position, last_output, pages, took_ns } => {
+                let figures = Map::from_iter([("pages".to_owned(), json!(pages)), ("took_ns".to_owned(), json!(took_ns))]);
+                let text =
+                    format!("{pages} pages replaced in {:.1} ms; the machine is the primary's again", took_ns as f64 / 1e6);
+                self.events.say_with("resynced", text, figures);
+                SecondaryEvent::ImageRestored { position, last_output }
+            }
             ToStandby::Replayed { seq, position } => SecondaryEvent::Replayed { seq, position },
             ToStandby::Failed(reason) => {
                 self.events.say("replay-failed", reason.clone());
@@ -280,6 +309,7 @@ impl Driver {
                 SecondaryAction::ImageChunk(bytes) => self.tell_replay(ToReplay::Chunk(bytes)),
                 SecondaryAction::Restore { position } => self.tell_replay(ToReplay::Restore { position }),
                 SecondaryAction::Replay { first_seq, records } => self.tell_replay(ToReplay::Records { first_seq, records }),
+                SecondaryAction::Diverge => self.tell_replay(ToReplay::Diverge),
                 SecondaryAction::Discard { up_to } => self.tell_replay(ToReplay::Discard { up_to }),
                 SecondaryAction::AskArbiter(claim) => {
                     self.events.say("arbiter", format!("claiming epoch {}", claim.epoch));
@@ -312,136 +342,5 @@ impl Driver {
     fn tell_replay(&mut self, message: ToReplay) {
         // A replay that has failed has said so.
         let _ = self.replay.send(message);
-    }
-}
-
-/// The thread that owns the machine.
-struct Replay {
-    inbox: Receiver<ToReplay>,
-    to: Sender<ToStandby>,
-    disks: Disks,
-    cables: usize,
-    tune: fn(&mut Config),
-    image: Vec<u8>,
-    /// Records that came before the image was restored.
-    waiting: Vec<(Seq, Vec<Record>)>,
-    running: Option<Running>,
-    /// Outputs that may not have left, with their numbers.
-    held: VecDeque<(OutputId, Output)>,
-    last_output: OutputId,
-}
-
-struct Running {
-    vm: Vm,
-    extra: Extra,
-    replayer: Replayer,
-}
-
-impl Replay {
-    fn run(mut self) {
-        while let Ok(message) = self.next() {
-            let result = match message {
-                ToReplay::Chunk(bytes) => {
-                    self.image.extend(bytes);
-                    Ok(())
-                }
-                ToReplay::Restore { position } => self.restore(position),
-                ToReplay::Records { first_seq, records } => {
-                    if self.running.is_some() {
-                        self.replay(first_seq, records)
-                    } else {
-                        self.waiting.push((first_seq, records));
-                        Ok(())
-                    }
-                }
-                ToReplay::Discard { up_to } => {
-                    while self.held.front().is_some_and(|(id, _)| *id <= up_to) {
-                        self.held.pop_front();
-                    }
-                    Ok(())
-                }
-                ToReplay::Ask(ask) => {
-                    match &self.running {
-                        Some(running) => ask.answer(&running.vm.0),
-                        None => ask.no_machine("the machine is on its way from its primary"),
-                    }
-                    Ok(())
-                }
-                ToReplay::Finish { reissue, epoch, answer } => {
-                    let _ = answer.send(self.finish(reissue, epoch));
-                    return;
-                }
-            };
-            if let Err(e) = result {
-                let _ = self.to.send(ToStandby::Failed(e.to_string()));
-                return;
-            }
-        }
-    }
-
-    fn next(&self) -> std::result::Result<ToReplay, RecvError> {
-        let say = |activity| {
-            if let Some(running) = &self.running {
-                running.vm.0.activity().set(activity);
-            }
-        };
-        say(Activity::Waiting);
-        let message = self.inbox.recv();
-        say(Activity::Host);
-        message
-    }
-
-    fn restore(&mut self, position: u64) -> Result<()> {
-        let started = now_ns();
-        let image = std::mem::take(&mut self.image);
-        let mut reader = ImageReader::open(image.as_slice()).what("the primary's image cannot be read")?;
-        let tune = self.tune;
-        let (machine, extra) = build::from_image(&mut reader, &mut *self.disks, &tune)?;
-        // Now, and not when it goes live: then it would be too late.
-        if extra.nics.len() > self.cables {
-            let what = format!("the machine has {} network cards, the standby was given {}", extra.nics.len(), self.cables);
-            return Err(Error::new(what).next("start the standby with --net once for each card"));
-        }
-        if machine.position() != position {
-            return Err(Error::new(format!("the image is of position {}, not {position}", machine.position())));
-        }
-        self.last_output = extra.last_output;
-        let replayer = Replayer::new(position, ReplayOptions::default());
-        self.running = Some(Running { vm: Vm(machine, None), extra, replayer });
-        let took_ns = now_ns() - started;
-        let _ = self.to.send(ToStandby::Restored { position, last_output: self.last_output, took_ns });
-        for (first_seq, records) in std::mem::take(&mut self.waiting) {
-            self.replay(first_seq, records)?;
-        }
-        Ok(())
-    }
-
-    fn replay(&mut self, first_seq: Seq, records: Vec<Record>) -> Result<()> {
-        let Self { running, to, held, last_output, .. } = self;
-        let Running { vm, replayer, .. } = running.as_mut().expect("checked by the caller");
-        for (seq, record) in (first_seq..).zip(&records) {
-            let entry: Entry = entry_of(record)?;
-            replayer
-                .step(vm, entry, &mut |_, output| {
-                    *last_output += 1;
-                    held.push_back((*last_output, output));
-                    let _ = to.send(ToStandby::Output(*last_output));
-                })
-                .what("the replay differs from the primary")?;
-            let _ = to.send(ToStandby::Replayed { seq, position: vm.0.position() });
-        }
-        Ok(())
-    }
-
-    fn finish(&mut self, reissue: Range<OutputId>, epoch: Epoch) -> Result<Live> {
-        let Running { vm, extra, .. } = self.running.take().ok_or_else(|| Error::new("there is no machine to go live with"))?;
-        let kept = std::mem::take(&mut self.held).into_iter();
-        let outputs: Vec<Output> = kept.filter(|(id, _)| reissue.contains(id)).map(|(_, output)| output).collect();
-        assert_eq!(
-            outputs.len() as u64,
-            reissue.end.saturating_sub(reissue.start),
-            "every output that may not have left is kept"
-        );
-        Ok(Live { machine: vm.0, extra, reissue: outputs, last_output: self.last_output, epoch })
     }
 }

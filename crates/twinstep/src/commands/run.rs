@@ -7,7 +7,7 @@ use twinstep_host::events::Events;
 use twinstep_host::vm::live::End;
 use twinstep_host::vm::session::{self, RunOptions};
 use twinstep_host::vm::spec::{DiskSpec, Memory, NetSpec, VmSpec};
-use twinstep_pair::{Config, Nanos};
+use twinstep_pair::{Commit, Config, Nanos, OnMismatch};
 
 /// The machine, as flags.
 #[derive(Args, Clone)]
@@ -100,6 +100,13 @@ pub struct Arguments {
     /// The directory in which the pair's sides settle who goes on (the same one on both hosts)
     #[arg(long, value_name = "DIR")]
     arbiter: Option<PathBuf>,
+    /// When an output may leave a protected VM: `received`, as soon as the standby has all that led to it, or `matched`, when the standby has
+    /// made the same output itself, which also catches what goes wrong silently (a bad core, a flipped bit)
+    #[arg(long, value_name = "RULE", default_value = "received")]
+    commit: CommitRule,
+    /// What to do when the two sides make different outputs: `primary` believes the primary and makes the standby equal to it, `stop` stops the VM
+    #[arg(long, value_name = "POLICY", default_value = "primary")]
+    on_mismatch: MismatchPolicy,
     /// Hold the guest back when the standby is more instructions than this behind
     #[arg(long, value_name = "N")]
     max_lag: Option<u64>,
@@ -113,6 +120,29 @@ pub struct Arguments {
     pair: PairArguments,
     #[command(flatten)]
     visibility: Visibility,
+}
+
+/// [`Commit`], as a word.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum CommitRule {
+    Received,
+    Matched,
+}
+
+impl From<CommitRule> for Commit {
+    fn from(rule: CommitRule) -> Self {
+        match rule {
+            CommitRule::Received => Self::Received,
+            CommitRule::Matched => Self::Matched,
+        }
+    }
+}
+
+/// [`OnMismatch`], as a word.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum MismatchPolicy {
+    Primary,
+    Stop,
 }
 
 /// What both sides of a pair can be told.
@@ -146,8 +176,14 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         name: arguments.name,
         perf_map: arguments.perf_map,
     };
+    options.pair.commit = arguments.commit.into();
+    options.pair.on_mismatch = match arguments.on_mismatch {
+        MismatchPolicy::Primary => OnMismatch::Primary,
+        MismatchPolicy::Stop => OnMismatch::Stop,
+    };
     if let Some(lag) = arguments.max_lag {
         options.pair.max_replay_lag = lag;
+        options.pair.max_matched_lag = lag;
     }
     let session = session::run(&spec, &options, &events)?;
     Ok(exit_code(&session.end))

@@ -1,0 +1,371 @@
+//! The standby's thread that owns the machine: it replays the primary's log and compares what comes of it.
+//!
+//! *In*: images, records, requests. *Out*: outputs that are the primary's, progress, differences. *Invariant*: an output is reported only when both
+//! sides have made it, in the order of the primary's notes (or when there is nobody to compare with any more); after a difference the machine stands still
+//! until it is the primary's again.
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use twinstep_log::{Comparer, Entry, Event, ImageReader, Mismatch, OutputNote, Replayable, RunOutcome};
+use twinstep_machine::{Activity, Config, Output};
+use twinstep_pair::{Epoch, OutputId, Record, Seq};
+
+use super::build::{self, Extra};
+use super::live::entry_of;
+use super::replay::Vm;
+use super::resync::{self, Baseline};
+use super::standby::{Disks, Live, ToStandby};
+use crate::control::Ask;
+use crate::error::{Context, Error, Result};
+use crate::events::now_ns;
+
+/// What the replay's thread is told.
+pub(super) enum ToReplay {
+    Chunk(Vec<u8>),
+    Restore {
+        position: u64,
+    },
+    Records {
+        first_seq: Seq,
+        records: Vec<Record>,
+    },
+    Discard {
+        up_to: OutputId,
+    },
+    /// Compare no more.
+    Diverge,
+    Ask(Ask),
+    Finish {
+        reissue: Range<OutputId>,
+        epoch: Epoch,
+        answer: Sender<Result<Live>>,
+    },
+}
+
+/// So long the two sides may be uneven while nothing else happens.
+const UNEVEN_PATIENCE: Duration = Duration::from_millis(50);
+
+/// The thread that owns the machine.
+pub(super) struct Follower {
+    inbox: Receiver<ToReplay>,
+    to: Sender<ToStandby>,
+    disks: Disks,
+    cables: usize,
+    tune: fn(&mut Config),
+    image: Vec<u8>,
+    /// Records that wait: for the first image, or while the machine stands still.
+    waiting: VecDeque<(Seq, Record)>,
+    running: Option<Running>,
+    /// Outputs that may not have left, with their numbers.
+    held: VecDeque<(OutputId, Output)>,
+    last_output: OutputId,
+}
+
+struct Running {
+    vm: Vm,
+    extra: Extra,
+    baseline: Baseline,
+    /// `None`: there is nobody to compare with.
+    comparer: Option<Comparer>,
+    /// Something differed.
+    still: bool,
+    /// Since when the sides are uneven in this output.
+    uneven: Option<(OutputId, Instant)>,
+}
+
+impl Follower {
+    pub(super) fn new(
+        inbox: Receiver<ToReplay>,
+        to: Sender<ToStandby>,
+        disks: Disks,
+        cables: usize,
+        tune: fn(&mut Config),
+    ) -> Self {
+        let (image, waiting, held) = (Vec::new(), VecDeque::new(), VecDeque::new());
+        Self { inbox, to, disks, cables, tune, image, waiting, running: None, held, last_output: 0 }
+    }
+
+    pub(super) fn run(mut self) {
+        loop {
+            let result = match self.next() {
+                Err(RecvTimeoutError::Timeout) => self.look_at_uneven(),
+                Err(RecvTimeoutError::Disconnected) => return,
+                Ok(ToReplay::Chunk(bytes)) => {
+                    self.image.extend(bytes);
+                    Ok(())
+                }
+                Ok(ToReplay::Restore { position }) => match self.running {
+                    None => self.restore(position),
+                    Some(_) => self.resync(position),
+                },
+                Ok(ToReplay::Records { first_seq, records }) => {
+                    self.waiting.extend((first_seq..).zip(records));
+                    self.replay()
+                }
+                Ok(ToReplay::Discard { up_to }) => {
+                    while self.held.front().is_some_and(|(id, _)| *id <= up_to) {
+                        self.held.pop_front();
+                    }
+                    Ok(())
+                }
+                Ok(ToReplay::Diverge) => {
+                    self.diverge();
+                    self.replay()
+                }
+                Ok(ToReplay::Ask(ask)) => {
+                    match &mut self.running {
+                        Some(running) => ask.answer(&mut running.vm.0),
+                        None => ask.no_machine("the machine is on its way from its primary"),
+                    }
+                    Ok(())
+                }
+                Ok(ToReplay::Finish { reissue, epoch, answer }) => {
+                    let _ = answer.send(self.finish(reissue, epoch));
+                    return;
+                }
+            };
+            if let Err(e) = result {
+                self.tell(ToStandby::Failed(e.to_string()));
+                return;
+            }
+        }
+    }
+
+    fn tell(&self, message: ToStandby) {
+        // A protocol that has ended wants nothing.
+        let _ = self.to.send(message);
+    }
+
+    fn next(&self) -> std::result::Result<ToReplay, RecvTimeoutError> {
+        let say = |activity| {
+            if let Some(running) = &self.running {
+                running.vm.0.activity().set(activity);
+            }
+        };
+        say(Activity::Waiting);
+        let uneven = self.running.as_ref().and_then(|running| running.uneven.filter(|_| !running.still));
+        let message = match uneven {
+            Some((_, since)) => self.inbox.recv_timeout(UNEVEN_PATIENCE.saturating_sub(since.elapsed())),
+            None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        say(Activity::Host);
+        message
+    }
+
+    fn restore(&mut self, position: u64) -> Result<()> {
+        let started = now_ns();
+        let image = std::mem::take(&mut self.image);
+        let mut reader = ImageReader::open(image.as_slice()).what("the primary's image cannot be read")?;
+        let tune = self.tune;
+        let (mut machine, extra) = build::from_image(&mut reader, &mut *self.disks, &tune)?;
+        // Now, and not when it goes live: then it would be too late.
+        if extra.nics.len() > self.cables {
+            let what = format!("the machine has {} network cards, the standby was given {}", extra.nics.len(), self.cables);
+            return Err(Error::new(what).next("start the standby with --net once for each card"));
+        }
+        if machine.position() != position {
+            return Err(Error::new(format!("the image is of position {}, not {position}", machine.position())));
+        }
+        self.last_output = extra.last_output;
+        let baseline = Baseline::new(&mut machine);
+        let comparer = Some(Comparer::new(self.last_output));
+        self.running = Some(Running { vm: Vm(machine, None), extra, baseline, comparer, still: false, uneven: None });
+        let took_ns = now_ns() - started;
+        self.tell(ToStandby::Restored { position, last_output: self.last_output, took_ns });
+        self.replay()
+    }
+
+    /// The primary has sent what the machine lacks: it stands for all that was received.
+    fn resync(&mut self, position: u64) -> Result<()> {
+        let started = now_ns();
+        let delta = std::mem::take(&mut self.image);
+        let (outputs, image) = resync::split(&delta)?;
+        let running = self.running.as_mut().expect("checked by the caller");
+        let (extra, pages) = resync::apply(&mut running.vm.0, image)?;
+        if running.vm.0.position() != position {
+            return Err(Error::new(format!("the delta is of position {}, not {position}", running.vm.0.position())));
+        }
+        running.baseline.equal(&mut running.vm.0);
+        running.comparer = Some(Comparer::new(extra.last_output));
+        running.still = false;
+        running.uneven = None;
+        self.waiting.clear();
+        self.held = outputs.into();
+        self.last_output = extra.last_output;
+        let took_ns = now_ns() - started;
+        self.tell(ToStandby::Resynced { position, last_output: self.last_output, pages, took_ns });
+        Ok(())
+    }
+
+    /// From here on the machine is nobody's twin.
+    fn diverge(&mut self) {
+        let Some(running) = &mut self.running else { return };
+        running.still = false;
+        running.uneven = None;
+        for output in running.comparer.take().map_or(Vec::new(), Comparer::into_made) {
+            self.made(output);
+        }
+    }
+
+    /// An output counts.
+    fn made(&mut self, output: Output) {
+        self.last_output += 1;
+        self.held.push_back((self.last_output, output));
+        self.tell(ToStandby::Output(self.last_output));
+    }
+
+    fn replay(&mut self) -> Result<()> {
+        while self.running.as_ref().is_some_and(|running| !running.still)
+            && let Some((seq, record)) = self.waiting.pop_front()
+        {
+            if !self.follow(entry_of(&record)?)? {
+                // Without the primary, it is what comes next.
+                self.waiting.push_front((seq, record));
+                break;
+            }
+            let position = self.running.as_ref().expect("just seen").vm.position();
+            self.tell(ToStandby::Replayed { seq, position });
+        }
+        Ok(())
+    }
+
+    /// Takes an entry of the log in; false if the machine cannot.
+    fn follow(&mut self, entry: Entry) -> Result<bool> {
+        let running = self.running.as_mut().expect("the caller looked");
+        let at = running.vm.position();
+        if entry.position < at && running.comparer.is_some() {
+            return Err(Error::new(format!("the primary's log goes back: from position {at} to {}", entry.position)));
+        }
+        let stuck = match running.vm.run_to(entry.position) {
+            RunOutcome::Reached => None,
+            RunOutcome::Waiting => Some("it is halted and waits for an input".to_owned()),
+            RunOutcome::Stopped(why) => Some(why),
+        };
+        self.collect();
+        if let Some(why) = stuck
+            && self.is_compared()
+        {
+            let position = entry.position;
+            self.stand_still(format!("the machine does not get to position {position}, as the primary did: {why}"), None)?;
+            return Ok(false);
+        }
+        let running = self.running.as_mut().expect("the caller looked");
+        match entry.event {
+            Event::Input(input) => match running.vm.input(input) {
+                Err(why) if running.comparer.is_some() => {
+                    self.stand_still(format!("the machine refuses an input that the primary took: {why}"), None)?;
+                    return Ok(false);
+                }
+                // What cannot be given to a machine of its own is lost, as on any cable.
+                _ => self.collect(),
+            },
+            Event::Output(note) => {
+                if let Some(comparer) = &mut running.comparer {
+                    comparer.noted(entry.position, note);
+                }
+            }
+            Event::Digest(recorded) if running.comparer.is_some() => {
+                let ours = running.vm.digest();
+                if ours == recorded {
+                    running.baseline.equal(&mut running.vm.0);
+                    self.tell(ToStandby::Agreed(entry.position));
+                } else {
+                    let text = running.vm.explain(&ours, &recorded);
+                    self.tell(ToStandby::StateDiffers(entry.position, text));
+                }
+            }
+            Event::Digest(_) | Event::Progress | Event::End { .. } => {}
+        }
+        self.report()?;
+        Ok(true)
+    }
+
+    fn is_compared(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.comparer.is_some())
+    }
+
+    /// Takes the machine's outputs.
+    fn collect(&mut self) {
+        let outputs = self.running.as_mut().map_or(Vec::new(), |running| running.vm.take_outputs());
+        for (position, output) in outputs {
+            match self.running.as_mut().and_then(|running| running.comparer.as_mut()) {
+                Some(comparer) => comparer.made(position, output),
+                None => self.made(output),
+            }
+        }
+    }
+
+    /// Reports what both sides have made, or that they differ.
+    fn report(&mut self) -> Result<()> {
+        while let Some((id, output)) =
+            self.running.as_mut().and_then(|running| running.comparer.as_mut()).and_then(Comparer::matched)
+        {
+            assert_eq!(id, self.last_output + 1, "outputs come in order");
+            self.made(output);
+        }
+        let running = self.running.as_mut().expect("the caller looked");
+        let Some(comparer) = &running.comparer else { return Ok(()) };
+        if let Some(found) = comparer.mismatch(running.vm.position()) {
+            return self.stand_still(found.to_string(), Some(found));
+        }
+        running.uneven = comparer.first().map(|first| match running.uneven {
+            Some(before) if before.0 == first.output => before,
+            _ => (first.output, Instant::now()),
+        });
+        Ok(())
+    }
+
+    /// Nothing has come for a while.
+    fn look_at_uneven(&mut self) -> Result<()> {
+        let running = self.running.as_mut().expect("something was uneven");
+        match running.comparer.as_ref().and_then(Comparer::first) {
+            Some(found) => self.stand_still(found.to_string(), Some(found)),
+            None => {
+                running.uneven = None;
+                Ok(())
+            }
+        }
+    }
+
+    /// The machine is not the primary's: it stands still, and the protocol is told.
+    fn stand_still(&mut self, text: String, found: Option<Mismatch>) -> Result<()> {
+        let running = self.running.as_mut().expect("the caller looked");
+        if running.extra.disks.iter().any(|disk| !disk.read_only) {
+            return Err(Error::new(format!("the machine is not the primary's any more: {text}"))
+                .because("it has a disk to write to, and disks cannot be made equal again yet"));
+        }
+        running.still = true;
+        let changes = resync::changes(&mut running.vm.0, &mut running.baseline);
+        let mut detail = Vec::new();
+        if let Some((position, output)) = found.as_ref().and_then(|found| found.made.as_ref())
+            && OutputNote::of(output).length <= MAX_DETAIL
+        {
+            resync::put_output(*position, output, &mut detail);
+        }
+        // The next one, whatever it is that the comparison stumbled upon.
+        let (output, position) = (self.last_output + 1, running.vm.position());
+        self.image.clear();
+        self.tell(ToStandby::Mismatch { text, output, position, detail, changes });
+        Ok(())
+    }
+
+    fn finish(&mut self, reissue: Range<OutputId>, epoch: Epoch) -> Result<Live> {
+        let Running { vm, extra, comparer, .. } =
+            self.running.take().ok_or_else(|| Error::new("there is no machine to go live with"))?;
+        let kept = std::mem::take(&mut self.held).into_iter();
+        let mut outputs: Vec<Output> = kept.filter(|(id, _)| reissue.contains(id)).map(|(_, output)| output).collect();
+        assert_eq!(
+            outputs.len() as u64,
+            reissue.end.saturating_sub(reissue.start),
+            "every output that may not have left is kept"
+        );
+        // What it made and the primary never noted is new to the world.
+        outputs.extend(comparer.map_or(Vec::new(), Comparer::into_made));
+        Ok(Live { machine: vm.0, extra, reissue: outputs, last_output: self.last_output, epoch })
+    }
+}
+
+/// Bytes of an output that are sent to the primary to show a difference. No output of a machine is longer.
+const MAX_DETAIL: u32 = 128 << 10;

@@ -1,0 +1,424 @@
+//! What makes a secondary equal to its primary again: the pages in which they differ, and all state but RAM.
+//!
+//! *In*: on each side, which pages have changed since both were last known to be equal, and which have changed though nobody wrote to them; outputs that may not
+//! have left. *Out*: a list for the wire, a delta, a machine that is the other. *Invariant*: after [`apply`] the digests of the whole state agree, or it
+//! fails. What comes from the network is checked before it is used.
+//!
+//! A delta is the data of outputs (their section's length first), then an image ([`twinstep_log::image`]) that holds the pages to replace, with a payload
+//! of its own that lists them, for a page of zeroes has no place in an image. `docs/protocol-pair.md` has the layout.
+use std::collections::{BTreeMap, VecDeque};
+use std::io::Read;
+
+use minicbor::{Decode, Encode};
+use twinstep_log::{Compression, ImageItem, ImagePayload, ImageReader, ImageWriter};
+use twinstep_machine::{ConsumerId, Digest, Machine, Output, PAGE_SIZE, Payload, Start};
+use twinstep_pair::OutputId;
+
+use super::build::{self, Extra};
+use crate::error::{Context, Error, Result};
+
+/// Kind of the payload that lists the delta's pages.
+const KIND: &str = "resync";
+const VERSION: u16 = 1;
+/// Bytes of a page's entry in the list for the wire: number, hash.
+const ENTRY_BYTES: usize = 4 + 16;
+/// Eras that are told apart; older ones are one.
+const MAX_ERAS: usize = 32;
+
+/// A set of pages of RAM.
+#[derive(Debug, Clone)]
+struct Pages(Vec<u64>);
+
+impl Pages {
+    fn none(pages: usize) -> Self {
+        Self(vec![0; pages.div_ceil(64)])
+    }
+    fn insert(&mut self, page: usize) {
+        self.0[page / 64] |= 1 << (page % 64);
+    }
+    fn join(&mut self, other: &Self) {
+        self.0.iter_mut().zip(&other.0).for_each(|(to, from)| *to |= from);
+    }
+    fn iter(&self) -> impl Iterator<Item = usize> {
+        self.0
+            .iter()
+            .enumerate()
+            .flat_map(|(i, &word)| (0..64).filter(move |bit| word >> bit & 1 != 0).map(move |bit| i * 64 + bit))
+    }
+}
+
+/// Which pages have changed since the other side was last known to be equal.
+#[derive(Debug)]
+pub struct Baseline {
+    consumer: ConsumerId,
+    /// What changed up to a position, since the one before.
+    eras: VecDeque<(u64, Pages)>,
+}
+
+impl Baseline {
+    /// They are equal now.
+    pub fn new(machine: &mut Machine) -> Self {
+        Self { consumer: machine.track_dirty("resync", Start::Nothing), eras: VecDeque::new() }
+    }
+    /// What changes from here on is told apart from what has changed so far: the other side will say whether it was equal here.
+    pub fn mark(&mut self, machine: &mut Machine) {
+        let era = self.harvest(machine);
+        self.eras.push_back((machine.position(), era));
+        if self.eras.len() > MAX_ERAS
+            && let Some((_, oldest)) = self.eras.pop_front()
+            && let Some((_, next)) = self.eras.front_mut()
+        {
+            next.join(&oldest);
+        }
+    }
+    /// The other side was equal at `position`.
+    pub fn agreed(&mut self, position: u64) {
+        while self.eras.front().is_some_and(|(end, _)| *end <= position) {
+            self.eras.pop_front();
+        }
+    }
+    /// They are equal where the machine stands.
+    pub fn equal(&mut self, machine: &mut Machine) {
+        machine.take_dirty(self.consumer);
+        self.eras.clear();
+    }
+    /// All that has changed.
+    fn changed(&mut self, machine: &mut Machine) -> Pages {
+        let mut all = self.harvest(machine);
+        self.eras.iter().for_each(|(_, era)| all.join(era));
+        all
+    }
+    fn harvest(&mut self, machine: &mut Machine) -> Pages {
+        let mut pages = Pages::none(machine.ram().flags().pages());
+        machine.take_dirty(self.consumer).into_iter().for_each(|page| pages.insert(page));
+        pages
+    }
+}
+
+/// What a side has to say of its RAM.
+#[derive(Debug)]
+pub struct Changes {
+    /// For the other side: pages and their hashes.
+    pub list: Vec<u8>,
+    /// Pages that changed though nobody wrote to them: this side's memory is bad.
+    pub damaged: Vec<usize>,
+}
+
+/// Looks what has changed in a machine that stands still.
+pub fn changes(machine: &mut Machine, baseline: &mut Baseline) -> Changes {
+    let damaged = machine.scrub();
+    let mut pages = baseline.changed(machine);
+    damaged.iter().for_each(|&page| pages.insert(page));
+    let hashes = machine.page_hashes();
+    let mut list = Vec::new();
+    for page in pages.iter() {
+        list.extend((page as u32).to_le_bytes());
+        list.extend(hashes[page].to_le_bytes());
+    }
+    Changes { list, damaged }
+}
+
+fn parse_list(list: &[u8], pages: usize) -> Result<BTreeMap<usize, u128>> {
+    let (entries, rest) = list.as_chunks::<ENTRY_BYTES>();
+    if !rest.is_empty() {
+        return Err(Error::new("the standby's list of changed pages is cut off"));
+    }
+    let number = |entry: &[u8; ENTRY_BYTES]| u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]) as usize;
+    let hash = |entry: &[u8; ENTRY_BYTES]| u128::from_le_bytes(std::array::from_fn(|i| entry[4 + i]));
+    let all: BTreeMap<_, _> = entries.iter().map(|entry| (number(entry), hash(entry))).collect();
+    match all.keys().find(|page| **page >= pages) {
+        Some(page) => Err(Error::new(format!("the standby says that page {page} has changed; there are {pages}"))),
+        None => Ok(all),
+    }
+}
+
+#[derive(Encode, Decode)]
+#[cbor(map)]
+struct Own {
+    /// Numbers of the pages, 32 bits each.
+    #[n(0)]
+    #[cbor(with = "minicbor::bytes")]
+    pages: Vec<u8>,
+    /// The state's digest afterwards.
+    #[n(1)]
+    digest: Digest,
+}
+
+/// What the secondary lacks.
+#[derive(Debug)]
+pub struct Delta {
+    /// The image part.
+    pub image: Vec<u8>,
+    /// How many pages it has.
+    pub pages: usize,
+    /// See [`Changes::damaged`]; of the primary.
+    pub damaged: Vec<usize>,
+}
+
+/// Makes the delta from a machine that stands still to one that has sent `theirs`. Afterwards both count as equal.
+pub fn delta(
+    machine: &mut Machine,
+    baseline: &mut Baseline,
+    theirs: &[u8],
+    disk_bytes: &[u64],
+    last_output: u64,
+) -> Result<Delta> {
+    let total = machine.ram().flags().pages();
+    let theirs = parse_list(theirs, total)?;
+    let damaged = machine.scrub();
+    let digest = machine.digest();
+    let mut ours = baseline.changed(machine);
+    damaged.iter().for_each(|&page| ours.insert(page));
+    let mut wanted = Pages::none(total);
+    let hashes = machine.page_hashes();
+    // A page that only one side has changed is another on the other.
+    ours.iter().filter(|page| theirs.get(page) != Some(&hashes[*page])).for_each(|page| wanted.insert(page));
+    theirs.iter().filter(|(page, hash)| hashes[**page] != **hash).for_each(|(&page, _)| wanted.insert(page));
+    let pages: Vec<usize> = wanted.iter().collect();
+
+    let own = Own { pages: pages.iter().flat_map(|&page| (page as u32).to_le_bytes()).collect(), digest };
+    let own = minicbor::to_vec(&own).expect("encoding into memory cannot fail");
+    let what = "cannot make the delta";
+    let mut writer = ImageWriter::new(Vec::new(), &build::image_metadata(machine), Compression::Lz4).what(what)?;
+    for payload in build::image_payloads(machine, disk_bytes, last_output, None) {
+        writer.payload(&payload).what(what)?;
+    }
+    writer.payload(&ImagePayload { kind: KIND.into(), version: VERSION, bytes: own }).what(what)?;
+    for &page in &pages {
+        writer.page(page as u64, machine.ram().page_bytes(page)).what(what)?;
+    }
+    let (image, _) = writer.finish().what(what)?;
+    baseline.equal(machine);
+    Ok(Delta { image, pages: pages.len(), damaged })
+}
+
+/// Makes a machine equal to the one the delta is of. Says what the delta knows beyond the machine, and how many pages were replaced.
+pub fn apply<R: Read>(machine: &mut Machine, image: R) -> Result<(Extra, usize)> {
+    let mut reader = ImageReader::open(image).what("the primary's delta cannot be read")?;
+    let metadata = reader.metadata().clone();
+    let total = machine.ram().flags().pages();
+    if metadata.ram_pages != total as u64 {
+        return Err(Error::new(format!("the primary's delta is of a machine of {} pages, not {total}", metadata.ram_pages)));
+    }
+    let mut payloads = Vec::new();
+    let mut present = Pages::none(total);
+    while let Some(item) = reader.next_item().what("the primary's delta cannot be used")? {
+        match item {
+            ImageItem::Payload(payload) => payloads.push(payload),
+            ImageItem::Pages(pages) => {
+                for (number, bytes) in pages.iter() {
+                    // The reader has checked the number.
+                    present.insert(number as usize);
+                    machine.write_ram_page(number as usize, bytes);
+                }
+            }
+        }
+    }
+    let own = payloads.iter().position(|p| p.kind == KIND);
+    let own = payloads.swap_remove(own.ok_or_else(|| Error::new("the primary's delta does not say which pages it is of"))?);
+    if own.version != VERSION {
+        return Err(Error::new(format!("the primary's delta has version {}, this build reads {VERSION}", own.version)));
+    }
+    let own: Own = minicbor::decode(&own.bytes).what("the primary's delta cannot be read")?;
+    let extra = build::take_extra(&mut payloads)?;
+    let (numbers, _) = own.pages.as_chunks::<4>();
+    for number in numbers.iter().map(|bytes| u32::from_le_bytes(*bytes) as usize) {
+        if number >= total {
+            return Err(Error::new(format!("the primary's delta replaces page {number}; there are {total}")));
+        }
+        if present.0[number / 64] >> (number % 64) & 1 == 0 {
+            machine.write_ram_page(number, &[0; PAGE_SIZE as usize]);
+        }
+    }
+    let payloads = payloads.into_iter().map(|p| Payload { kind: p.kind, version: p.version, bytes: p.bytes });
+    machine.restore(payloads.collect()).what("the primary's delta does not fit this build")?;
+    machine.drop_caches();
+    let differs = machine.digest().differences(&own.digest);
+    if !differs.is_empty() {
+        return Err(Error::new(format!("after the resync the machine still differs in {}", differs.join(", "))));
+    }
+    Ok((extra, numbers.len()))
+}
+
+// ---- outputs on the wire ----
+
+/// Bytes before an output's own: number, kind, card, segment size, length.
+const OUTPUT_HEAD_BYTES: usize = 8 + 1 + 1 + 2 + 4;
+
+/// Appends an output with a number of the caller's.
+pub fn put_output(number: u64, output: &Output, to: &mut Vec<u8>) {
+    let (kind, nic, segment_size, bytes) = match output {
+        Output::NetTx { nic, frame } => (1, *nic, 0, frame),
+        Output::NetTxGso { nic, frame, segment_size } => (2, *nic, *segment_size, frame),
+        Output::Serial(bytes) => (3, 0, 0, bytes),
+        Output::Console(bytes) => (4, 0, 0, bytes),
+    };
+    to.extend(number.to_le_bytes());
+    to.extend([kind, nic]);
+    to.extend(segment_size.to_le_bytes());
+    to.extend((bytes.len() as u32).to_le_bytes());
+    to.extend(bytes);
+}
+
+/// The outputs that were put.
+pub fn take_outputs(mut bytes: &[u8]) -> Result<Vec<(u64, Output)>> {
+    let cut = || Error::new("the data of an output is cut off");
+    let mut outputs = Vec::new();
+    while !bytes.is_empty() {
+        let (head, rest) = bytes.split_first_chunk::<OUTPUT_HEAD_BYTES>().ok_or_else(cut)?;
+        let number = u64::from_le_bytes(std::array::from_fn(|i| head[i]));
+        let (nic, segment_size) = (head[9], u16::from_le_bytes([head[10], head[11]]));
+        let length = u32::from_le_bytes([head[12], head[13], head[14], head[15]]) as usize;
+        let own = rest.get(..length).ok_or_else(cut)?.to_vec();
+        bytes = &rest[length..];
+        outputs.push((
+            number,
+            match head[8] {
+                1 => Output::NetTx { nic, frame: own },
+                2 => Output::NetTxGso { nic, frame: own, segment_size },
+                3 => Output::Serial(own),
+                4 => Output::Console(own),
+                kind => return Err(Error::new(format!("an output is of the unknown kind {kind}"))),
+            },
+        ));
+    }
+    Ok(outputs)
+}
+
+/// A delta with the data of outputs that may not have left.
+pub fn with_outputs<'a>(outputs: impl Iterator<Item = (OutputId, &'a Output)>, image: &[u8]) -> Vec<u8> {
+    let mut section = Vec::new();
+    outputs.for_each(|(id, output)| put_output(id, output, &mut section));
+    [&(section.len() as u64).to_le_bytes()[..], &section, image].concat()
+}
+
+/// The two parts of a delta.
+pub fn split(delta: &[u8]) -> Result<(Vec<(OutputId, Output)>, &[u8])> {
+    let cut = || Error::new("the primary's delta is cut off");
+    let (length, rest) = delta.split_first_chunk::<8>().ok_or_else(cut)?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| cut())?;
+    let section = rest.get(..length).ok_or_else(cut)?;
+    Ok((take_outputs(section)?, &rest[length..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use twinstep_machine::Config;
+    use twinstep_machine::faults::Bit;
+
+    fn machine() -> Machine {
+        let mut machine = Machine::new(Config { ram_mib: 64, ..Config::default() }, Vec::new()).unwrap();
+        for page in 0..200 {
+            machine.write_ram_page(page, &[page as u8; 4096]);
+        }
+        machine
+    }
+
+    /// Two equal machines, and what each remembers.
+    fn pair() -> [(Machine, Baseline); 2] {
+        std::array::from_fn(|_| {
+            let mut machine = machine();
+            machine.digest();
+            let baseline = Baseline::new(&mut machine);
+            (machine, baseline)
+        })
+    }
+
+    fn resync(pair: &mut [(Machine, Baseline); 2]) -> (Delta, usize) {
+        let [(primary, ours), (secondary, theirs)] = pair;
+        let list = changes(secondary, theirs).list;
+        let delta = delta(primary, ours, &list, &[], 5).unwrap();
+        let (extra, pages) = apply(secondary, &delta.image[..]).unwrap();
+        theirs.equal(secondary);
+        assert_eq!(extra.last_output, 5);
+        assert!(primary.digest().differences(&secondary.digest()).is_empty());
+        (delta, pages)
+    }
+
+    #[test]
+    fn only_what_differs_travels() {
+        let mut pair = pair();
+        // Both write the same; one writes alone; both write differently; one writes zeroes.
+        for (machine, _) in &mut pair {
+            machine.write_ram_page(3, &[9; 4096]);
+        }
+        pair[0].0.write_ram_page(4, &[1; 4096]);
+        pair[1].0.write_ram_page(5, &[1; 4096]);
+        pair[0].0.write_ram_page(6, &[1; 4096]);
+        pair[1].0.write_ram_page(6, &[2; 4096]);
+        pair[0].0.write_ram_page(7, &[0; 4096]);
+        let (delta, pages) = resync(&mut pair);
+        assert_eq!((delta.pages, pages), (4, 4));
+        assert_eq!(resync(&mut pair).1, 0, "now they are equal");
+    }
+
+    #[test]
+    fn bits_that_flipped_are_found_and_whose_they_are() {
+        let mut pair = pair();
+        assert!(pair[1].0.flip(Bit::Ram(9 * 4096, 0)));
+        let found = changes(&mut pair[1].0, &mut Baseline::new(&mut machine()));
+        assert_eq!((found.damaged, found.list.len()), (vec![9], ENTRY_BYTES));
+        let mut pair = self::pair();
+        assert!(pair[0].0.flip(Bit::Ram(9 * 4096, 0)) && pair[1].0.flip(Bit::Ram(10 * 4096, 0)));
+        let (delta, pages) = resync(&mut pair);
+        assert_eq!((delta.damaged, pages), (vec![9], 2));
+    }
+
+    #[test]
+    fn what_was_agreed_upon_is_forgotten() {
+        let [(mut machine, mut baseline), _] = pair();
+        machine.write_ram_page(3, &[1; 4096]);
+        baseline.mark(&mut machine);
+        machine.write_ram_page(4, &[1; 4096]);
+        assert_eq!(baseline.changed(&mut machine).iter().collect::<Vec<_>>(), [3, 4]);
+        machine.write_ram_page(4, &[1; 4096]);
+        baseline.agreed(machine.position());
+        assert_eq!(baseline.changed(&mut machine).iter().collect::<Vec<_>>(), [4]);
+        for page in 0..3 * MAX_ERAS {
+            machine.write_ram_page(page, &[1; 4096]);
+            baseline.mark(&mut machine);
+        }
+        assert_eq!(baseline.eras.len(), MAX_ERAS);
+        assert_eq!(baseline.changed(&mut machine).iter().count(), 3 * MAX_ERAS);
+    }
+
+    #[test]
+    fn outputs_survive_the_wire_and_nonsense_does_not() {
+        let outputs = vec![
+            (7, Output::NetTx { nic: 1, frame: vec![1; 60] }),
+            (8, Output::NetTxGso { nic: 0, frame: vec![2; 3000], segment_size: 1448 }),
+            (9, Output::Serial(b"x".to_vec())),
+            (10, Output::Console(Vec::new())),
+        ];
+        let delta = with_outputs(outputs.iter().map(|(id, output)| (*id, output)), b"image");
+        let (found, image) = split(&delta).unwrap();
+        assert_eq!((found, image), (outputs, &b"image"[..]));
+        for cut in 0..delta.len() - 5 {
+            assert!(split(&delta[..cut]).is_err(), "{cut}");
+        }
+        let mut other = delta.clone();
+        other[16] = 9;
+        assert!(split(&other).unwrap_err().to_string().contains("unknown kind 9"));
+        other[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert!(split(&other).is_err());
+    }
+
+    #[test]
+    fn lists_and_deltas_of_strangers_are_refused() {
+        let [(mut primary, mut ours), (mut secondary, _)] = pair();
+        let mut list = u32::MAX.to_le_bytes().to_vec();
+        list.extend([0; 16]);
+        let refused = delta(&mut primary, &mut ours, &list, &[], 0).unwrap_err().to_string();
+        assert!(refused.contains("has changed; there are 16384"), "{refused}");
+        assert!(delta(&mut primary, &mut ours, &list[..19], &[], 0).unwrap_err().to_string().contains("cut off"));
+        // Something nobody told of differs: the digest finds it.
+        secondary.write_ram_page(77, &[3; 4096]);
+        let delta = delta(&mut primary, &mut ours, &[], &[], 0).unwrap();
+        let refused = apply(&mut secondary, &delta.image[..]).unwrap_err().to_string();
+        assert!(refused.contains("still differs in ram"), "{refused}");
+        let mut other = Machine::new(Config { ram_mib: 128, ..Config::default() }, Vec::new()).unwrap();
+        assert!(apply(&mut other, &delta.image[..]).unwrap_err().to_string().contains("16384 pages, not 32768"));
+        assert!(apply(&mut secondary, &delta.image[..100]).is_err());
+    }
+}
