@@ -24,6 +24,7 @@ pub mod redis_check;
 pub mod signals;
 pub mod socket;
 pub mod stat;
+pub mod status;
 pub mod switch;
 pub mod terminal;
 pub mod vm;

@@ -34,6 +34,7 @@ use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
 use crate::perf_map::PerfMap;
 use crate::signals::Signals;
+use crate::status::Board;
 use crate::terminal::{Escape, RawMode, Typed};
 
 /// What waits for the machine at most ([`live::weight`]); frames that come beyond are dropped, as on any Ethernet.
@@ -204,13 +205,14 @@ impl Outside {
         Ok(Self { links, serial, _passts: passts, _raw: raw })
     }
 
-    fn outlet(&self) -> Result<Outlet> {
+    /// What leaves by it is counted on the board.
+    fn outlet(&self, board: &Board) -> Result<Outlet> {
         let links = self.links.clone();
         let mut serial: Box<dyn Write + Send> = match &self.serial {
             Some(file) => Box::new(file.try_clone().what("cannot share the serial port's file")?),
             None => Box::new(std::io::stdout()),
         };
-        Ok(Box::new(move |output| match output {
+        Ok(board.counting(Box::new(move |output| match output {
             Output::NetTx { nic, frame } => {
                 if let Some(link) = links.get(usize::from(nic)) {
                     link.send(&frame);
@@ -225,7 +227,7 @@ impl Outside {
                 // A terminal that is gone does not stop the guest.
                 let _ = serial.write_all(&bytes).and_then(|()| serial.flush());
             }
-        }))
+        })))
     }
 }
 
@@ -331,8 +333,9 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     options.pair.check().what("the pair's settings do not fit")?;
     let (to_vm, inbox) = channel();
     end_on_signals(&Signals::take()?, &to_vm);
-    let control = Control::open(options.name.as_deref(), "alone")?;
-    answer_questions(&control, if options.protect.is_some() { "primary" } else { "alone" }, &to_vm);
+    let side = if options.protect.is_some() { "primary" } else { "alone" };
+    let control = Control::open(options.name.as_deref(), side, events)?;
+    answer_questions(&control, side, &to_vm);
     let (machine, last_output) = make_machine(spec, options)?;
     let disk_bytes: Vec<u64> = spec
         .disk
@@ -367,10 +370,13 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     let pair = match standby.zip(arbiter) {
         None => None,
         Some((stream, arbiter)) => {
+            let vm = VmId(identity::random_id());
+            control.board().set_vm(vm);
+            control.board().set_peer(stream.peer_addr().ok().map(|address| address.to_string()));
             let primary = Primary::new(PrimarySetup {
                 config: options.pair.clone(),
                 vm: VmIdentity {
-                    vm: VmId(identity::random_id()),
+                    vm,
                     cpu_model: machine.config().cpu_model.clone(),
                     ram_bytes: u64::from(machine.config().ram_mib) << 20,
                 },
@@ -385,15 +391,16 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                 primary,
                 stream: Some(stream),
                 arbiter,
-                outlet: outside.outlet()?,
+                outlet: outside.outlet(control.board())?,
                 vm: to_vm.clone(),
                 events: events.clone(),
+                board: control.board().clone(),
             })?)
         }
     };
     let wiring = Wiring {
         inbox,
-        outlet: outside.outlet()?,
+        outlet: outside.outlet(control.board())?,
         recording,
         pair: pair.as_ref().map(|pair| pair.sender.clone()),
         events: events.clone(),
@@ -465,13 +472,14 @@ pub fn run_live(
     let (to_vm, inbox): (Sender<ToVm>, Receiver<ToVm>) = channel();
     end_on_signals(signals, &to_vm);
     answer_questions(control, "survivor", &to_vm);
+    control.board().took_over(live.epoch.0);
     let waiting = Arc::new(AtomicUsize::new(0));
     let outside = Outside::open(spec, options, &to_vm, &waiting)?;
     // The network learns where the machine is now, before it hears from it.
     for (link, mac) in outside.links.iter().zip(&live.machine.config().nics) {
         link.announce(*mac);
     }
-    let mut outlet = outside.outlet()?;
+    let mut outlet = outside.outlet(control.board())?;
     let reissued = live.reissue.len();
     live.reissue.into_iter().for_each(&mut outlet);
     let figures = Map::from_iter([

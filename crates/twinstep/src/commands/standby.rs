@@ -40,7 +40,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let signals = Signals::take()?;
     let v = arguments.visibility;
     let events = Events::new("standby", v.quiet, v.events.as_deref())?;
-    let control = Control::open(arguments.name.as_deref(), "standby")?;
+    let control = Control::open(arguments.name.as_deref(), "standby", &events)?;
     control.no_machine("this standby waits for a primary");
     let arbiter = session::open_arbiter(&arguments.arbiter, &events)?;
     let listener = TcpListener::bind(&arguments.listen).with_context(|| {
