@@ -16,6 +16,7 @@ pub mod error;
 pub mod events;
 pub mod guest;
 pub mod identity;
+pub mod metrics;
 pub mod net;
 pub mod packages;
 pub mod passt;

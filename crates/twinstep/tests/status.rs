@@ -1,8 +1,10 @@
 //! `twinstep status`, `events`, `top` and `/metrics` as people and programs use them: of a VM that runs alone, of both sides of a pair, of the survivor.
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
 use common::{Ended, PATIENCE, Twinstep, boot, folder, text, turn, words};
@@ -85,11 +87,80 @@ fn in_order(value: &Value, wanted: &[&str]) {
     }
 }
 
+/// One sample: its metric, its labels, its value.
+type Sample = (String, BTreeMap<String, String>, f64);
+
+/// Reads a page of metrics as strictly as the format allows.
+#[track_caller]
+fn samples(page: &str) -> Vec<Sample> {
+    let (mut helped, mut kinds, mut found) = (Vec::new(), BTreeMap::new(), Vec::<Sample>::new());
+    let mut current = String::new();
+    assert!(page.ends_with('\n'));
+    for line in page.lines() {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            let (name, help) = rest.split_once(' ').unwrap();
+            assert!(!help.is_empty() && !helped.contains(&name), "{line}");
+            helped.push(name);
+        } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap();
+            assert!(["gauge", "counter", "summary"].contains(&kind) && helped.last() == Some(&name), "{line}");
+            assert!(name.starts_with("twinstep_") && (kind == "counter") == name.ends_with("_total"), "{line}");
+            assert!(kinds.insert(name.to_owned(), kind).is_none(), "{line}");
+            current = name.to_owned();
+        } else {
+            let (name, rest) = line.split_once('{').unwrap();
+            let (labels, value) = rest.rsplit_once("} ").unwrap();
+            let of = if kinds[&current] == "summary" { name.trim_end_matches("_sum").trim_end_matches("_count") } else { name };
+            assert_eq!(of, current, "samples of a metric stand together, after its TYPE");
+            let labels: BTreeMap<String, String> = labels
+                .split(',')
+                .map(|label| label.split_once('=').unwrap())
+                .map(|(name, value)| (name.to_owned(), value.strip_prefix('"').unwrap().strip_suffix('"').unwrap().to_owned()))
+                .collect();
+            assert!(labels.contains_key("vm") && labels.contains_key("side"), "{line}");
+            assert!(found.iter().all(|(n, l, _)| (n.as_str(), l) != (name, &labels)), "twice: {line}");
+            found.push((name.to_owned(), labels, value.parse().unwrap()));
+        }
+    }
+    found
+}
+
+#[track_caller]
+fn sample(samples: &[Sample], name: &str) -> f64 {
+    samples.iter().find(|(found, ..)| found == name).unwrap_or_else(|| panic!("there is no {name} in {samples:?}")).2
+}
+
+/// Asks for a page; gives its first line and its body.
+fn get(address: &str, request: &str) -> (String, String) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(format!("{request} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.lines().next().unwrap().to_owned(), body.to_owned())
+}
+
+#[track_caller]
+fn metrics(address: &str, name: &str, side: &str) -> Vec<Sample> {
+    let (status, page) = get(address, "GET /metrics");
+    assert_eq!(status, "HTTP/1.1 200 OK");
+    let samples = samples(&page);
+    assert!(samples.iter().all(|(_, labels, _)| labels["vm"] == name && labels["side"] == side), "{page}");
+    samples
+}
+
+/// Where a process says that its metrics are.
+#[track_caller]
+fn metrics_address(process: &Twinstep) -> String {
+    process.wait_said("metrics at http://").strip_suffix("/metrics").unwrap().to_owned()
+}
+
 #[test]
 fn a_vm_that_runs_alone() {
     let _turn = turn(1);
     let user = User::new();
-    let mut vm = user.start("run", &[&boot("128M", "shell"), &words(&["--name", "solo"])]);
+    let mut vm = user.start("run", &[&boot("128M", "shell"), &words(&["--name", "solo", "--metrics", "127.0.0.1:0"])]);
+    let page = metrics_address(&vm);
     vm.wait_console("# ");
     let first = user.status("solo");
     is_sane(&first);
@@ -109,6 +180,20 @@ fn a_vm_that_runs_alone() {
     for part in ["solo (process", "unprotected, epoch -", "runs freely", "0 failovers"] {
         assert!(table.console.contains(part), "{table:#?}");
     }
+
+    let counted = metrics(&page, "solo", "alone");
+    let retired = sample(&counted, "twinstep_instructions_retired_total");
+    assert!(retired > 1e6 && sample(&counted, "twinstep_outputs_released_total") >= released, "{counted:?}");
+    assert!(sample(&counted, "twinstep_machine_counts_total") >= 0.0 && sample(&counted, "twinstep_code_cache_bytes") > 0.0);
+    vm.type_line("echo it counts on: $((6 * 7))");
+    vm.wait_console("it counts on: 42");
+    assert!(sample(&metrics(&page, "solo", "alone"), "twinstep_instructions_retired_total") > retired);
+    for (request, status) in [("GET /", "404"), ("GET /metrics/x", "404"), ("POST /metrics", "405"), ("HEAD /metrics", "405")] {
+        let (found, _) = get(&page, request);
+        assert!(found.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {found}");
+    }
+    let taken = user.start("run", &[&boot("128M", "shell"), &words(&["--name", "other", "--metrics", &page])]).end();
+    taken.refused(&["cannot serve metrics on", &page, "a free port"]);
 
     // Programs speak the same.
     let mut raw = BufReader::new(UnixStream::connect(user.0.path().join("twinstep/solo.sock")).unwrap());
@@ -144,15 +229,24 @@ fn both_sides_of_a_pair_and_the_survivor() {
     let arbiter = user.0.path().join("arbiter");
     fs::create_dir(&arbiter).unwrap();
     let arbiter = text(&arbiter);
-    let standby = user.start("standby", &[&words(&["--name", "db-standby", "--listen", "127.0.0.1:0", "--arbiter", &arbiter])]);
+    let served = words(&["--metrics", "127.0.0.1:0"]);
+    let listen = words(&["--name", "db-standby", "--listen", "127.0.0.1:0", "--arbiter", &arbiter]);
+    let standby = user.start("standby", &[&listen, &served]);
+    let second_page = metrics_address(&standby);
     let address = standby.wait_said("waiting for a primary on ");
     let waiting = user.status("db-standby");
     is_sane(&waiting);
     assert_eq!(["side", "state"].map(|key| word(&waiting, key)), ["standby", "listening"]);
-    assert_eq!(kinds(&waiting), ["listening"]);
+    assert_eq!(kinds(&waiting), ["metrics", "listening"]);
+    let counted = metrics(&second_page, "db-standby", "standby");
+    assert!(
+        counted.iter().all(|(name, ..)| name != "twinstep_instructions_retired_total"),
+        "there is no machine yet: {counted:?}"
+    );
 
     let pair = words(&["--name", "db", "--protect", &address, "--arbiter", &arbiter]);
-    let mut primary = user.start("run", &[&boot("128M", "shell"), &pair]);
+    let mut primary = user.start("run", &[&boot("128M", "shell"), &pair, &served]);
+    let first_page = metrics_address(&primary);
     primary.wait_said("protected: ");
     primary.wait_console("# ");
     primary.type_line("echo it runs: $((6 * 7))");
@@ -172,6 +266,15 @@ fn both_sides_of_a_pair_and_the_survivor() {
     assert_eq!(word(&first, "vm"), word(&second, "vm"), "both say which VM it is");
     assert!(second["peer"].is_string() && number(&second, &["heartbeat_age_ns"]) >= 0.0, "{second}");
     in_order(&second, &["listening", "connected", "accepted", "restored"]);
+
+    let counted = metrics(&first_page, "db", "primary");
+    assert!(counted.iter().any(|(name, labels, _)| name == "twinstep_state" && labels["state"] == "protected"), "{counted:?}");
+    assert!(sample(&counted, "twinstep_commit_latency_seconds_count") >= number(&first, &["commit", "total", "count"]));
+    for name in ["twinstep_commit_latency_seconds_sum", "twinstep_log_bytes_total", "twinstep_instructions_retired_total"] {
+        assert!(sample(&counted, name) > 0.0, "{name}: {counted:?}");
+    }
+    let counted = metrics(&second_page, "db-standby", "standby");
+    assert_eq!((sample(&counted, "twinstep_epoch"), sample(&counted, "twinstep_failovers_total")), (1.0, 0.0));
 
     // One line for each.
     let lines = user.ask("status", &[]).with(0);
@@ -203,6 +306,9 @@ fn both_sides_of_a_pair_and_the_survivor() {
     let told: Vec<Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(told.len(), survivor["events"].as_array().unwrap().len());
     assert!(user.ask("events", &[]).with(0).console.contains("live in epoch 2"));
+    let counted = metrics(&second_page, "db-standby", "survivor");
+    assert_eq!((sample(&counted, "twinstep_epoch"), sample(&counted, "twinstep_failovers_total")), (2.0, 1.0));
+    assert!(sample(&counted, "twinstep_instructions_retired_total") > 0.0);
     standby.signal(Signal::TERM);
     standby.end().with(5);
 }

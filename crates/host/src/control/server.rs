@@ -113,6 +113,10 @@ impl Control {
     pub fn board(&self) -> &Board {
         &self.shared().board
     }
+    /// What can be asked here, for another door.
+    pub fn inquiry(&self) -> Inquiry {
+        Inquiry(self.0.end.0.clone())
+    }
     /// From now on this process is `side`, and `courier` brings questions to the machine's thread; false: that is gone.
     pub fn serve(&self, side: &str, courier: impl Fn(Ask) -> bool + Send + 'static) {
         *self.shared().desk() = Desk { side: side.into(), courier: Ok(Box::new(courier)) };
@@ -120,6 +124,25 @@ impl Control {
     /// From now on there is no machine to ask.
     pub fn no_machine(&self, why: &str) {
         self.shared().desk().courier = Err(why.into());
+    }
+}
+
+/// What a VM says, for another door than the socket. It does not keep the socket open.
+#[derive(Clone)]
+pub struct Inquiry(Arc<Shared>);
+
+impl Inquiry {
+    /// How its pair does.
+    pub fn status(&self) -> Status {
+        self.0.status()
+    }
+    /// What its machine did so far. What it does is not sampled for this.
+    pub fn stat(&self) -> std::result::Result<Stat, Refusal> {
+        self.0.stat()
+    }
+    /// Waits until something can be read; false if the VM's control socket is closed.
+    pub fn wait(&self, readable: impl AsFd) -> bool {
+        self.0.wait(readable, None)
     }
 }
 

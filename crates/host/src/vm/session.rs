@@ -29,6 +29,7 @@ use crate::error::{Context, Error, Result};
 use crate::events::Events;
 use crate::guest::Network;
 use crate::identity;
+use crate::metrics;
 use crate::net::{Arrival, Backend, Link};
 use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
@@ -64,6 +65,8 @@ pub struct RunOptions {
     pub serial: Option<PathBuf>,
     /// The VM's name at the control socket.
     pub name: Option<String>,
+    /// Serve metrics on this address.
+    pub metrics: Option<String>,
     /// Tell `perf` what translated code is.
     pub perf_map: bool,
 }
@@ -335,6 +338,9 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     end_on_signals(&Signals::take()?, &to_vm);
     let side = if options.protect.is_some() { "primary" } else { "alone" };
     let control = Control::open(options.name.as_deref(), side, events)?;
+    if let Some(address) = &options.metrics {
+        metrics::serve(address, control.inquiry(), events)?;
+    }
     answer_questions(&control, side, &to_vm);
     let (machine, last_output) = make_machine(spec, options)?;
     let disk_bytes: Vec<u64> = spec
