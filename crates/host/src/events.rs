@@ -1,11 +1,14 @@
 //! What happened, for people and for programs: one line an event.
 //!
 //! *In*: any thread says what happened. *Out*: a readable line on standard error, and, if asked for, a JSON line in a file, with the
-//! host's monotonic clock, which all processes of a host share, so that the story of several processes can be told in order.
+//! host's monotonic clock, which all processes of a host share, so that the story of several processes can be told in order. The newest are kept for
+//! whoever asks later. *Invariant*: what is kept has a bound, in events and in bytes.
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -27,10 +30,67 @@ pub struct Event {
     pub figures: serde_json::Map<String, serde_json::Value>,
 }
 
+/// An event that was said, as it is kept.
+#[derive(Debug, Clone, Serialize, Deserialize, PartialEq)]
+pub struct Kept {
+    /// Its number: 1 is the first that this process said.
+    pub number: u64,
+    /// Wall-clock time, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// The event.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// Events that are kept.
+pub const MAX_KEPT: usize = 256;
+/// Bytes of all of them, as JSON.
+pub const MAX_KEPT_BYTES: usize = 128 << 10;
+/// Bytes of a text that is kept; the rest is cut off.
+const MAX_TEXT: usize = 2048;
+/// Bytes of figures that are kept; larger ones are left out.
+const MAX_FIGURES: usize = 8192;
+
+/// The newest events.
+#[derive(Debug, Default)]
+struct History {
+    /// Each with its bytes as JSON.
+    kept: VecDeque<(Kept, usize)>,
+    bytes: usize,
+    said: u64,
+}
+
+impl History {
+    fn keep(&mut self, event: &Event, unix_ms: u64) {
+        let mut event = event.clone();
+        if event.text.len() > MAX_TEXT {
+            event.text.truncate(event.text.floor_char_boundary(MAX_TEXT));
+            event.text.push('…');
+        }
+        if serde_json::to_vec(&event.figures).is_ok_and(|json| json.len() > MAX_FIGURES) {
+            event.figures.clear();
+        }
+        self.said += 1;
+        let kept = Kept { number: self.said, unix_ms, event };
+        let Ok(json) = serde_json::to_vec(&kept) else { return };
+        self.bytes += json.len();
+        self.kept.push_back((kept, json.len()));
+        while self.kept.len() > MAX_KEPT || self.bytes > MAX_KEPT_BYTES {
+            let (_, bytes) = self.kept.pop_front().expect("one alone is within the bounds");
+            self.bytes -= bytes;
+        }
+    }
+}
+
 /// Nanoseconds on the host's monotonic clock.
 pub fn now_ns() -> u64 {
     let t = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+}
+
+/// Wall-clock time, in milliseconds since 1970.
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
 /// Where events go. Cheap to clone.
@@ -40,6 +100,7 @@ pub struct Events {
     quiet: bool,
     start_ns: u64,
     file: Option<Arc<Mutex<File>>>,
+    history: Arc<Mutex<History>>,
 }
 
 impl Events {
@@ -52,7 +113,7 @@ impl Events {
                 Some(Arc::new(Mutex::new(file)))
             }
         };
-        Ok(Self { side: side.into(), quiet, start_ns: now_ns(), file })
+        Ok(Self { side: side.into(), quiet, start_ns: now_ns(), file, history: Arc::default() })
     }
     /// Says that something happened.
     pub fn say(&self, what: &str, text: impl Into<String>) {
@@ -61,12 +122,18 @@ impl Events {
     /// The same with figures.
     pub fn say_with(&self, what: &str, text: impl Into<String>, figures: serde_json::Map<String, serde_json::Value>) {
         let event = self.make(what, text.into(), figures);
+        // Before anybody can know of it and ask.
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).keep(&event, unix_ms());
         if !self.quiet {
             let ms = (event.at_ns - self.start_ns) as f64 / 1e6;
             // Carriage return: the terminal may be raw for the guest's console.
             eprint!("[{} {ms:10.3} ms] {}: {}\r\n", event.side, event.what, event.text);
         }
         self.write(&event);
+    }
+    /// The newest that were said, oldest first.
+    pub fn history(&self) -> Vec<Kept> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).kept.iter().map(|(kept, _)| kept.clone()).collect()
     }
     /// Figures for programs only.
     pub fn figures(&self, what: &str, figures: serde_json::Map<String, serde_json::Value>) {
@@ -84,9 +151,55 @@ impl Events {
             && let Ok(mut line) = serde_json::to_string(event)
         {
             line.push('\n');
-            let mut file = file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
             // Whoever reads the events notices that they stop; the machine does not stop for it.
             let _ = file.write_all(line.as_bytes());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Map, json};
+
+    fn quiet() -> Events {
+        Events::new("primary", true, None).unwrap()
+    }
+
+    #[test]
+    fn the_newest_are_kept_in_order() {
+        let events = quiet();
+        assert_eq!(events.history(), []);
+        for n in 0..MAX_KEPT + 10 {
+            events.say_with("notice", format!("event {n}"), Map::from_iter([("n".to_owned(), json!(n))]));
+            events.clone().figures("status", Map::new());
+        }
+        let kept = events.history();
+        assert_eq!((kept.len(), kept[0].number, kept[0].event.text.as_str()), (MAX_KEPT, 11, "event 10"));
+        assert!(kept.iter().zip(&kept[1..]).all(|(a, b)| a.number + 1 == b.number && a.event.at_ns <= b.event.at_ns));
+        let newest = &kept[MAX_KEPT - 1];
+        assert_eq!((newest.event.what.as_str(), &newest.event.figures["n"]), ("notice", &json!(MAX_KEPT + 9)));
+        // One object each, without a level for the event.
+        let line = serde_json::to_value(newest).unwrap();
+        assert!(line["text"].is_string() && line["unix_ms"].is_u64() && line["side"] == "primary", "{line}");
+        assert_eq!(&serde_json::from_value::<Kept>(line).unwrap(), newest);
+    }
+
+    #[test]
+    fn long_ones_push_others_out() {
+        let events = quiet();
+        // Each control character takes six bytes as JSON.
+        for _ in 0..MAX_KEPT {
+            events.say("notice", "\u{1}".repeat(5000));
+        }
+        let kept = events.history();
+        assert!(kept.len() > 5 && kept.len() < MAX_KEPT);
+        assert!(serde_json::to_vec(&kept).unwrap().len() <= MAX_KEPT_BYTES + 2 + kept.len());
+        // A character is not cut in two, and figures that are too large are left out.
+        events.say_with("notice", "ü".repeat(2000) + "x", Map::from_iter([("big".to_owned(), json!("x".repeat(10_000)))]));
+        let newest = events.history().pop().unwrap();
+        assert!(newest.event.text.ends_with("ü…") && newest.event.text.len() <= MAX_TEXT + 3);
+        assert!(newest.event.figures.is_empty() && newest.number == MAX_KEPT as u64 + 1);
     }
 }

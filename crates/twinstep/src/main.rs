@@ -27,6 +27,10 @@ enum Command {
     Replay(commands::replay::Arguments),
     /// Shows where a running VM's time goes
     Stat(commands::stat::Arguments),
+    /// Says how a VM and its pair do
+    Status(commands::status::Arguments),
+    /// Shows what happened to a VM so far
+    Events(commands::events::Arguments),
     /// Shows the promise: a protected pair on this machine, a real client, the primary killed, nothing lost
     Demo(commands::demo::Arguments),
     /// Says what this host offers and what Twinstep will use
@@ -45,6 +49,8 @@ fn main() -> ExitCode {
         Command::Standby(arguments) => commands::standby::run(arguments),
         Command::Replay(arguments) => commands::replay::run(arguments),
         Command::Stat(arguments) => commands::stat::run(arguments),
+        Command::Status(arguments) => commands::status::run(arguments),
+        Command::Events(arguments) => commands::events::run(arguments),
         Command::Demo(arguments) => commands::demo::run(arguments),
         Command::Doctor(arguments) => commands::doctor::run(arguments),
         Command::Switch(arguments) => commands::switch::run(arguments),

@@ -10,11 +10,14 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::folder;
-use super::wire::{self, Identity, Request, Stat};
+use super::wire::{self, History, Identity, Request, Stat, Status};
 use crate::error::{Error, Result};
+use crate::events::Kept;
 
 /// How long a VM may take to answer; longer than it gives its machine.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The same where several are asked and one that hangs is not to hide the others.
+const SHORT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What to do where no VM runs.
 const START: &str = "start one with `twinstep run`; this sees VMs of the same user only";
@@ -29,6 +32,13 @@ pub struct Connection {
 impl Connection {
     /// Connects to the VM called `name`.
     pub fn open(folder: &Path, name: &str) -> Result<Self> {
+        Self::open_with(folder, name, PATIENCE)
+    }
+    /// The same, for one VM of several: whoever hangs is given up sooner.
+    pub fn open_one_of_several(folder: &Path, name: &str) -> Result<Self> {
+        Self::open_with(folder, name, SHORT_PATIENCE)
+    }
+    fn open_with(folder: &Path, name: &str, patience: Duration) -> Result<Self> {
         let path = folder::socket_of(folder, name)?;
         let fail = |e: std::io::Error| Error::new(format!("cannot reach the VM '{name}' at {}", path.display())).because(e);
         folder::is_there(folder)?;
@@ -43,8 +53,8 @@ impl Connection {
             }
             other => other.map_err(fail)?,
         };
-        stream.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
-        stream.set_write_timeout(Some(PATIENCE)).map_err(fail)?;
+        stream.set_read_timeout(Some(patience)).map_err(fail)?;
+        stream.set_write_timeout(Some(patience)).map_err(fail)?;
         Ok(Self { name: name.to_owned(), stream: BufReader::new(stream) })
     }
     /// Connects to the only VM there is. An error if there is none, or more than one, which are then named.
@@ -72,6 +82,15 @@ impl Connection {
     /// What the machine did so far.
     pub fn stat(&mut self) -> Result<Stat> {
         self.request(Request::Stat)
+    }
+
+    /// How its pair does.
+    pub fn status(&mut self) -> Result<Status> {
+        self.request(Request::Status)
+    }
+    /// What happened so far.
+    pub fn events(&mut self) -> Result<Vec<Kept>> {
+        Ok(self.request::<History>(Request::Events)?.events)
     }
 
     fn request<T: for<'a> Deserialize<'a>>(&mut self, request: Request) -> Result<T> {

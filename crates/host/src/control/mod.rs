@@ -26,7 +26,7 @@ use twinstep_machine::{ActivityCell, Machine, MachineStats};
 use crate::events::now_ns;
 use crate::vm::pace::cpu_ns;
 
-pub use server::Control;
+pub use server::{Control, Inquiry};
 
 /// Questions that may be on their way to a machine's thread at a time.
 const MAX_OPEN: usize = 16;

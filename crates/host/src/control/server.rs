@@ -13,13 +13,15 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::wire::{self, Code, Identity, Refusal, Request, Stat};
+use super::wire::{self, Code, History, Identity, Refusal, Request, Stat, Status};
 use super::{Answer, Ask, Question, VmFigures, folder};
 use crate::error::{Context, Result};
+use crate::events::Events;
 use crate::identity;
 use crate::socket::SocketFile;
 use crate::stat;
 use crate::stat::sampler::{Sampler, Watch};
+use crate::status::Board;
 use crate::wake::Wake;
 
 /// Connections at a time.
@@ -47,6 +49,8 @@ struct Shared {
     open: Arc<AtomicUsize>,
     clients: AtomicUsize,
     sampler: Sampler,
+    board: Board,
+    events: Events,
     /// Woken once, at the end; never cleared.
     end: Wake,
 }
@@ -72,12 +76,13 @@ impl Drop for End {
 
 impl Control {
     /// Opens the socket of the VM called `name` (or, without, as its process's number says) in the user's folder.
-    pub fn open(name: Option<&str>, side: &str) -> Result<Self> {
+    /// What `events` says can be asked for.
+    pub fn open(name: Option<&str>, side: &str, events: &Events) -> Result<Self> {
         let name = name.map_or_else(folder::default_name, str::to_owned);
-        Self::open_in(&folder::of_this_user(), &name, side)
+        Self::open_in(&folder::of_this_user(), &name, side, events)
     }
     /// The same in another folder.
-    pub fn open_in(folder: &Path, name: &str, side: &str) -> Result<Self> {
+    pub fn open_in(folder: &Path, name: &str, side: &str, events: &Events) -> Result<Self> {
         let (listener, file) = folder::bind(folder, name)?;
         let desk = Desk { side: side.into(), courier: Err("the machine is not built yet".into()) };
         let shared = Arc::new(Shared {
@@ -86,6 +91,8 @@ impl Control {
             open: Arc::default(),
             clients: AtomicUsize::new(0),
             sampler: Sampler::default(),
+            board: Board::new(if side == "standby" { "listening" } else { "unprotected" }),
+            events: events.clone(),
             end: Wake::new()?,
         });
         let accepting = shared.clone();
@@ -102,6 +109,14 @@ impl Control {
     pub fn name(&self) -> &str {
         &self.shared().name
     }
+    /// Where the pair's figures are published.
+    pub fn board(&self) -> &Board {
+        &self.shared().board
+    }
+    /// What can be asked here, for another door.
+    pub fn inquiry(&self) -> Inquiry {
+        Inquiry(self.0.end.0.clone())
+    }
     /// From now on this process is `side`, and `courier` brings questions to the machine's thread; false: that is gone.
     pub fn serve(&self, side: &str, courier: impl Fn(Ask) -> bool + Send + 'static) {
         *self.shared().desk() = Desk { side: side.into(), courier: Ok(Box::new(courier)) };
@@ -109,6 +124,25 @@ impl Control {
     /// From now on there is no machine to ask.
     pub fn no_machine(&self, why: &str) {
         self.shared().desk().courier = Err(why.into());
+    }
+}
+
+/// What a VM says, for another door than the socket. It does not keep the socket open.
+#[derive(Clone)]
+pub struct Inquiry(Arc<Shared>);
+
+impl Inquiry {
+    /// How its pair does.
+    pub fn status(&self) -> Status {
+        self.0.status()
+    }
+    /// What its machine did so far. What it does is not sampled for this.
+    pub fn stat(&self) -> std::result::Result<Stat, Refusal> {
+        self.0.stat()
+    }
+    /// Waits until something can be read; false if the VM's control socket is closed.
+    pub fn wait(&self, readable: impl AsFd) -> bool {
+        self.0.wait(readable, None)
     }
 }
 
@@ -163,6 +197,11 @@ impl Shared {
             build: identity::build(),
             requests: Request::ALL.iter().map(|(name, _)| (*name).to_owned()).collect(),
         }
+    }
+
+    fn status(&self) -> Status {
+        let side = self.desk().side.clone();
+        self.board.report(&self.name, &side)
     }
 
     fn ask(&self, question: Question) -> std::result::Result<Answer, Refusal> {
@@ -241,6 +280,8 @@ impl Client {
         match Request::parse(line) {
             Err(refusal) => self.say(&Err::<(), _>(refusal)),
             Ok(Request::Identify) => self.say(&Ok(shared.identity())),
+            Ok(Request::Status) => self.say(&Ok(shared.status())),
+            Ok(Request::Events) => self.say(&Ok(History { events: shared.events.history() })),
             Ok(Request::Stat) => {
                 let stat = shared.stat();
                 if stat.is_ok() && self.watch.is_none() {
@@ -269,7 +310,7 @@ mod tests {
     fn open() -> Place {
         let place = tempfile::tempdir().unwrap();
         let folder = place.path().join("twinstep");
-        let control = Control::open_in(&folder, "db", "alone").unwrap();
+        let control = Control::open_in(&folder, "db", "alone", &Events::new("primary", true, None).unwrap()).unwrap();
         Place { _place: place, folder, control }
     }
 
@@ -315,6 +356,24 @@ mod tests {
         assert!(!socket.exists(), "the file goes at once");
         let gone = client.identify().unwrap_err().to_string();
         assert!(gone.contains("closed"), "{gone}");
+    }
+
+    #[test]
+    fn a_pair_is_seen_without_asking_the_machine() {
+        let place = open();
+        let mut client = Connection::open(&place.folder, "db").unwrap();
+        let status = client.status().unwrap();
+        assert_eq!((status.name.as_str(), status.side.as_str(), status.state.as_str()), ("db", "alone", "unprotected"));
+        assert_eq!(client.events().unwrap(), []);
+        // A machine's thread that never answers is in nobody's way.
+        let (to, _inbox) = channel::<Ask>();
+        place.control.serve("survivor", move |ask| to.send(ask).is_ok());
+        place.control.board().took_over(2);
+        place.control.shared().events.say("live", "live in epoch 2");
+        let status = client.status().unwrap();
+        assert_eq!((status.side.as_str(), status.epoch, status.counts.failovers), ("survivor", Some(2), 1));
+        let events = client.events().unwrap();
+        assert_eq!((events.len(), events[0].event.what.as_str(), events[0].number), (1, "live", 1));
     }
 
     #[test]

@@ -7,6 +7,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::events::Kept;
+pub use crate::status::Status;
+
 /// The version of this protocol.
 pub const VERSION: u64 = 1;
 /// Bytes of a request's line at most, without its end.
@@ -21,11 +24,16 @@ pub enum Request {
     Identify,
     /// What the machine did so far. From then on, and as long as the connection lasts, what it does is sampled.
     Stat,
+    /// How the pair does.
+    Status,
+    /// What happened so far.
+    Events,
 }
 
 impl Request {
     /// All of them, by name.
-    pub const ALL: [(&'static str, Request); 2] = [("identify", Request::Identify), ("stat", Request::Stat)];
+    pub const ALL: [(&'static str, Request); 4] =
+        [("identify", Request::Identify), ("stat", Request::Stat), ("status", Request::Status), ("events", Request::Events)];
 
     /// As a line, with its end.
     pub fn line(self) -> String {
@@ -134,6 +142,13 @@ pub struct Stat {
     pub counters: BTreeMap<String, u64>,
     /// What is no counter.
     pub gauges: BTreeMap<String, u64>,
+}
+
+/// What happened so far.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct History {
+    /// The newest events of this process, oldest first.
+    pub events: Vec<Kept>,
 }
 
 /// A response's line, with its end.

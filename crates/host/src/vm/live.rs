@@ -326,7 +326,7 @@ impl Live {
                 Some(pair) => {
                     let note = record_of(&entry);
                     let id = self.wiring.last_output;
-                    self.tell_pair(pair.clone(), ToPair::Output { id, note, output });
+                    self.tell_pair(pair.clone(), ToPair::Output { id, made_ns: now_ns(), note, output });
                 }
             }
         }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, json};
 use twinstep_machine::Output;
 use twinstep_pair::{
-    Arbiter, Claim, Epoch, Nanos, OutputId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record, Verdict,
+    Arbiter, Claim, Epoch, Nanos, Notice, OutputId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record, Verdict,
 };
 
 use super::difference;
@@ -22,6 +22,8 @@ use super::live::{Outlet, ToVm};
 use super::resync::{self, Delta};
 use crate::error::{Context, Result};
 use crate::events::{Events, now_ns};
+use crate::status::board::Board;
+use crate::status::meter::Meter;
 
 /// What the pair's thread is told.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub enum ToPair {
     Output {
         /// Its running number.
         id: OutputId,
+        /// When the machine's thread had it.
+        made_ns: u64,
         /// Its note.
         note: Record,
         /// Itself.
@@ -212,6 +216,8 @@ pub struct PairWiring {
     pub vm: Sender<ToVm>,
     /// Events.
     pub events: Events,
+    /// Where people see how it goes.
+    pub board: Board,
 }
 
 /// A running pair thread.
@@ -260,6 +266,8 @@ impl PairThread {
             last_state: PrimaryState::Unprotected,
             logged: Default::default(),
             status_ns: now_ns(),
+            board: wiring.board.clone(),
+            meter: Meter::new(wiring.board, now_ns()),
             held_before: (0, 0),
             done: false,
         };
@@ -328,6 +336,7 @@ struct Driver {
     held: VecDeque<(OutputId, u64, Output)>,
     /// Outputs that the secondary has not matched yet, with their positions, so that a difference can be shown.
     unmatched: Unmatched,
+    board: Board,
     /// When the guest was stopped for a resync.
     resync_ns: u64,
     image: Option<(Vec<u8>, usize)>,
@@ -337,6 +346,7 @@ struct Driver {
     /// What was logged since the last status: entries and bytes by kind.
     logged: std::collections::BTreeMap<u8, (u64, u64)>,
     status_ns: u64,
+    meter: Meter,
     held_before: (u64, u64),
     done: bool,
 }
@@ -355,14 +365,8 @@ impl Driver {
         }
         // Once it is over, not another action is carried out.
         while !self.done {
-            let message = match self.primary.deadline() {
-                Some(deadline) => {
-                    let left = deadline.since(now());
-                    self.inbox.recv_timeout(Duration::from_nanos(left.0))
-                }
-                None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            };
-            match message {
+            let deadline = self.primary.deadline();
+            match self.inbox.recv_timeout(self.meter.patience(deadline, now_ns())) {
                 Ok(message) => {
                     self.take(message);
                     // What has come meanwhile goes into the same packets.
@@ -375,9 +379,14 @@ impl Driver {
                     }
                     self.act();
                 }
-                Err(RecvTimeoutError::Timeout) => self.event(PrimaryEvent::Tick),
+                Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|deadline| deadline <= now()) => {
+                    self.event(PrimaryEvent::Tick);
+                }
+                // Only the figures are due.
+                Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
+            self.meter.primary(now_ns(), &self.primary.status());
             self.status();
         }
         self.closing.wait();
@@ -387,6 +396,7 @@ impl Driver {
     fn disconnect(&mut self) {
         if let Some(connection) = self.connection.take() {
             self.closing = connection.close();
+            self.meter.lost();
         }
     }
 
@@ -401,12 +411,12 @@ impl Driver {
                 self.count(&record);
                 PrimaryEvent::Record(record)
             }
-            ToPair::Output { id, note, output } => {
+            ToPair::Output { id, made_ns, note, output } => {
                 self.count(&note);
                 if self.primary.state() >= PrimaryState::Copying {
                     self.unmatched.push(id, note.position, &output);
                 }
-                self.held.push_back((id, now_ns(), output));
+                self.held.push_back((id, made_ns, output));
                 PrimaryEvent::Output { id, note }
             }
             ToPair::Progress { position } => PrimaryEvent::Progress { position },
@@ -451,9 +461,13 @@ impl Driver {
             }
             // Of a connection that was given up, nothing is wanted.
             ToPair::Bytes(_) | ToPair::Closed(_) if self.connection.is_none() => return,
-            ToPair::Bytes(bytes) => PrimaryEvent::Bytes(bytes),
+            ToPair::Bytes(bytes) => {
+                self.meter.heard(now_ns());
+                PrimaryEvent::Bytes(bytes)
+            }
             ToPair::Closed(reason) => {
                 self.connection = None;
+                self.meter.lost();
                 PrimaryEvent::PeerClosed { reason }
             }
             ToPair::Verdict(epoch, verdict) => {
@@ -535,17 +549,25 @@ impl Driver {
                     self.done = true;
                 }
                 PrimaryAction::Throttle(on) => self.tell_vm(ToVm::Throttle(on)),
-                PrimaryAction::Notice(notice) => self.events.say("notice", notice.to_string()),
+                PrimaryAction::Notice(notice) => {
+                    if let Notice::Throttle { reason } = notice {
+                        self.meter.throttle(reason);
+                    }
+                    self.events.say("notice", notice.to_string());
+                }
             }
         }
         let state = self.primary.state();
         if state != self.last_state {
+            // Whoever is told and asks is not to hear of the state before.
+            self.meter.primary(now_ns(), &self.primary.status());
             let before = std::mem::replace(&mut self.last_state, state);
             if state == PrimaryState::Protected && before == PrimaryState::Resyncing {
                 let pause_ns = now_ns() - self.resync_ns;
                 let figures = Map::from_iter([("pause_ns".to_owned(), json!(pause_ns))]);
                 let text = format!("the standby is equal again; the guest stood still for {:.1} ms", pause_ns as f64 / 1e6);
                 self.events.say_with("resynced", text, figures);
+                self.board.resynced();
             } else if state == PrimaryState::Protected {
                 self.report.protected = true;
                 self.events.say("protected", "every output now waits for the secondary");
@@ -566,7 +588,7 @@ impl Driver {
         let text = difference::describe(output, self.unmatched.get(output), theirs);
         let figures = Map::from_iter([("output".to_owned(), json!(output)), ("position".to_owned(), json!(position))]);
         let text = format!(
-            "{text}. Which side is wrong, two cannot say; the primary is believed. A replay of its recording on a third host can              (`twinstep replay`)"
+            "{text}. Two sides cannot tell which of them is wrong; the primary is believed. The replay of a recording on a third host can"
         );
         self.events.say_with("mismatch", text, figures);
     }
@@ -584,6 +606,7 @@ impl Driver {
     }
 
     fn count(&mut self, record: &Record) {
+        self.meter.record(record);
         let (entries, bytes) = self.logged.entry(record.kind).or_default();
         *entries += 1;
         *bytes += record.bytes.len() as u64;
@@ -627,6 +650,10 @@ impl Driver {
             let (_, made_ns, output) = self.held.pop_front().expect("just seen");
             (self.outlet)(output);
             let held = now_ns.saturating_sub(made_ns);
+            // One that may leave at once was not held.
+            if matches!(self.last_state, PrimaryState::Protected | PrimaryState::Deciding) {
+                self.meter.committed(now_ns, held);
+            }
             self.report.held_max_ns = self.report.held_max_ns.max(held);
             self.report.held_sum_ns += held;
             self.report.held_outputs += 1;

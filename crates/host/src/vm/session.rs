@@ -29,11 +29,13 @@ use crate::error::{Context, Error, Result};
 use crate::events::Events;
 use crate::guest::Network;
 use crate::identity;
+use crate::metrics;
 use crate::net::{Arrival, Backend, Link};
 use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
 use crate::perf_map::PerfMap;
 use crate::signals::Signals;
+use crate::status::Board;
 use crate::terminal::{Escape, RawMode, Typed};
 
 /// What waits for the machine at most ([`live::weight`]); frames that come beyond are dropped, as on any Ethernet.
@@ -63,6 +65,8 @@ pub struct RunOptions {
     pub serial: Option<PathBuf>,
     /// The VM's name at the control socket.
     pub name: Option<String>,
+    /// Serve metrics on this address.
+    pub metrics: Option<String>,
     /// Tell `perf` what translated code is.
     pub perf_map: bool,
 }
@@ -204,13 +208,14 @@ impl Outside {
         Ok(Self { links, serial, _passts: passts, _raw: raw })
     }
 
-    fn outlet(&self) -> Result<Outlet> {
+    /// What leaves by it is counted on the board.
+    fn outlet(&self, board: &Board) -> Result<Outlet> {
         let links = self.links.clone();
         let mut serial: Box<dyn Write + Send> = match &self.serial {
             Some(file) => Box::new(file.try_clone().what("cannot share the serial port's file")?),
             None => Box::new(std::io::stdout()),
         };
-        Ok(Box::new(move |output| match output {
+        Ok(board.counting(Box::new(move |output| match output {
             Output::NetTx { nic, frame } => {
                 if let Some(link) = links.get(usize::from(nic)) {
                     link.send(&frame);
@@ -225,7 +230,7 @@ impl Outside {
                 // A terminal that is gone does not stop the guest.
                 let _ = serial.write_all(&bytes).and_then(|()| serial.flush());
             }
-        }))
+        })))
     }
 }
 
@@ -331,8 +336,12 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     options.pair.check().what("the pair's settings do not fit")?;
     let (to_vm, inbox) = channel();
     end_on_signals(&Signals::take()?, &to_vm);
-    let control = Control::open(options.name.as_deref(), "alone")?;
-    answer_questions(&control, if options.protect.is_some() { "primary" } else { "alone" }, &to_vm);
+    let side = if options.protect.is_some() { "primary" } else { "alone" };
+    let control = Control::open(options.name.as_deref(), side, events)?;
+    if let Some(address) = &options.metrics {
+        metrics::serve(address, control.inquiry(), events)?;
+    }
+    answer_questions(&control, side, &to_vm);
     let (machine, last_output) = make_machine(spec, options)?;
     let disk_bytes: Vec<u64> = spec
         .disk
@@ -367,10 +376,13 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     let pair = match standby.zip(arbiter) {
         None => None,
         Some((stream, arbiter)) => {
+            let vm = VmId(identity::random_id());
+            control.board().set_vm(vm);
+            control.board().set_peer(stream.peer_addr().ok().map(|address| address.to_string()));
             let primary = Primary::new(PrimarySetup {
                 config: options.pair.clone(),
                 vm: VmIdentity {
-                    vm: VmId(identity::random_id()),
+                    vm,
                     cpu_model: machine.config().cpu_model.clone(),
                     ram_bytes: u64::from(machine.config().ram_mib) << 20,
                 },
@@ -385,15 +397,16 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                 primary,
                 stream: Some(stream),
                 arbiter,
-                outlet: outside.outlet()?,
+                outlet: outside.outlet(control.board())?,
                 vm: to_vm.clone(),
                 events: events.clone(),
+                board: control.board().clone(),
             })?)
         }
     };
     let wiring = Wiring {
         inbox,
-        outlet: outside.outlet()?,
+        outlet: outside.outlet(control.board())?,
         recording,
         pair: pair.as_ref().map(|pair| pair.sender.clone()),
         events: events.clone(),
@@ -465,13 +478,14 @@ pub fn run_live(
     let (to_vm, inbox): (Sender<ToVm>, Receiver<ToVm>) = channel();
     end_on_signals(signals, &to_vm);
     answer_questions(control, "survivor", &to_vm);
+    control.board().took_over(live.epoch.0);
     let waiting = Arc::new(AtomicUsize::new(0));
     let outside = Outside::open(spec, options, &to_vm, &waiting)?;
     // The network learns where the machine is now, before it hears from it.
     for (link, mac) in outside.links.iter().zip(&live.machine.config().nics) {
         link.announce(*mac);
     }
-    let mut outlet = outside.outlet()?;
+    let mut outlet = outside.outlet(control.board())?;
     let reissued = live.reissue.len();
     live.reissue.into_iter().for_each(&mut outlet);
     let figures = Map::from_iter([

@@ -21,6 +21,8 @@ use crate::control::Control;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
 use crate::signals::Signals;
+use crate::status::board::Board;
+use crate::status::meter::Meter;
 
 /// Makes the replica disks that an image's machine wants.
 pub type Disks = Box<dyn FnMut(&[DiskExtra]) -> Result<Vec<Box<dyn twinstep_machine::Disk>>> + Send>;
@@ -152,6 +154,7 @@ fn first_word(stream: &TcpStream) -> std::result::Result<(), String> {
 pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
     let (sender, inbox) = channel();
     let (replay, replay_inbox) = channel();
+    let peer = wiring.stream.peer_addr().ok().map(|address| address.to_string());
     let connection = Connection::start(wiring.stream, sender.clone(), ToStandby::Bytes, ToStandby::Closed)?;
     let follower = Follower::new(replay_inbox, sender.clone(), wiring.disks, wiring.cables, wiring.tune);
     std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
@@ -161,7 +164,11 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
     // Whoever has ended needs not be told.
     wiring.signals.listen(move |why| _ = told.send(ToStandby::Shutdown(why)));
     let secondary = Secondary::new(wiring.setup).what("the pair's settings do not fit")?;
+    let board = wiring.control.board().clone();
+    board.set_peer(peer);
     let mut driver = Driver {
+        meter: Meter::new(board.clone(), now_ns()),
+        board,
         secondary,
         connection: Some(connection),
         closing: Closing::default(),
@@ -184,6 +191,8 @@ struct Driver {
     events: Events,
     /// How often the state was seen to differ.
     state_differs: u64,
+    board: Board,
+    meter: Meter,
     /// Why this host cannot go on, if it cannot.
     failure: Option<String>,
     outcome: Option<Result<Outcome>>,
@@ -204,13 +213,15 @@ impl Driver {
                 }
                 return outcome;
             }
-            let message = match self.secondary.deadline() {
-                Some(deadline) => inbox.recv_timeout(Duration::from_nanos(deadline.since(now()).0)),
-                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            };
-            match message {
+            self.meter.secondary(now_ns(), &self.secondary.status());
+            let deadline = self.secondary.deadline();
+            match inbox.recv_timeout(self.meter.patience(deadline, now_ns())) {
                 Ok(message) => self.take(message),
-                Err(RecvTimeoutError::Timeout) => self.secondary.handle(now(), SecondaryEvent::Tick),
+                Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|deadline| deadline <= now()) => {
+                    self.secondary.handle(now(), SecondaryEvent::Tick);
+                }
+                // Only the figures are due.
+                Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(Error::new("the standby's threads are gone")),
             }
             self.act();
@@ -221,9 +232,13 @@ impl Driver {
         let event = match message {
             // Of a connection that was given up, nothing is wanted.
             ToStandby::Bytes(_) | ToStandby::Closed(_) if self.connection.is_none() => return,
-            ToStandby::Bytes(bytes) => SecondaryEvent::Bytes(bytes),
+            ToStandby::Bytes(bytes) => {
+                self.meter.heard(now_ns());
+                SecondaryEvent::Bytes(bytes)
+            }
             ToStandby::Closed(reason) => {
                 self.connection = None;
+                self.meter.lost();
                 self.events.say("peer-lost", format!("the primary is gone: {reason}"));
                 SecondaryEvent::PeerClosed { reason }
             }
@@ -267,6 +282,7 @@ impl Driver {
                 let text =
                     format!("{pages} pages replaced in {:.1} ms; the machine is the primary's again", took_ns as f64 / 1e6);
                 self.events.say_with("resynced", text, figures);
+                self.board.resynced();
                 SecondaryEvent::ImageRestored { position, last_output }
             }
             ToStandby::Replayed { seq, position } => SecondaryEvent::Replayed { seq, position },
@@ -291,9 +307,11 @@ impl Driver {
                 SecondaryAction::Disconnect => {
                     if let Some(connection) = self.connection.take() {
                         self.closing = connection.close();
+                        self.meter.lost();
                     }
                 }
                 SecondaryAction::Prepare(hello) => {
+                    self.board.set_vm(hello.vm.vm);
                     let (vm, mib, cpu_model) = (hello.vm.vm, hello.vm.ram_bytes >> 20, hello.vm.cpu_model);
                     // Before the image travels: a host that cannot run the model has no use for it.
                     match (Config { cpu_model: cpu_model.clone(), ..Config::default() }).cpu() {
@@ -308,7 +326,10 @@ impl Driver {
                 }
                 SecondaryAction::ImageChunk(bytes) => self.tell_replay(ToReplay::Chunk(bytes)),
                 SecondaryAction::Restore { position } => self.tell_replay(ToReplay::Restore { position }),
-                SecondaryAction::Replay { first_seq, records } => self.tell_replay(ToReplay::Records { first_seq, records }),
+                SecondaryAction::Replay { first_seq, records } => {
+                    records.iter().for_each(|record| self.meter.record(record));
+                    self.tell_replay(ToReplay::Records { first_seq, records });
+                }
                 SecondaryAction::Diverge => self.tell_replay(ToReplay::Diverge),
                 SecondaryAction::Discard { up_to } => self.tell_replay(ToReplay::Discard { up_to }),
                 SecondaryAction::AskArbiter(claim) => {

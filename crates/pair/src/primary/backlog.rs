@@ -105,6 +105,16 @@ impl Backlog {
         self.appended - self.pending.len() as u64
     }
 
+    /// The newest record.
+    pub(super) fn appended(&self) -> Seq {
+        self.appended
+    }
+
+    /// The newest record that the secondary has replayed.
+    pub(super) fn replayed(&self) -> Seq {
+        self.replayed
+    }
+
     /// The newest record that the secondary has.
     pub(super) fn received(&self) -> Seq {
         self.received

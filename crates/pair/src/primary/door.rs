@@ -5,7 +5,7 @@
 use crate::arbiter::{Claim, Verdict};
 use crate::config::Config;
 use crate::notice::{Notice, StopReason};
-use crate::types::{Epoch, OutputId, OwnerId, Record};
+use crate::types::{Epoch, OutputId, OwnerId, Record, Seq};
 use crate::wire::{HostIdentity, VmIdentity};
 
 /// Something that happened to the primary.
@@ -165,6 +165,12 @@ pub struct PrimaryStatus {
     pub epoch: Epoch,
     /// Whether the guest is held back.
     pub throttled: bool,
+    /// The newest record of the log; 0 without a secondary.
+    pub appended_seq: Seq,
+    /// The newest record that the secondary has.
+    pub received_seq: Seq,
+    /// The newest record that the secondary has replayed.
+    pub replayed_seq: Seq,
     /// Log bytes that the secondary has not acknowledged.
     pub unacked_bytes: u64,
     /// Log bytes that the secondary has not replayed.

@@ -1,8 +1,10 @@
 //! One module a command.
 pub mod demo;
 pub mod doctor;
+pub mod events;
 pub mod replay;
 pub mod run;
 pub mod standby;
 pub mod stat;
+pub mod status;
 pub mod switch;

@@ -74,6 +74,9 @@ pub struct Visibility {
     /// Events as JSON lines go to this file
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
+    /// Serve metrics for Prometheus at http://ADDRESS/metrics, such as 127.0.0.1:9100; whoever reaches it may read them
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<String>,
     /// No events on standard error
     #[arg(long)]
     pub quiet: bool,
@@ -174,6 +177,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         serial: v.serial,
         pair: arguments.pair.config(),
         name: arguments.name,
+        metrics: v.metrics,
         perf_map: arguments.perf_map,
     };
     options.pair.commit = arguments.commit.into();

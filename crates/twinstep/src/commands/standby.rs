@@ -8,6 +8,7 @@ use clap::Args;
 use twinstep_host::control::Control;
 use twinstep_host::events::Events;
 use twinstep_host::identity;
+use twinstep_host::metrics;
 use twinstep_host::signals::Signals;
 use twinstep_host::vm::session::{self, RunOptions};
 use twinstep_host::vm::standby::{self, Outcome, StandbyWiring};
@@ -40,7 +41,10 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let signals = Signals::take()?;
     let v = arguments.visibility;
     let events = Events::new("standby", v.quiet, v.events.as_deref())?;
-    let control = Control::open(arguments.name.as_deref(), "standby")?;
+    let control = Control::open(arguments.name.as_deref(), "standby", &events)?;
+    if let Some(address) = &v.metrics {
+        metrics::serve(address, control.inquiry(), &events)?;
+    }
     control.no_machine("this standby waits for a primary");
     let arbiter = session::open_arbiter(&arguments.arbiter, &events)?;
     let listener = TcpListener::bind(&arguments.listen).with_context(|| {
