@@ -97,9 +97,8 @@ pub struct Arguments {
     /// Protect with the standby at this address
     #[arg(long, value_name = "ADDRESS", requires = "arbiter")]
     protect: Option<String>,
-    /// The directory in which the pair's sides settle who goes on (the same one on both hosts)
-    #[arg(long, value_name = "DIR")]
-    arbiter: Option<PathBuf>,
+    #[command(flatten)]
+    arbiter: super::arbiter::ArbiterArguments,
     /// Hold the guest back when the standby is more instructions than this behind
     #[arg(long, value_name = "N")]
     max_lag: Option<u64>,
@@ -139,7 +138,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         digest_interval: arguments.digest_interval,
         from: arguments.from,
         protect: arguments.protect,
-        arbiter: arguments.arbiter,
+        arbiter: arguments.arbiter.spec()?,
         no_input: v.no_input,
         serial: v.serial,
         pair: arguments.pair.config(),
