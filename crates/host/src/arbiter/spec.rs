@@ -203,10 +203,10 @@ fn endpoint(text: &str) -> std::result::Result<String, String> {
 
 /// What keys begin with. It is shown in commands to copy, so it has only letters no shell cares about.
 fn prefix(text: &str) -> std::result::Result<String, String> {
-    let text = text.strip_suffix('/').unwrap_or(text);
     if text.is_empty() {
         return Ok(DEFAULT_PREFIX.to_owned());
     }
+    let text = text.strip_suffix('/').unwrap_or(text);
     let good = text.len() <= LONGEST_PREFIX
         && text
             .split('/')
