@@ -213,7 +213,7 @@ fn one_wins_and_stays_the_winner_whatever_becomes_of_etcd() {
     refused(&etcd.plain(), &["cannot be the arbiter", "refused", "start etcd there"]);
 }
 
-/// An authority, etcd's certificate, and ours; and an authority nobody knows.
+/// An authority, etcd's certificate, ours, and one with a common name; and an authority nobody knows.
 fn make_certificates(folder: &Path) -> bool {
     let openssl = |arguments: &str| {
         let output = Command::new("openssl").args(arguments.split(' ')).current_dir(folder).output();
@@ -230,9 +230,9 @@ fn make_certificates(folder: &Path) -> bool {
             return false;
         }
     }
-    for name in ["server", "client"] {
+    for (name, subject) in [("server", "/CN=server"), ("client", "/O=twins"), ("named", "/CN=twin")] {
         fs::write(folder.join("extensions"), "basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1,DNS:localhost\n").unwrap();
-        openssl(&format!("req -new -config /dev/null {key} -subj /CN={name} -keyout {name}.key -out {name}.csr"));
+        openssl(&format!("req -new -config /dev/null {key} -subj {subject} -keyout {name}.key -out {name}.csr"));
         openssl(&format!(
             "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions -out {name}.pem"
         ));
@@ -263,6 +263,7 @@ fn with_tls_and_a_user() {
     // The range of keys that begin with "mine/" ends before "mine0".
     let permission = json!({ "permType": "READWRITE", "key": "bWluZS8=", "range_end": "bWluZTA=" });
     for (call, question) in [
+        ("auth/role/add", json!({ "name": "root" })),
         ("auth/user/add", json!({ "name": "root", "password": "r" })),
         ("auth/user/grant", json!({ "user": "root", "role": "root" })),
         ("auth/user/add", json!({ "name": "twin", "password": "open-sesame" })),
@@ -271,9 +272,6 @@ fn with_tls_and_a_user() {
         ("auth/user/grant", json!({ "user": "twin", "role": "twins" })),
         ("auth/enable", json!({})),
     ] {
-        if call == "auth/user/grant" && question["role"] == "root" {
-            etcd.call("auth/role/add", &json!({ "name": "root" }));
-        }
         etcd.call(call, &question);
     }
 
@@ -287,9 +285,11 @@ fn with_tls_and_a_user() {
     refused(&place(format!("etcds://localhost:{}/others", etcd.ports[1])), &["permission denied", "others/ --prefix"]);
     refused(&place(format!("etcds://localhost:{}/mine", etcd.ports[0])), &["cannot be the arbiter"]);
     let plainly = ArbiterOptions { ca: None, cert: None, key: None, ..place(format!("etcd://localhost:{}", etcd.ports[1])) };
-    refused(&plainly, &["HTTPS"]);
+    refused(&plainly, &["cannot be the arbiter", "write etcds://"]);
     refused(&ArbiterOptions { ca: Some(etcd.path("stranger.pem")), ..good.clone() }, &["certificate", "UnknownIssuer"]);
     refused(&ArbiterOptions { cert: None, key: None, ..good.clone() }, &["ertificate"]);
+    let named = ArbiterOptions { cert: Some(etcd.path("named.pem")), key: Some(etcd.path("named.key")), ..good.clone() };
+    refused(&named, &["CommonName", "no common name"]);
     refused(
         &ArbiterOptions { key: Some(etcd.path("server.key")), ..good.clone() },
         &["does not go with the key", "--arbiter-cert"],

@@ -183,15 +183,22 @@ impl EtcdArbiter {
         let first = self.endpoints.first().map_or("HOST:PORT", String::as_str);
         let next = match failure.kind {
             Kind::Silent => {
+                let tls = if self.scheme == "http" { "; where etcd wants TLS, write etcds://" } else { "" };
                 format!(
-                    "start etcd there, or give --arbiter another address; `curl {}://{first}/health` tells whether it answers",
+                    "start etcd there, or give --arbiter another address; `curl {}://{first}/health` tells whether it answers{tls}",
                     self.scheme
                 )
             }
             Kind::Token | Kind::Refused => format!(
                 "check --arbiter-user and --arbiter-password-file; the user needs to read and write what begins with {0}/ \
-                 (etcdctl role grant-permission ROLE readwrite {0}/ --prefix=true)",
-                self.prefix
+                 (etcdctl role grant-permission ROLE readwrite {0}/ --prefix=true){1}",
+                self.prefix,
+                // etcd takes that name for a user's elsewhere, and its gateway does not.
+                if self.scheme == "https" {
+                    "; a certificate given with --arbiter-cert may have no common name then"
+                } else {
+                    ""
+                }
             ),
             Kind::Strange => {
                 "give --arbiter the client address of etcd 3.4 or newer; `etcdctl endpoint health` tells how it is".to_owned()

@@ -21,7 +21,7 @@ pub struct ArbiterArguments {
     /// For etcds: certificates of the authorities that may vouch for etcd (PEM)
     #[arg(long, value_name = "FILE")]
     arbiter_ca: Option<PathBuf>,
-    /// For etcds: our own certificate, if etcd wants to see one (PEM)
+    /// For etcds: our own certificate, if etcd wants to see one (PEM; where etcd has users, one without a common name)
     #[arg(long, value_name = "FILE")]
     arbiter_cert: Option<PathBuf>,
     /// The key of that certificate, which others may not read (PEM)
