@@ -335,7 +335,7 @@ fn transaction(key: &str, comparison: &str, owner: &str) -> Value {
 fn verdict(answer: &TransactionAnswer, key: &str, owner: &str) -> Attempt<Verdict> {
     let nonsense = || Failure::strange("its answer makes no sense");
     match &answer.responses[..] {
-        [StepAnswer { response_put: Some(_), response_range: None }] if answer.succeeded => return Ok(Verdict::Won),
+        [StepAnswer { response_put: Some(_), response_range: None }] if answer.succeeded => Ok(Verdict::Won),
         [StepAnswer { response_put: None, response_range: Some(range) }] if !answer.succeeded => match &range.kvs[..] {
             [found] if BASE64.decode(&found.key).is_ok_and(|k| k == key.as_bytes()) => {
                 let holder = BASE64.decode(&found.value).ok().and_then(|bytes| String::from_utf8(bytes).ok());
