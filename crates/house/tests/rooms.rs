@@ -28,6 +28,8 @@ const WRAPPED: &[(&str, &[&str])] = &[
     ("acpi_tables", &["machine"]),
     ("lz4_flex", &["log"]),
     ("rustix", &["host", "bench"]),
+    ("ureq", &["host"]),
+    ("rustls", &["host"]),
     ("clap", &["twinstep", "bench"]),
     ("anyhow", &["twinstep"]),
 ];

@@ -49,6 +49,8 @@ pub enum Verdict {
 /// The directory arbiter: a file `<vm>.epoch-<n>`, created exclusively with its content in place (write a temporary file, sync
 /// it, link it to its name, sync the directory), that holds the owner. If it exists, its content decides between `Won` and
 /// `Lost`; whatever goes wrong on the way, an unreadable content included, is `Unreachable`, never `Lost`.
+///
+/// The etcd arbiter: a key `<prefix>/<vm>/epoch-<n>`, created with the owner as its value by one transaction that reads it if it exists.
 pub trait Arbiter {
     /// Enters the claim if the register is free, and tells who holds it now.
     fn test_and_set(&mut self, claim: &Claim) -> Verdict;

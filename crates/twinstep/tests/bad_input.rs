@@ -65,6 +65,23 @@ fn machines() {
 }
 
 #[test]
+fn arbiters() {
+    twinstep(&["standby", "--listen", "127.0.0.1:0"]).refused(&["--arbiter"]);
+    let protect = |more: &[&str]| run(&[&["--kernel", &guest().kernel, "--protect", "127.0.0.1:1", "--arbiter"], more].concat());
+    protect(&["http://localhost"]).refused(&["http://", "etcd://HOST"]);
+    protect(&["etcds://localhost"]).refused(&["--arbiter-ca"]);
+    protect(&["etcd://localhost", "--arbiter-user", "me"]).refused(&["--arbiter-password-file"]);
+    protect(&["/tmp", "--arbiter-user", "me"]).refused(&["is for etcd"]);
+    // Nobody listens at the first port.
+    for command in
+        [&["run", "--kernel", &guest().kernel, "--protect", "127.0.0.1:1"][..], &["standby", "--listen", "127.0.0.1:0"]]
+    {
+        let ended = twinstep(&[command, &["--arbiter", "etcd://127.0.0.1:1"]].concat());
+        ended.refused(&["etcd at 127.0.0.1:1 cannot be the arbiter", "start etcd there"]);
+    }
+}
+
+#[test]
 fn configuration_files() {
     let folder = folder();
     let path = folder.path().join("vm.toml");

@@ -441,9 +441,13 @@ impl Host {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, ETCD_PORT));
         let answers = TcpStream::connect_timeout(&address, Duration::from_millis(100)).is_ok();
         let installed = self.program("etcd").or_else(|| self.program("etcdctl"));
-        let therefore = "pairs use a shared directory as their arbiter (--arbiter DIR)";
+        let therefore =
+            "pairs use a shared directory as their arbiter (--arbiter DIR), or an etcd elsewhere (--arbiter etcd://HOST)";
         match (answers, installed) {
-            (true, _) => finding(subject, State::Good, format!("something listens on {address}"), therefore, None),
+            (true, _) => {
+                let therefore = "it can be the arbiter of pairs (--arbiter etcd://HOST, where HOST is this one)";
+                finding(subject, State::Good, format!("something listens on {address}"), therefore, None)
+            }
             (false, Some(path)) => finding(
                 subject,
                 State::Absent,

@@ -22,7 +22,7 @@ use super::pairing::{PairThread, PairWiring};
 use super::replay;
 use super::spec::{Cable, DiskSpec, VmSpec};
 use super::standby;
-use crate::arbiter::{self, Arbiter as _, DirectoryArbiter};
+use crate::arbiter::{self, ArbiterSpec};
 use crate::control::Control;
 use crate::disk::RawDisk;
 use crate::error::{Context, Error, Result};
@@ -55,8 +55,8 @@ pub struct RunOptions {
     pub from: Option<PathBuf>,
     /// Protect with the standby at this address.
     pub protect: Option<String>,
-    /// The arbiter's directory.
-    pub arbiter: Option<PathBuf>,
+    /// The arbiter.
+    pub arbiter: Option<ArbiterSpec>,
     /// Bounds and times of the pair.
     pub pair: PairConfig,
     /// No terminal: the serial port's output goes to standard output, nothing is read.
@@ -120,15 +120,15 @@ pub fn open_matching_disks(specs: &[DiskSpec], wanted: &[DiskExtra]) -> Result<V
     Ok(disks)
 }
 
-/// The directory arbiter as the pair asks it.
+/// The arbiter as the pair asks it.
 struct PairArbiter {
-    directory: DirectoryArbiter,
+    arbiter: Box<dyn arbiter::Arbiter>,
     events: Events,
 }
 
 impl twinstep_pair::Arbiter for PairArbiter {
     fn test_and_set(&mut self, claim: &Claim) -> Verdict {
-        match self.directory.claim(&claim.vm.to_string(), claim.epoch.0, &claim.owner.to_string()) {
+        match self.arbiter.claim(&claim.vm.to_string(), claim.epoch.0, &claim.owner.to_string()) {
             arbiter::Verdict::Won => Verdict::Won,
             arbiter::Verdict::Lost { .. } => Verdict::Lost,
             arbiter::Verdict::Unreachable { why } => {
@@ -139,9 +139,9 @@ impl twinstep_pair::Arbiter for PairArbiter {
     }
 }
 
-/// The arbiter in a directory, for the pair.
-pub fn open_arbiter(directory: &Path, events: &Events) -> Result<Box<dyn twinstep_pair::Arbiter + Send>> {
-    Ok(Box::new(PairArbiter { directory: DirectoryArbiter::open(directory)?, events: events.clone() }))
+/// Opens an arbiter for the pair.
+pub fn open_arbiter(spec: &ArbiterSpec, events: &Events) -> Result<Box<dyn twinstep_pair::Arbiter + Send>> {
+    Ok(Box::new(PairArbiter { arbiter: spec.open()?, events: events.clone() }))
 }
 
 /// The cables and the terminal of a machine.
@@ -353,9 +353,9 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     // serves the first who connects, so nothing that can be refused comes after.
     let arbiter = match (&options.protect, &options.arbiter) {
         (None, _) => None,
-        (Some(_), Some(directory)) => Some(open_arbiter(directory, events)?),
+        (Some(_), Some(spec)) => Some(open_arbiter(spec, events)?),
         (Some(_), None) => {
-            return Err(Error::new("a protected VM needs an arbiter").next("give --arbiter DIR, a directory both hosts share"));
+            return Err(Error::new("a protected VM needs an arbiter").next(arbiter::SYNTAX));
         }
     };
     let standby = options.protect.as_ref().map(|address| connect(address)).transpose()?;
@@ -454,7 +454,7 @@ fn connect(address: &str) -> Result<TcpStream> {
     let refuse = |e: std::io::Error| {
         Error::new(format!("cannot reach the standby at {address}"))
             .because(e)
-            .next(format!("start it there first: twinstep standby --listen {address} --arbiter DIR ..."))
+            .next(format!("start it there first: twinstep standby --listen {address} --arbiter ..."))
     };
     let mut failure = std::io::Error::other("the name has no address");
     for candidate in address.to_socket_addrs().map_err(refuse)? {

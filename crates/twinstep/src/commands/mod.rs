@@ -1,4 +1,5 @@
 //! One module a command.
+pub mod arbiter;
 pub mod demo;
 pub mod doctor;
 pub mod events;

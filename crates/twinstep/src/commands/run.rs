@@ -100,9 +100,8 @@ pub struct Arguments {
     /// Protect with the standby at this address
     #[arg(long, value_name = "ADDRESS", requires = "arbiter")]
     protect: Option<String>,
-    /// The directory in which the pair's sides settle who goes on (the same one on both hosts)
-    #[arg(long, value_name = "DIR")]
-    arbiter: Option<PathBuf>,
+    #[command(flatten)]
+    arbiter: super::arbiter::ArbiterArguments,
     /// When an output may leave a protected VM: `received`, as soon as the standby has all that led to it, or `matched`, when the standby has
     /// made the same output itself, which also catches what goes wrong silently (a bad core, a flipped bit)
     #[arg(long, value_name = "RULE", default_value = "received")]
@@ -172,7 +171,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         digest_interval: arguments.digest_interval,
         from: arguments.from,
         protect: arguments.protect,
-        arbiter: arguments.arbiter,
+        arbiter: arguments.arbiter.spec()?,
         no_input: v.no_input,
         serial: v.serial,
         pair: arguments.pair.config(),

@@ -1,6 +1,5 @@
 //! `twinstep standby`.
 use std::net::TcpListener;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -15,13 +14,13 @@ use twinstep_host::vm::standby::{self, Outcome, StandbyWiring};
 use twinstep_pair::{Expectation, OwnerId, SecondarySetup};
 
 #[derive(Args)]
+#[command(mut_arg("arbiter", |arg| arg.required(true)))]
 pub struct Arguments {
     /// Where to wait for the primary, such as 0.0.0.0:7171
     #[arg(long, value_name = "ADDRESS")]
     listen: String,
-    /// The directory in which the pair's sides settle who goes on (the same one on both hosts)
-    #[arg(long, value_name = "DIR")]
-    arbiter: PathBuf,
+    #[command(flatten)]
+    arbiter: super::arbiter::ArbiterArguments,
     /// Where the guest's network cards and disks are on this host, and what is expected of the VM (--mem, --cpu); the kernel comes
     /// from the primary
     #[command(flatten)]
@@ -37,6 +36,7 @@ pub struct Arguments {
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let spec = arguments.machine.spec(None)?;
+    let arbiter = arguments.arbiter.spec()?.context("a standby needs an arbiter: give --arbiter")?;
     let cpu_model = session::cpu_model(&spec)?;
     let signals = Signals::take()?;
     let v = arguments.visibility;
@@ -46,7 +46,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         metrics::serve(address, control.inquiry(), &events)?;
     }
     control.no_machine("this standby waits for a primary");
-    let arbiter = session::open_arbiter(&arguments.arbiter, &events)?;
+    let arbiter = session::open_arbiter(&arbiter, &events)?;
     let listener = TcpListener::bind(&arguments.listen).with_context(|| {
         format!("cannot listen on {} (is another standby there? choose another port with --listen)", arguments.listen)
     })?;

@@ -1,8 +1,7 @@
-//! The arbiter: who may go on alone. A test-and-set on a directory both hosts can reach.
+//! The arbiter in a directory both hosts can reach.
 //!
-//! *In*: a VM, an epoch, and who asks. *Out*: won, lost (to whom), or unreachable (why). *Invariant*: for one VM and one epoch at most one
-//! owner ever wins, whatever crashes in between; the owner who has won wins again when it asks again; and an answer
-//! that can't be had is never taken for a win.
+//! *In*: claims. *Out*: verdicts, and a file for every epoch that was won. *Invariant*: a claim's file is whole from the moment it is there, and a win
+//! is reported only when a power failure can't undo it.
 //!
 //! # How
 //! The claim is a file `VM.epoch-N` holding the owner's name. It is written under a name of the owner's own, made durable
@@ -14,49 +13,16 @@
 //! to a link that succeeded may be lost and its repetition be told that the file exists. Therefore the error
 //! code is not believed: whoever's name is in the file has won. (open(2), under O_EXCL, recommends the same.)
 
-use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::{Arbiter, Verdict, check_name};
 use crate::error::{Error, Result};
 
 /// Longest owner's name.
 const LONGEST_OWNER: u64 = 256;
-
-/// The arbiter's answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
-    /// The epoch is ours: go on.
-    Won,
-    /// The epoch is somebody else's: stop.
-    Lost {
-        /// Whose it is.
-        owner: String,
-    },
-    /// Nobody knows: stay stopped and ask again.
-    Unreachable {
-        /// What went wrong.
-        why: String,
-    },
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Won => f.write_str("won"),
-            Self::Lost { owner } => write!(f, "lost to {owner}"),
-            Self::Unreachable { why } => write!(f, "unreachable: {why}"),
-        }
-    }
-}
-
-/// Something that can decide. A call may take long (a file server that does not answer): it belongs into a thread of its own.
-pub trait Arbiter: Send {
-    /// Claims an epoch of a VM for an owner.
-    fn claim(&self, vm: &str, epoch: u64, owner: &str) -> Verdict;
-}
 
 /// The arbiter in a shared directory.
 #[derive(Debug, Clone)]
@@ -149,14 +115,6 @@ impl Arbiter for DirectoryArbiter {
     fn claim(&self, vm: &str, epoch: u64, owner: &str) -> Verdict {
         self.try_claim(vm, epoch, owner).unwrap_or_else(|why| Verdict::Unreachable { why })
     }
-}
-
-/// Names become parts of file names, so they must not wander about the file system.
-fn check_name(what: &str, name: &str) -> std::result::Result<(), String> {
-    let good = (1..=100).contains(&name.len())
-        && !name.starts_with('.')
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b':' | b'@'));
-    if good { Ok(()) } else { Err(format!("`{name}` cannot be the name of a {what}: use up to 100 letters, digits, - _ . : @")) }
 }
 
 fn read_owner(path: &Path) -> std::result::Result<Option<String>, String> {
