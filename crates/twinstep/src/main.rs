@@ -33,6 +33,9 @@ enum Command {
     Events(commands::events::Arguments),
     /// Shows the promise: a protected pair on this machine, a real client, the primary killed, nothing lost
     Demo(commands::demo::Arguments),
+    /// Breaks things on purpose, for tests
+    #[command(hide = true)]
+    Debug(commands::debug::Arguments),
     /// Says what this host offers and what Twinstep will use
     Doctor(commands::doctor::Arguments),
     /// Joins virtual machines and passt to one Ethernet
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Status(arguments) => commands::status::run(arguments),
         Command::Events(arguments) => commands::events::run(arguments),
         Command::Demo(arguments) => commands::demo::run(arguments),
+        Command::Debug(arguments) => commands::debug::run(arguments),
         Command::Doctor(arguments) => commands::doctor::run(arguments),
         Command::Switch(arguments) => commands::switch::run(arguments),
     };

@@ -8,9 +8,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::Deserialize;
+use twinstep_machine::faults::Bit;
 
 use super::folder;
-use super::wire::{self, History, Identity, Request, Stat, Status};
+use super::wire::{self, Flipped, History, Identity, Request, Stat, Status};
 use crate::error::{Error, Result};
 use crate::events::Kept;
 
@@ -91,6 +92,11 @@ impl Connection {
     /// What happened so far.
     pub fn events(&mut self) -> Result<Vec<Kept>> {
         Ok(self.request::<History>(Request::Events)?.events)
+    }
+
+    /// Flips a bit of the machine.
+    pub fn flip(&mut self, bit: Bit) -> Result<Flipped> {
+        self.request(Request::FlipBit(bit))
     }
 
     fn request<T: for<'a> Deserialize<'a>>(&mut self, request: Request) -> Result<T> {

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use twinstep_machine::faults::Bit;
 use twinstep_machine::{ActivityCell, Machine, MachineStats};
 
 use crate::events::now_ns;
@@ -36,6 +37,8 @@ const MAX_OPEN: usize = 16;
 pub enum Question {
     /// What did it do so far?
     Stat,
+    /// Flip this bit.
+    Flip(Bit),
 }
 
 /// What the machine's thread says.
@@ -43,6 +46,8 @@ pub enum Question {
 pub enum Answer {
     /// To [`Question::Stat`].
     Stat(Box<VmFigures>),
+    /// To [`Question::Flip`]: at which position; `None`: there is no such bit.
+    Flipped(Option<u64>),
     /// There is no machine yet, or no more; why.
     NoMachine(String),
 }
@@ -110,6 +115,7 @@ impl Ask {
     pub fn answer(self, machine: &mut Machine) {
         let answer = match self.question {
             Question::Stat => Answer::Stat(Box::new(VmFigures::of(machine))),
+            Question::Flip(bit) => Answer::Flipped(machine.flip(bit).then(|| machine.position())),
         };
         // Whoever asked may have lost patience.
         let _ = self.back.try_send(answer);

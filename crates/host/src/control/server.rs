@@ -7,13 +7,15 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use twinstep_machine::faults::Bit;
+
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::wire::{self, Code, History, Identity, Refusal, Request, Stat, Status};
+use super::wire::{self, Code, Flipped, History, Identity, Refusal, Request, Stat, Status};
 use super::{Answer, Ask, Question, VmFigures, folder};
 use crate::error::{Context, Result};
 use crate::events::Events;
@@ -51,6 +53,8 @@ struct Shared {
     sampler: Sampler,
     board: Board,
     events: Events,
+    /// Bits may be flipped.
+    faults: AtomicBool,
     /// Woken once, at the end; never cleared.
     end: Wake,
 }
@@ -93,6 +97,7 @@ impl Control {
             sampler: Sampler::default(),
             board: Board::new(if side == "standby" { "listening" } else { "unprotected" }),
             events: events.clone(),
+            faults: AtomicBool::new(false),
             end: Wake::new()?,
         });
         let accepting = shared.clone();
@@ -104,6 +109,10 @@ impl Control {
     }
     fn shared(&self) -> &Shared {
         &self.0.end.0
+    }
+    /// From now on whoever may ask may also break this VM on purpose.
+    pub fn allow_faults(&self) {
+        self.shared().faults.store(true, Ordering::Relaxed);
     }
     /// The VM's name.
     pub fn name(&self) -> &str {
@@ -229,9 +238,27 @@ impl Shared {
         let figures: Box<VmFigures> = match self.ask(Question::Stat)? {
             Answer::Stat(figures) => figures,
             Answer::NoMachine(why) => return Err(Refusal::new(Code::NoMachine, why)),
+            Answer::Flipped(_) => unreachable!("another question was asked"),
         };
         self.sampler.look_at(&figures.activity);
         Ok(stat::report(&figures, &self.sampler.samples()))
+    }
+}
+
+impl Shared {
+    /// Flips a bit, and says in the events that it was asked to.
+    fn flip(&self, bit: Bit) -> std::result::Result<Flipped, Refusal> {
+        if !self.faults.load(Ordering::Relaxed) {
+            let text = "this VM was not started with --debug-faults, so nobody can break it on purpose";
+            return Err(Refusal::new(Code::Forbidden, text));
+        }
+        match self.ask(Question::Flip(bit))? {
+            Answer::Flipped(Some(position)) => {
+                self.events.say("fault-injected", format!("{bit:?} was flipped at position {position}, as somebody asked"));
+                Ok(Flipped { position })
+            }
+            _ => Err(Refusal::new(Code::BadRequest, format!("the machine has no {bit:?}"))),
+        }
     }
 }
 
@@ -280,6 +307,7 @@ impl Client {
         match Request::parse(line) {
             Err(refusal) => self.say(&Err::<(), _>(refusal)),
             Ok(Request::Identify) => self.say(&Ok(shared.identity())),
+            Ok(Request::FlipBit(bit)) => self.say(&shared.flip(bit)),
             Ok(Request::Status) => self.say(&Ok(shared.status())),
             Ok(Request::Events) => self.say(&Ok(History { events: shared.events.history() })),
             Ok(Request::Stat) => {

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use twinstep_machine::faults::Bit;
 
 use crate::events::Kept;
 pub use crate::status::Status;
@@ -28,17 +29,32 @@ pub enum Request {
     Status,
     /// What happened so far.
     Events,
+    /// Flip this bit ([`twinstep_machine::faults`]). Refused unless the VM was started for that.
+    FlipBit(Bit),
 }
 
 impl Request {
     /// All of them, by name.
-    pub const ALL: [(&'static str, Request); 4] =
-        [("identify", Request::Identify), ("stat", Request::Stat), ("status", Request::Status), ("events", Request::Events)];
+    pub const ALL: [(&'static str, Request); 5] = [
+        ("identify", Request::Identify),
+        ("stat", Request::Stat),
+        ("status", Request::Status),
+        ("events", Request::Events),
+        ("flip-bit", Request::FlipBit(Bit::Ram(0, 0))),
+    ];
 
     /// As a line, with its end.
     pub fn line(self) -> String {
-        let (name, _) = Self::ALL.iter().find(|(_, r)| *r == self).expect("all have a name");
-        format!("{}\n", json!({ "v": VERSION, "do": name }))
+        let kind = std::mem::discriminant(&self);
+        let (name, _) = Self::ALL.iter().find(|(_, r)| std::mem::discriminant(r) == kind).expect("all have a name");
+        let value = match self {
+            Request::FlipBit(Bit::Ram(address, bit)) => json!({ "v": VERSION, "do": name, "address": address, "bit": bit }),
+            Request::FlipBit(Bit::Register(register, bit)) => {
+                json!({ "v": VERSION, "do": name, "register": register, "bit": bit })
+            }
+            _ => json!({ "v": VERSION, "do": name }),
+        };
+        format!("{value}\n")
     }
 
     /// From a line without its end.
@@ -62,10 +78,31 @@ impl Request {
             let text = format!("there is no request '{}'; there are: {}", shortened(&name), known.join(", "));
             return Err(Refusal::new(Code::UnknownRequest, text));
         };
-        if let Some(field) = fields.keys().next() {
-            return Err(Refusal::new(Code::BadRequest, format!("'{name}' has no field '{}'", shortened(field))));
+        let request = match request {
+            Request::FlipBit(_) => Request::FlipBit(bit_of(&mut fields)?),
+            request => *request,
+        };
+        match fields.keys().next() {
+            Some(field) => Err(Refusal::new(Code::BadRequest, format!("'{name}' has no field '{}'", shortened(field)))),
+            None => Ok(request),
         }
-        Ok(*request)
+    }
+}
+
+/// Takes the bit that is meant out of a request's fields.
+fn bit_of(fields: &mut Map<String, Value>) -> Result<Bit, Refusal> {
+    let mut number = |name: &str| match fields.remove(name) {
+        None => Ok(None),
+        Some(value) => value.as_u64().map(Some).ok_or_else(|| Refusal::new(Code::BadRequest, format!("\"{name}\" is no number"))),
+    };
+    let (address, register, bit) = (number("address")?, number("register")?, number("bit")?);
+    let small = |number: u64| {
+        u8::try_from(number).map_err(|_| Refusal::new(Code::BadRequest, format!("there is no bit or register {number}")))
+    };
+    match (address, register, bit) {
+        (Some(address), None, Some(bit)) => Ok(Bit::Ram(address, small(bit)?)),
+        (None, Some(register), Some(bit)) => Ok(Bit::Register(small(register)?, small(bit)?)),
+        _ => Err(Refusal::new(Code::BadRequest, "\"bit\" and either \"address\" or \"register\" say which one")),
     }
 }
 
@@ -87,6 +124,8 @@ pub enum Code {
     UnknownRequest,
     /// Too many clients or questions, or the machine is too busy to answer now.
     Busy,
+    /// Not what this VM was started for.
+    Forbidden,
     /// There is no machine now.
     NoMachine,
     /// A code of a later build.
@@ -123,6 +162,13 @@ pub struct Identity {
     pub build: String,
     /// Requests it knows.
     pub requests: Vec<String>,
+}
+
+/// A bit was flipped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flipped {
+    /// Where the machine stood.
+    pub position: u64,
 }
 
 /// What a machine did since it was made in this process.
@@ -186,6 +232,8 @@ mod tests {
             assert!(line.ends_with('\n') && line.contains(name), "{line}");
             assert_eq!(Request::parse(line.trim_end().as_bytes()), Ok(request));
         }
+        let flip = Request::FlipBit(Bit::Register(15, 63));
+        assert_eq!(Request::parse(flip.line().trim_end().as_bytes()), Ok(flip));
     }
 
     #[test]
@@ -202,6 +250,11 @@ mod tests {
             ("{\"v\":1,\"do\":\"dance\"}", Code::UnknownRequest),
             ("{\"v\":1,\"do\":\"stat\",\"fast\":true}", Code::BadRequest),
             ("{\"v\":1,\"do\":\"stat\"} {}", Code::BadRequest),
+            ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1}", Code::BadRequest),
+            ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1,\"address\":1,\"register\":1}", Code::BadRequest),
+            ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":256,\"address\":1}", Code::BadRequest),
+            ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":-1,\"address\":1}", Code::BadRequest),
+            ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1,\"address\":1,\"twice\":true}", Code::BadRequest),
         ] {
             assert_eq!(Request::parse(line.as_bytes()).unwrap_err().code, code, "{line}");
         }

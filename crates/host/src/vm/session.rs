@@ -69,6 +69,8 @@ pub struct RunOptions {
     pub metrics: Option<String>,
     /// Tell `perf` what translated code is.
     pub perf_map: bool,
+    /// Whoever may ask may also break the VM on purpose.
+    pub debug_faults: bool,
 }
 
 /// What a session came to.
@@ -338,6 +340,9 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     end_on_signals(&Signals::take()?, &to_vm);
     let side = if options.protect.is_some() { "primary" } else { "alone" };
     let control = Control::open(options.name.as_deref(), side, events)?;
+    if options.debug_faults {
+        control.allow_faults();
+    }
     if let Some(address) = &options.metrics {
         metrics::serve(address, control.inquiry(), events)?;
     }
@@ -410,7 +415,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         recording,
         pair: pair.as_ref().map(|pair| pair.sender.clone()),
         events: events.clone(),
-        digest_interval: if options.record.is_some() { digest_interval } else { 0 },
+        digest_interval: if options.record.is_some() || options.protect.is_some() { digest_interval } else { 0 },
         disk_bytes,
         last_output,
         waiting,

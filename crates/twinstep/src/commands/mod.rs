@@ -1,5 +1,6 @@
 //! One module a command.
 pub mod arbiter;
+pub mod debug;
 pub mod demo;
 pub mod doctor;
 pub mod events;

@@ -80,6 +80,9 @@ pub struct Visibility {
     /// No events on standard error
     #[arg(long)]
     pub quiet: bool,
+    /// Let `twinstep debug` break this VM on purpose
+    #[arg(long, hide_short_help = true)]
+    pub debug_faults: bool,
 }
 
 #[derive(Args)]
@@ -178,6 +181,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         name: arguments.name,
         metrics: v.metrics,
         perf_map: arguments.perf_map,
+        debug_faults: v.debug_faults,
     };
     options.pair.commit = arguments.commit.into();
     options.pair.on_mismatch = match arguments.on_mismatch {

@@ -46,6 +46,9 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         metrics::serve(address, control.inquiry(), &events)?;
     }
     control.no_machine("this standby waits for a primary");
+    if v.debug_faults {
+        control.allow_faults();
+    }
     let arbiter = session::open_arbiter(&arbiter, &events)?;
     let listener = TcpListener::bind(&arguments.listen).with_context(|| {
         format!("cannot listen on {} (is another standby there? choose another port with --listen)", arguments.listen)

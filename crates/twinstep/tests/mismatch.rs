@@ -1,0 +1,154 @@
+//! Bits that flip in one side of a pair: what nobody sees is let pass, what somebody would see is caught before it leaves (`--commit matched`) or found
+//! afterwards (`--commit received`), and the pair is made whole again.
+mod common;
+
+use std::path::PathBuf;
+
+use common::{Ended, Twinstep, boot, folder, text, turn, words};
+use tempfile::TempDir;
+
+/// A pair whose guest sits at a shell and has a large file in its memory. Both sides can be broken on purpose.
+struct Pair {
+    primary: Twinstep,
+    standby: Twinstep,
+    folder: TempDir,
+}
+
+/// Guest-physical addresses inside of what the file, or nothing, fills.
+const ADDRESSES: [u64; 8] = [0x580_0123, 0x6c0_0456, 0x810_0789, 0x940_0abc, 0xa80_0def, 0xbb0_0321, 0xce0_0654, 0xe00_0987];
+
+impl Pair {
+    fn start(more: &[&str]) -> Self {
+        let folder = folder();
+        let arbiter = folder.path().join("arbiter");
+        std::fs::create_dir(&arbiter).unwrap();
+        let start = |name: &str, arguments: &[&[String]]| {
+            let common = words(&["--arbiter", &text(&arbiter), "--debug-faults", "--name", name]);
+            let command = if name == "db" { "run" } else { "standby" };
+            let arguments = [&words(&[command])[..], &common, &arguments.concat()].concat();
+            Twinstep::start_with(name, &arguments, &[("XDG_RUNTIME_DIR", &text(folder.path()))])
+        };
+        let standby = start("twin", &[&words(&["--listen", "127.0.0.1:0"])]);
+        let address = standby.wait_said("waiting for a primary on ");
+        let mut primary = start("db", &[&boot("256M", "shell"), &words(&["--protect", &address]), &words(more)]);
+        primary.wait_said("protected: ");
+        primary.wait_console("# ");
+        primary.type_line(
+            "cd /tmp; yes ABCDEFG | head -c 65536 > a; cat a a a a a a a a > b; cat b b b b b b b b > c; \
+             cat c c c c c c c c c c c c c c c c c c c c c c c c > f; cd /; echo it is $((40 + 2)) full; md5sum < /tmp/f; echo first $((1 + 1))",
+        );
+        primary.wait_console("it is 42 full");
+        primary.wait_console("first 2");
+        Self { primary, standby, folder }
+    }
+
+    fn debug(&self, arguments: &[&str]) -> Ended {
+        let runtime: PathBuf = self.folder.path().into();
+        Twinstep::start_with("debug", &words(&[&["debug"], arguments].concat()), &[("XDG_RUNTIME_DIR", &text(&runtime))]).end()
+    }
+
+    /// Memory of this side goes bad in several places.
+    fn damage(&self, side: &str) {
+        for address in ADDRESSES {
+            self.debug(&["flip-bit", side, "--address", &format!("{address:#x}"), "--bit", "2"]).with(0);
+        }
+    }
+
+    /// Has the guest look at the file.
+    fn sum(&mut self) {
+        self.primary.type_line("md5sum < /tmp/f; echo second $((1 + 1))");
+    }
+}
+
+/// The sums that the guest has printed.
+fn sums(console: &str) -> Vec<&str> {
+    let is_sum = |word: &&str| word.len() == 32 && word.bytes().all(|b| b.is_ascii_hexdigit());
+    console.split_whitespace().filter(is_sum).collect()
+}
+
+/// The standby is wrong, and the primary dies later: whatever was shown, by whichever side, is right.
+#[test]
+fn a_standby_that_went_wrong_is_made_right_before_it_is_needed() {
+    let _turn = turn(2);
+    for commit in ["matched", "received"] {
+        let mut pair = Pair::start(&["--commit", commit]);
+        pair.damage("twin");
+        pair.sum();
+        pair.standby.wait_said("damaged: memory of this standby's host is bad");
+        pair.standby.wait_said("mismatch: output ");
+        pair.primary.wait_said("mismatch: output ");
+        pair.primary.wait_said("resynced: the standby is equal again");
+        pair.standby.wait_said("resynced: ");
+        pair.primary.wait_console("second 2");
+        pair.primary.type_line("md5sum < /tmp/f; echo third $((1 + 1))");
+        pair.primary.wait_console("third 2");
+        pair.primary.kill();
+        pair.standby.wait_said("live: live in epoch 2");
+        pair.standby.type_line("md5sum < /tmp/f; poweroff -f");
+        let standby = pair.standby.end().with(0);
+        let primary = pair.primary.end();
+        let (before, after) = (sums(&primary.console), sums(&standby.console));
+        assert_eq!((before.len(), after.is_empty()), (3, false), "{commit}: {primary:#?} {standby:#?}");
+        assert!(before.iter().chain(&after).all(|sum| *sum == before[0]), "{commit}: {before:?} {after:?}");
+    }
+}
+
+/// The primary is wrong. Nothing wrong leaves, and whose memory it is is known.
+#[test]
+fn a_primary_that_went_wrong_says_nothing_wrong() {
+    let _turn = turn(2);
+    let mut pair = Pair::start(&["--commit", "matched", "--on-mismatch", "stop"]);
+    pair.damage("db");
+    pair.sum();
+    let primary = pair.primary.end().with(5).says(&["the two sides differ in output", "--on-mismatch stop"]);
+    pair.standby.end().says(&["the two sides differ in output"]);
+    assert_eq!(sums(&primary.console).len(), 1, "the first, which was right: {primary:#?}");
+    assert!(!primary.console.contains("second 2"), "{primary:#?}");
+}
+
+/// The primary is believed, though the fault is its own; both are told.
+#[test]
+fn whose_memory_is_bad_is_said() {
+    let _turn = turn(2);
+    let mut pair = Pair::start(&["--commit", "matched"]);
+    pair.damage("db");
+    pair.sum();
+    pair.primary.wait_said("damaged: memory of the primary's host is bad");
+    pair.primary.wait_said("resynced: the standby is equal again");
+    pair.primary.wait_console("second 2");
+    pair.primary.type_line("poweroff -f");
+    let ended = pair.primary.end().with(0);
+    pair.standby.end().with(0);
+    assert_eq!(sums(&ended.console).len(), 2, "{ended:#?}");
+}
+
+/// What is never read harms nobody.
+#[test]
+fn a_difference_that_nobody_sees_is_let_pass() {
+    let _turn = turn(2);
+    let mut pair = Pair::start(&["--commit", "matched"]);
+    pair.damage("twin");
+    pair.primary
+        .type_line("rm /tmp/f; i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done; echo it went on: $((40 + 2)); poweroff -f");
+    let primary = pair.primary.end().with(0).shows("it went on: 42");
+    let standby = pair.standby.end().with(0);
+    for side in [&primary, &standby] {
+        assert!(!side.said.contains("mismatch"), "{side:#?}");
+    }
+}
+
+#[test]
+fn nobody_breaks_a_vm_that_was_not_started_for_it() {
+    let _turn = turn(1);
+    let folder = folder();
+    let runtime = [("XDG_RUNTIME_DIR", text(folder.path()))];
+    let runtime: Vec<(&str, &str)> = runtime.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let mut vm = Twinstep::start_with("vm", &[words(&["run", "--name", "db"]), boot("128M", "shell")].concat(), &runtime);
+    vm.wait_console("# ");
+    let flip =
+        |more: &[&str]| Twinstep::start_with("debug", &words(&[&["debug", "flip-bit", "db"], more].concat()), &runtime).end();
+    flip(&["--register", "rip"]).with(2);
+    flip(&["--address", "0x1000"]).refused(&["was not started with --debug-faults"]);
+    vm.type_line("poweroff -f");
+    vm.end().with(0);
+}
