@@ -526,7 +526,7 @@ impl World {
             self.note(|_| format!("side {side}: output {output} differs"));
             self.sides[side].still = true;
             self.sides[side].image.clear();
-            let event = SecondaryEvent::Mismatch { output, position, detail: vec![1], changed: vec![2; 9] };
+            let event = SecondaryEvent::Mismatch { output, position, damaged: 0, detail: vec![1], changed: vec![2; 9] };
             self.tell_secondary(side, event)?;
             return Ok(false);
         }

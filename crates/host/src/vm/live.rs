@@ -44,6 +44,8 @@ pub enum ToVm {
     Ask(Ask),
     /// Give the machine up.
     Stop(String),
+    /// This host cannot do its part any more.
+    Fail(String),
 }
 
 /// Where outputs go when they may leave.
@@ -271,6 +273,7 @@ impl Live {
             }
             ToVm::Throttle(on) => self.throttled = on,
             ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
+            ToVm::Fail(why) => self.end = Some(End::HostFailure(why)),
             ToVm::MakeImage => self.make_image(),
             ToVm::MakeDelta { changed } => self.make_delta(&changed),
             ToVm::Agreed { position } => {

@@ -259,6 +259,7 @@ impl PairThread {
             events: wiring.events,
             held: VecDeque::new(),
             unmatched: Unmatched::default(),
+            standby_damaged: 0,
             resync_ns: 0,
             image: None,
             image_wanted: 0,
@@ -337,6 +338,8 @@ struct Driver {
     /// Outputs that the secondary has not matched yet, with their positions, so that a difference can be shown.
     unmatched: Unmatched,
     board: Board,
+    /// Pages of the standby's machine that went bad by themselves, when it differed last.
+    standby_damaged: u64,
     /// When the guest was stopped for a resync.
     resync_ns: u64,
     image: Option<(Vec<u8>, usize)>,
@@ -434,6 +437,11 @@ impl Driver {
             }
             ToPair::Delta { position, delta, took_ns } => {
                 self.say_damaged("primary", &delta.damaged);
+                if !delta.damaged.is_empty() && self.standby_damaged == 0 {
+                    // It is known who is wrong. What was held is never to leave; the standby has made what is right, and goes on with it.
+                    self.tell_vm(ToVm::Fail("its memory is bad, and the standby's is not: the standby takes over".into()));
+                    return;
+                }
                 let outputs = self.held.iter().map(|(id, _, output)| (*id, output));
                 let bytes = resync::with_outputs(outputs, &delta.image);
                 let figures = Map::from_iter([
@@ -520,7 +528,8 @@ impl Driver {
                 }
                 PrimaryAction::Disconnect => self.disconnect(),
                 PrimaryAction::StartImage => self.tell_vm(ToVm::MakeImage),
-                PrimaryAction::StartResync { output, position, detail, changed } => {
+                PrimaryAction::StartResync { output, position, damaged, detail, changed } => {
+                    self.standby_damaged = damaged;
                     self.resync_ns = now_ns();
                     self.image = None;
                     self.image_wanted = 0;

@@ -275,7 +275,8 @@ impl Driver {
                     );
                     self.events.say("damaged", text);
                 }
-                SecondaryEvent::Mismatch { output, position, detail, changed: changes.list }
+                let damaged = changes.damaged.len() as u64;
+                SecondaryEvent::Mismatch { output, position, damaged, detail, changed: changes.list }
             }
             ToStandby::Resynced { position, last_output, pages, took_ns } => {
                 let figures = Map::from_iter([("pages".to_owned(), json!(pages)), ("took_ns".to_owned(), json!(took_ns))]);

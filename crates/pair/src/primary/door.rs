@@ -84,6 +84,8 @@ pub enum PrimaryAction {
         output: OutputId,
         /// The position of the secondary's machine.
         position: u64,
+        /// So many pages of the secondary's machine have changed though nobody wrote to them.
+        damaged: u64,
         /// What the secondary made, in the host's words.
         detail: Vec<u8>,
         /// What has changed in the secondary since the two machines were last known to be equal, in the host's words.

@@ -262,7 +262,9 @@ impl Primary {
             (Copying, Message::Mismatch { output, .. }) => {
                 self.lose_peer(now, &format!("the standby makes another output {output} before protection has started"));
             }
-            (Protected, Message::Mismatch { output, position, detail }) => self.on_mismatch(now, output, position, detail),
+            (Protected, Message::Mismatch { output, position, damaged, detail }) => {
+                self.on_mismatch(now, output, position, damaged, detail);
+            }
             (_, Message::Goodbye { reason }) => self.on_goodbye(now, &reason),
             (state, message) => {
                 let (kind, state) = (message.kind(), state.name());
@@ -389,7 +391,7 @@ impl Primary {
     }
 
     /// The guest stands still from here on, and nothing leaves, until the secondary is equal again.
-    fn on_mismatch(&mut self, now: Nanos, output: OutputId, position: u64, detail: Vec<u8>) {
+    fn on_mismatch(&mut self, now: Nanos, output: OutputId, position: u64, damaged: u64, detail: Vec<u8>) {
         let changed = std::mem::take(&mut self.changed);
         if self.setup.config.on_mismatch == OnMismatch::Stop {
             let reason = StopReason::Mismatch { output };
@@ -403,7 +405,7 @@ impl Primary {
         if self.bugs.has(Bug::ReleaseAtResync) {
             self.release_all();
         }
-        self.actions.push_back(PrimaryAction::StartResync { output, position, detail, changed });
+        self.actions.push_back(PrimaryAction::StartResync { output, position, damaged, detail, changed });
         self.want_image();
     }
 

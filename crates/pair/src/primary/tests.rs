@@ -386,7 +386,7 @@ fn a_configuration_that_can_not_work_is_refused() {
 }
 
 fn mismatch() -> Message {
-    Message::Mismatch { output: 2, position: 12, detail: vec![7] }
+    Message::Mismatch { output: 2, position: 12, damaged: 3, detail: vec![7] }
 }
 
 #[test]
@@ -438,7 +438,7 @@ fn a_mismatch_is_repaired_before_anything_leaves() {
         let done = bench.hear(mismatch());
         let (output, position, detail, changed) = (2, 12, vec![7], vec![1, 2, 3]);
         let bytes = config().image_window_bytes;
-        let start = PrimaryAction::StartResync { output, position, detail, changed };
+        let start = PrimaryAction::StartResync { output, position, damaged: 3, detail, changed };
         assert_eq!(done.actions, [PrimaryAction::Throttle(true), start, PrimaryAction::WantImage { bytes }]);
         // What the guest did before it was stopped goes on to the log, and is in the image as well.
         bench.output(13);

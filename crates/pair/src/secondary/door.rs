@@ -55,6 +55,8 @@ pub enum SecondaryEvent {
         output: OutputId,
         /// Where the machine is.
         position: u64,
+        /// So many pages of this machine have changed though nobody wrote to them.
+        damaged: u64,
         /// What was made instead, in the host's words.
         detail: Vec<u8>,
         /// What has changed in this machine since it was last known to equal the primary's, in the host's words.

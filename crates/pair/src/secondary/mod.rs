@@ -172,8 +172,8 @@ impl Secondary {
             SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
             SecondaryEvent::Output { id } => self.on_output(id),
             SecondaryEvent::Agreed { position } => self.agreed_position = self.agreed_position.max(position),
-            SecondaryEvent::Mismatch { output, position, detail, changed } => {
-                self.on_mismatch(output, position, detail, &changed);
+            SecondaryEvent::Mismatch { output, position, damaged, detail, changed } => {
+                self.on_mismatch(output, position, damaged, detail, &changed);
             }
             SecondaryEvent::Replayed { seq, position } => self.on_replayed(now, seq, position),
             SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
@@ -312,7 +312,7 @@ impl Secondary {
 
     // ---- outputs that differ ----
 
-    fn on_mismatch(&mut self, output: OutputId, position: u64, detail: Vec<u8>, changed: &[u8]) {
+    fn on_mismatch(&mut self, output: OutputId, position: u64, damaged: u64, detail: Vec<u8>, changed: &[u8]) {
         assert!(!self.diverged, "a machine that stands still makes no output");
         assert_eq!(output, self.produced + 1, "all outputs before the one that differs are matched");
         self.diverged = true;
@@ -331,7 +331,7 @@ impl Secondary {
         }
         self.image_bytes = 0;
         self.image_position = None;
-        self.send(&Message::Mismatch { output, position, detail });
+        self.send(&Message::Mismatch { output, position, damaged, detail });
         self.enter(SecondaryState::Resyncing, &format!("output {output} is not the primary's"));
     }
 

@@ -313,14 +313,14 @@ fn every_message_in_every_state_is_survived() {
 }
 
 fn differs() -> SecondaryEvent {
-    SecondaryEvent::Mismatch { output: 8, position: 12, detail: vec![7], changed: vec![1, 2] }
+    SecondaryEvent::Mismatch { output: 8, position: 12, damaged: 3, detail: vec![7], changed: vec![1, 2] }
 }
 
 #[test]
 fn an_output_that_differs_waits_for_the_primarys_machine() {
     let mut bench = Bench::behind();
     let done = bench.tell(differs());
-    let mismatch = Message::Mismatch { output: 8, position: 12, detail: vec![7] };
+    let mismatch = Message::Mismatch { output: 8, position: 12, damaged: 3, detail: vec![7] };
     assert_eq!(done.sent, [Message::Changed(vec![1, 2]), mismatch]);
     assert_eq!(bench.secondary.state(), SecondaryState::Resyncing);
     // What was on its way is taken in and handed over; the image stands for it.

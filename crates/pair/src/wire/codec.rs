@@ -57,7 +57,8 @@ struct AckPayload {
 struct MismatchHead {
     output: U64,
     position: U64,
-    reserved: [u8; 16],
+    damaged: U64,
+    reserved: [u8; 8],
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -159,9 +160,14 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
             assert!(!bytes.is_empty() && bytes.len() <= MAX_CHANGED_BYTES, "a list of {} bytes", bytes.len());
             frame.extend(bytes);
         }
-        Message::Mismatch { output, position, detail } => {
+        Message::Mismatch { output, position, damaged, detail } => {
             assert!(detail.len() <= MAX_DETAIL_BYTES, "a detail of {} bytes", detail.len());
-            let head = MismatchHead { output: U64::new(*output), position: U64::new(*position), reserved: [0; 16] };
+            let head = MismatchHead {
+                output: U64::new(*output),
+                position: U64::new(*position),
+                damaged: U64::new(*damaged),
+                reserved: [0; 8],
+            };
             frame.extend(head.as_bytes());
             frame.extend(detail);
         }
@@ -277,7 +283,8 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
             if detail.len() > MAX_DETAIL_BYTES {
                 return Err(bad("it is too long"));
             }
-            Message::Mismatch { output: head.output.get(), position: head.position.get(), detail: detail.to_vec() }
+            let (output, position, damaged) = (head.output.get(), head.position.get(), head.damaged.get());
+            Message::Mismatch { output, position, damaged, detail: detail.to_vec() }
         }
         Kind::Heartbeat => {
             let beat = HeartbeatPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;

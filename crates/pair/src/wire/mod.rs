@@ -110,6 +110,8 @@ pub enum Message {
         output: OutputId,
         /// The position of the secondary's machine.
         position: u64,
+        /// So many pages of the secondary's machine have changed though nobody wrote to them.
+        damaged: u64,
         /// What the secondary made. Opaque here.
         detail: Vec<u8>,
     },

@@ -58,7 +58,7 @@ fn one_of_each() -> Vec<Message> {
         Message::Heartbeat { time: Nanos(10), position: 7 },
         Message::Goodbye { reason: "over".to_owned() },
         Message::Changed(vec![4, 5]),
-        Message::Mismatch { output: 9, position: 8, detail: vec![6] },
+        Message::Mismatch { output: 9, position: 8, damaged: 1, detail: vec![6] },
     ]
 }
 
