@@ -30,6 +30,8 @@ const WRAPPED: &[(&str, &[&str])] = &[
     ("rustix", &["host", "bench"]),
     ("clap", &["twinstep", "bench"]),
     ("anyhow", &["twinstep"]),
+    ("ratatui", &["twinstep"]),
+    ("hdrhistogram", &["host"]),
 ];
 
 fn manifests() -> BTreeMap<String, Table> {
