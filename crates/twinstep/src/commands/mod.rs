@@ -8,3 +8,4 @@ pub mod standby;
 pub mod stat;
 pub mod status;
 pub mod switch;
+pub mod top;
