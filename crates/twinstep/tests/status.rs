@@ -314,6 +314,31 @@ fn both_sides_of_a_pair_and_the_survivor() {
 }
 
 #[test]
+fn a_primary_that_lost_its_standby() {
+    let _turn = turn(2);
+    let user = User::new();
+    let arbiter = text(user.0.path());
+    let mut standby = user.start("standby", &[&words(&["--name", "other", "--listen", "127.0.0.1:0", "--arbiter", &arbiter])]);
+    let address = standby.wait_said("waiting for a primary on ");
+    let pair = words(&["--name", "db", "--protect", &address, "--arbiter", &arbiter]);
+    let primary = user.start("run", &[&boot("128M", "shell"), &pair]);
+    primary.wait_said("protected: ");
+    standby.kill();
+    primary.wait_said("alone: going on alone in epoch 2");
+    // At once: whoever is told of a change and asks hears of what it changed to.
+    let status = user.status("db");
+    is_sane(&status);
+    assert_eq!(["side", "state"].map(|key| word(&status, key)), ["primary", "unprotected"]);
+    assert_eq!((number(&status, &["epoch"]), number(&status, &["counts", "failovers"])), (2.0, 0.0));
+    assert!(status["peer"].is_null() && status["heartbeat_age_ns"].is_null() && status["vm"].is_string(), "{status}");
+    in_order(&status, &["protected", "arbiter", "alone"]);
+    let line = user.ask("status", &["db"]).with(0);
+    assert!(!line.console.contains("to replay"), "nobody is behind: {line:#?}");
+    primary.signal(Signal::TERM);
+    primary.end().with(5);
+}
+
+#[test]
 fn top_needs_a_terminal() {
     User::new().ask("top", &[]).refused(&["standard output is none", "twinstep status"]);
 }
