@@ -35,6 +35,9 @@ pub struct Event {
 pub struct Kept {
     /// Its number: 1 is the first that this process said.
     pub number: u64,
+    /// How often it was said. One that comes again, or again after one other, is kept once, with the newest time and number: a guest that is held back and let
+    /// go over and over would leave room for nothing else.
+    pub times: u64,
     /// Wall-clock time, in milliseconds since 1970.
     pub unix_ms: u64,
     /// The event.
@@ -71,7 +74,16 @@ impl History {
             event.figures.clear();
         }
         self.said += 1;
-        let kept = Kept { number: self.said, unix_ms, event };
+        let mut kept = Kept { number: self.said, times: 1, unix_ms, event };
+        let last = self.kept.len().saturating_sub(2)..self.kept.len();
+        let same = |at: &usize| {
+            let before = &self.kept[*at].0.event;
+            (&before.what, &before.text) == (&kept.event.what, &kept.event.text)
+        };
+        if let Some((before, bytes)) = last.into_iter().find(same).and_then(|at| self.kept.remove(at)) {
+            kept.times += before.times;
+            self.bytes -= bytes;
+        }
         let Ok(json) = serde_json::to_vec(&kept) else { return };
         self.bytes += json.len();
         self.kept.push_back((kept, json.len()));
@@ -187,11 +199,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_over_and_over_is_kept_once() {
+        let events = quiet();
+        for what in ["protected", "held", "freed", "held", "freed", "held", "live", "freed"] {
+            events.say(what, "it happened");
+        }
+        events.say("freed", "otherwise");
+        let kept = events.history();
+        let told: Vec<_> = kept.iter().map(|kept| (kept.event.what.as_str(), kept.number, kept.times)).collect();
+        assert_eq!(
+            told,
+            [("protected", 1, 1), ("freed", 5, 2), ("held", 6, 3), ("live", 7, 1), ("freed", 8, 1), ("freed", 9, 1)]
+        );
+        assert_eq!(
+            events.history.lock().unwrap().bytes,
+            kept.iter().map(|k| serde_json::to_vec(k).unwrap().len()).sum::<usize>()
+        );
+    }
+
+    #[test]
     fn long_ones_push_others_out() {
         let events = quiet();
         // Each control character takes six bytes as JSON.
-        for _ in 0..MAX_KEPT {
-            events.say("notice", "\u{1}".repeat(5000));
+        for n in 0..MAX_KEPT {
+            events.say("notice", format!("{n}{}", "\u{1}".repeat(5000)));
         }
         let kept = events.history();
         assert!(kept.len() > 5 && kept.len() < MAX_KEPT);

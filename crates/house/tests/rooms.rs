@@ -32,6 +32,8 @@ const WRAPPED: &[(&str, &[&str])] = &[
     ("rustls", &["host"]),
     ("clap", &["twinstep", "bench"]),
     ("anyhow", &["twinstep"]),
+    ("ratatui", &["twinstep"]),
+    ("hdrhistogram", &["host"]),
 ];
 
 fn manifests() -> BTreeMap<String, Table> {

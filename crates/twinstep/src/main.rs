@@ -29,6 +29,8 @@ enum Command {
     Stat(commands::stat::Arguments),
     /// Says how a VM and its pair do
     Status(commands::status::Arguments),
+    /// Shows all VMs of this user, live, on the whole terminal
+    Top(commands::top::Arguments),
     /// Shows what happened to a VM so far
     Events(commands::events::Arguments),
     /// Shows the promise: a protected pair on this machine, a real client, the primary killed, nothing lost
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::Replay(arguments) => commands::replay::run(arguments),
         Command::Stat(arguments) => commands::stat::run(arguments),
         Command::Status(arguments) => commands::status::run(arguments),
+        Command::Top(arguments) => commands::top::run(arguments),
         Command::Events(arguments) => commands::events::run(arguments),
         Command::Demo(arguments) => commands::demo::run(arguments),
         Command::Debug(arguments) => commands::debug::run(arguments),

@@ -67,7 +67,7 @@ fn is_sane(value: &Value) {
     assert_eq!(number(value, &["counts", "resyncs"]), 0.0);
     let events = value["events"].as_array().unwrap();
     for (a, b) in events.iter().zip(events.iter().skip(1)) {
-        assert_eq!(number(a, &["number"]) + 1.0, number(b, &["number"]), "{value}");
+        assert!(number(a, &["number"]) < number(b, &["number"]) && number(a, &["times"]) >= 1.0, "{value}");
         assert!(number(a, &["at_ns"]) <= number(b, &["at_ns"]), "{value}");
     }
 }
@@ -285,8 +285,8 @@ fn both_sides_of_a_pair_and_the_survivor() {
     let objects: Vec<Value> =
         user.ask("status", &["--json"]).with(0).console.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(objects.iter().map(|o| word(o, "name")).collect::<Vec<_>>(), ["db", "db-standby"]);
-    let table = user.ask("status", &["db"]).with(0);
-    for part in ["protected, epoch 1", "to acknowledge", "commit, since start", "protected  "] {
+    let table = user.ask("status", &["db", "--events", "1000"]).with(0);
+    for part in ["protected, epoch 1", "to acknowledge", "commit, all", "protected  "] {
         assert!(table.console.contains(part), "'{part}' is not shown: {table:#?}");
     }
     user.ask("events", &[]).refused(&["several VMs run here", "db-standby", "name one of them"]);
@@ -309,6 +309,88 @@ fn both_sides_of_a_pair_and_the_survivor() {
     let counted = metrics(&second_page, "db-standby", "survivor");
     assert_eq!((sample(&counted, "twinstep_epoch"), sample(&counted, "twinstep_failovers_total")), (2.0, 1.0));
     assert!(sample(&counted, "twinstep_instructions_retired_total") > 0.0);
+    standby.signal(Signal::TERM);
+    standby.end().with(5);
+}
+
+#[test]
+fn a_primary_that_lost_its_standby() {
+    let _turn = turn(2);
+    let user = User::new();
+    let arbiter = text(user.0.path());
+    let mut standby = user.start("standby", &[&words(&["--name", "other", "--listen", "127.0.0.1:0", "--arbiter", &arbiter])]);
+    let address = standby.wait_said("waiting for a primary on ");
+    let pair = words(&["--name", "db", "--protect", &address, "--arbiter", &arbiter]);
+    let primary = user.start("run", &[&boot("128M", "shell"), &pair]);
+    primary.wait_said("protected: ");
+    standby.kill();
+    primary.wait_said("alone: going on alone in epoch 2");
+    // At once: whoever is told of a change and asks hears of what it changed to.
+    let status = user.status("db");
+    is_sane(&status);
+    assert_eq!(["side", "state"].map(|key| word(&status, key)), ["primary", "unprotected"]);
+    assert_eq!((number(&status, &["epoch"]), number(&status, &["counts", "failovers"])), (2.0, 0.0));
+    assert!(status["peer"].is_null() && status["heartbeat_age_ns"].is_null() && status["vm"].is_string(), "{status}");
+    in_order(&status, &["protected", "arbiter", "alone"]);
+    let line = user.ask("status", &["db"]).with(0);
+    assert!(!line.console.contains("to replay"), "nobody is behind: {line:#?}");
+    primary.signal(Signal::TERM);
+    primary.end().with(5);
+}
+
+#[test]
+fn top_needs_a_terminal() {
+    User::new().ask("top", &[]).refused(&["standard output is none", "twinstep status"]);
+}
+
+/// On a pseudo terminal it draws, obeys, and leaves the terminal as it was.
+#[test]
+fn top_on_a_terminal() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let user = User::new();
+    let standby = words(&["--name", "waiting", "--listen", "127.0.0.1:0", "--arbiter", &text(user.0.path())]);
+    let standby = user.start("standby", &[&standby]);
+    standby.wait_said("waiting for a primary on ");
+    let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let name = ptsname(&screen, Vec::new()).unwrap().into_string().unwrap();
+    let size = rustix::termios::Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(&screen, size).unwrap();
+    let terminal = fs::File::options().read(true).write(true).open(&name).unwrap();
+    let before = rustix::termios::tcgetattr(&terminal).unwrap().local_modes;
+    let mut top = std::process::Command::new(env!("CARGO_BIN_EXE_twinstep"))
+        .arg("top")
+        .env("XDG_RUNTIME_DIR", user.0.path())
+        .stdin(terminal.try_clone().unwrap())
+        .stdout(terminal.try_clone().unwrap())
+        .stderr(terminal)
+        .spawn()
+        .unwrap();
+    // One that hangs ends as well, and with it what is read below.
+    let pid = rustix::process::Pid::from_child(&top);
+    let (done, wait) = std::sync::mpsc::channel::<()>();
+    let watch = std::thread::spawn(move || {
+        if wait.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    });
+    let mut screen = fs::File::from(screen);
+    let (mut shown, mut buffer, mut asked) = (String::new(), [0; 4096], false);
+    // What is drawn last, after `q`, is that the ordinary screen is back.
+    while !shown.contains("\x1b[?1049l") {
+        let n = screen.read(&mut buffer).unwrap_or_else(|e| panic!("top ended: {e}\n{shown}"));
+        shown.push_str(&String::from_utf8_lossy(&buffer[..n]));
+        // Words: where a blank was and is, nothing is written.
+        if !asked && ["listening", "waiting", "primary", "epoch"].iter().all(|word| shown.contains(word)) {
+            screen.write_all(b"\x1b[Bq").unwrap();
+            asked = true;
+        }
+    }
+    assert!(top.wait().unwrap().success() && asked, "{shown}");
+    drop(done);
+    watch.join().unwrap();
+    assert_eq!(rustix::termios::tcgetattr(&screen).unwrap().local_modes, before);
     standby.signal(Signal::TERM);
     standby.end().with(5);
 }

@@ -1,7 +1,7 @@
 //! The figures of one side, kept by the thread that drives its protocol.
 //!
 //! *In*: records, bytes from the other side, releases, and the protocol's own status. *Out*: [`Figures`], published about ten times a second and at each change
-//! of state. *Invariant*: nothing here waits, and nothing grows with the length of a run.
+//! of state or of whether the guest is held back. *Invariant*: nothing here waits, and nothing grows with the length of a run.
 use std::time::Duration;
 
 use twinstep_log::EntryKind;
@@ -17,6 +17,14 @@ const PUBLISH_NS: u64 = 100_000_000;
 /// The time that rates are of.
 const RATE_NS: u64 = 1_000_000_000;
 
+/// What was published last, as far as a change of it is told at once.
+#[derive(Debug, Clone, Copy)]
+struct Published {
+    at_ns: u64,
+    state: &'static str,
+    throttle: Option<&'static str>,
+}
+
 /// Keeps the figures of a side.
 #[derive(Debug)]
 pub struct Meter {
@@ -31,7 +39,7 @@ pub struct Meter {
     fresh_bytes: u64,
     heard_ns: Option<u64>,
     throttle: Option<&'static str>,
-    published: Option<(u64, &'static str)>,
+    published: Option<Published>,
 }
 
 impl Meter {
@@ -79,7 +87,7 @@ impl Meter {
     }
     /// How long its owner may sleep: the figures want to be fresh also when nothing happens.
     pub fn patience(&self, deadline: Option<Nanos>, now_ns: u64) -> Duration {
-        let publish = self.published.map_or(0, |(at_ns, _)| (at_ns + PUBLISH_NS).saturating_sub(now_ns));
+        let publish = self.published.map_or(0, |before| (before.at_ns + PUBLISH_NS).saturating_sub(now_ns));
         Duration::from_nanos(deadline.map_or(publish, |deadline| publish.min(deadline.since(Nanos(now_ns)).0)))
     }
 
@@ -123,9 +131,11 @@ impl Meter {
     }
 
     fn due(&mut self, now_ns: u64, state: &'static str) -> bool {
-        let due = self.published.is_none_or(|(at_ns, before)| before != state || now_ns >= at_ns + PUBLISH_NS);
+        let throttle = self.throttle;
+        let same = |before: Published| before.state == state && before.throttle == throttle;
+        let due = self.published.is_none_or(|before| !same(before) || now_ns >= before.at_ns + PUBLISH_NS);
         if due {
-            self.published = Some((now_ns, state));
+            self.published = Some(Published { at_ns: now_ns, state, throttle });
         }
         due
     }
@@ -193,10 +203,11 @@ mod tests {
         meter.record(&record(EntryKind::Clock, 20));
         meter.record(&record(EntryKind::Clock, 20));
         meter.committed(3, 1_000_000);
+        meter.primary(4, &primary(PrimaryState::Copying, 3, 2, 1));
+        assert!(seen(&board).log.is_empty(), "it is not time yet");
         meter.throttle(Some("too many outputs are held"));
         meter.primary(4, &primary(PrimaryState::Copying, 3, 2, 1));
-        assert_eq!(seen(&board).held, 5);
-        assert!(seen(&board).log.is_empty(), "it is not time yet");
+        assert_eq!((seen(&board).held, seen(&board).throttled), (5, true), "that the guest is held back is told at once");
         meter.primary(5, &primary(PrimaryState::Protected, 3, 2, 1));
         let status = seen(&board);
         assert_eq!((status.state.as_str(), status.epoch), ("protected", Some(4)), "another state is told at once");

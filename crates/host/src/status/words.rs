@@ -54,51 +54,48 @@ pub fn line(s: &Status) -> String {
     format!("{:<20} {:<9} {:<12} {:>5} {:>8} {:>6} {:>8}", s.name, s.side, s.state, epoch(s), lag(s), s.held, p99(s))
 }
 
-/// Rows of one VM: what, and how much.
+/// Columns of a row's name.
+pub const NAME: usize = 15;
+
+/// Rows of one VM: what, and how much. A row without a name goes on with the one before.
 pub fn rows(s: &Status) -> Vec<(&'static str, String)> {
-    let mut rows = vec![("state", format!("{}, epoch {}", s.state, epoch(s)))];
     let dash = || "-".to_owned();
-    rows.push(("VM", s.vm.clone().unwrap_or_else(dash)));
-    rows.push((
-        "other side",
-        match (&s.peer, s.heartbeat_age_ns) {
-            (Some(peer), Some(age)) => format!("{peer}, heard {} ago", span(age)),
-            (Some(peer), None) => format!("{peer}, not heard yet"),
-            (None, _) => dash(),
-        },
-    ));
+    let mut rows = vec![("state", format!("{}, epoch {}", s.state, epoch(s))), ("VM", s.vm.clone().unwrap_or_else(dash))];
+    let other = match (&s.peer, s.heartbeat_age_ns) {
+        (Some(peer), Some(age)) => format!("{peer}, heard {} ago", span(age)),
+        (Some(peer), None) => format!("{peer}, not heard yet"),
+        (None, _) => dash(),
+    };
+    rows.push(("other side", other));
     let standby = s.side == "standby";
     if lag(s) != "-" {
         let l = &s.lag;
-        let behind =
-            format!("{} ({} instructions, {}) to replay", span(l.replayed_ns), l.instructions, bytes(l.unreplayed_bytes as f64));
-        rows.push((
-            "lag",
-            if standby {
-                behind
-            } else {
-                format!("{behind}; {} ({}) to acknowledge", span(l.received_ns), bytes(l.unreceived_bytes as f64))
-            },
-        ));
+        let (age, rest) = (span(l.replayed_ns), bytes(l.unreplayed_bytes as f64));
+        rows.push(("lag", format!("{age}, {} instructions, {rest} to replay", l.instructions)));
+        if !standby {
+            rows.push(("", format!("{}, {} to acknowledge", span(l.received_ns), bytes(l.unreceived_bytes as f64))));
+        }
     }
-    rows.push(("guest", s.throttle_reason.as_ref().map_or("runs freely".into(), |why| format!("held back: {why}"))));
-    let kinds: Vec<_> = s
-        .log
-        .iter()
-        .filter(|(_, rate)| rate.entries_per_s > 0.0)
-        .map(|(kind, rate)| format!("{kind} {:.0}/s {}/s", rate.entries_per_s.max(1.0), bytes(rate.bytes_per_s)))
+    let guest = s.throttle_reason.as_ref().map_or("runs freely".into(), |why| format!("held back: {why}"));
+    rows.push(("guest", guest));
+    let moving = s.log.iter().filter(|(_, rate)| rate.entries_per_s > 0.0);
+    let mut kinds: Vec<_> = moving
+        .map(|(kind, rate)| format!("{kind} {:.0}/s, {}/s", rate.entries_per_s.max(1.0), bytes(rate.bytes_per_s)))
         .collect();
-    rows.push(("log", if kinds.is_empty() { dash() } else { kinds.join(", ") }));
-    let held = if standby { "made and not known to have left" } else { "held" };
+    if kinds.is_empty() {
+        kinds.push(dash());
+    }
+    rows.extend(kinds.into_iter().enumerate().map(|(n, kind)| (if n == 0 { "log" } else { "" }, kind)));
+    let held = if standby { "not known to have left" } else { "held" };
     rows.push(("outputs", format!("{} {held}, {} released", s.held, s.counts.outputs_released)));
-    for (name, times) in [("commit, last minute", &s.commit.minute), ("commit, since start", &s.commit.total)] {
+    for (name, times) in [("commit, 1 min", &s.commit.minute), ("commit, all", &s.commit.total)] {
         if times.count > 0 {
             let (p50, p99, max) = (span(times.p50_ns), span(times.p99_ns), span(times.max_ns));
-            rows.push((name, format!("p50 {p50}, p99 {p99}, longest {max} ({} outputs)", times.count)));
+            rows.push((name, format!("p50 {p50}, p99 {p99}, max {max} of {}", times.count)));
         }
     }
     let c = &s.counts;
-    rows.push(("so far", format!("{} failovers, {} resyncs, held back {} times", c.failovers, c.resyncs, c.throttled)));
+    rows.push(("so far", format!("{} failovers, {} resyncs, {} times held back", c.failovers, c.resyncs, c.throttled)));
     rows
 }
 
@@ -106,7 +103,7 @@ pub fn rows(s: &Status) -> Vec<(&'static str, String)> {
 pub fn table(s: &Status) -> String {
     let mut text = format!("{} (process {}, {})\n", s.name, s.pid, s.side);
     for (name, value) in rows(s) {
-        let _ = writeln!(text, "  {name:<20} {value}");
+        let _ = writeln!(text, "  {name:<NAME$} {value}");
     }
     text
 }
@@ -120,7 +117,8 @@ fn clock(unix_ms: u64) -> String {
 /// An event.
 pub fn event(kept: &Kept) -> String {
     let text = kept.event.text.replace(|c: char| c.is_control(), " ");
-    format!("{}Z  {:<14} {text}", clock(kept.unix_ms), kept.event.what)
+    let times = if kept.times > 1 { format!(" ({} times)", kept.times) } else { String::new() };
+    format!("{}Z  {:<14} {text}{times}", clock(kept.unix_ms), kept.event.what)
 }
 
 #[cfg(test)]
@@ -164,16 +162,17 @@ mod tests {
             "db (process 7, primary)",
             "protected, epoch 2",
             "10.0.0.2:7171, heard 3.0 ms ago",
-            "4.2 ms (500 instructions, 12 kB) to replay; 120 µs (80 B) to acknowledge",
+            "lag             4.2 ms, 500 instructions, 12 kB to replay\n",
+            "                120 µs, 80 B to acknowledge\n",
             "held back: too many outputs are held",
-            "clock 950/s 19 kB/s",
+            "log             clock 950/s, 19 kB/s\n",
             "9 held, 1000 released",
-            "p50 300 µs, p99 2.0 ms, longest 150 ms (5 outputs)",
-            "0 failovers, 0 resyncs, held back 1 times",
+            "p50 300 µs, p99 2.0 ms, max 150 ms of 5\n",
+            "0 failovers, 0 resyncs, 1 times held back",
         ] {
             assert!(text.contains(part), "'{part}' is missing:\n{text}");
         }
-        assert!(!text.contains("since start"), "{text}");
+        assert!(!text.contains("commit, all"), "{text}");
     }
 
     #[test]
@@ -190,6 +189,7 @@ mod tests {
     fn events_are_one_line_each() {
         let event_of = |text: &str| Kept {
             number: 1,
+            times: 1,
             unix_ms: 86_400_000 * 3 + 3_723_004,
             event: Event {
                 at_ns: 1,
@@ -199,6 +199,7 @@ mod tests {
                 figures: Default::default(),
             },
         };
+        assert!(event(&Kept { times: 3, ..event_of("a") }).ends_with(" a (3 times)"));
         assert_eq!(event(&event_of("a\n\x1b[2Jb")), "01:02:03.004Z  live           a  [2Jb");
     }
 

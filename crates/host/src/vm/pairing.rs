@@ -517,6 +517,8 @@ impl Driver {
     }
 
     fn act(&mut self) {
+        // Whoever is told below and asks is not to hear of the state before.
+        self.meter.primary(now_ns(), &self.primary.status());
         while !self.done
             && let Some(action) = self.primary.poll()
         {
@@ -568,8 +570,6 @@ impl Driver {
         }
         let state = self.primary.state();
         if state != self.last_state {
-            // Whoever is told and asks is not to hear of the state before.
-            self.meter.primary(now_ns(), &self.primary.status());
             let before = std::mem::replace(&mut self.last_state, state);
             if state == PrimaryState::Protected && before == PrimaryState::Resyncing {
                 let pause_ns = now_ns() - self.resync_ns;

@@ -10,3 +10,4 @@ pub mod standby;
 pub mod stat;
 pub mod status;
 pub mod switch;
+pub mod top;

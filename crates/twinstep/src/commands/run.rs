@@ -115,7 +115,7 @@ pub struct Arguments {
     /// Hold the guest back when the standby is more instructions than this behind
     #[arg(long, value_name = "N")]
     max_lag: Option<u64>,
-    /// The VM's name for `twinstep stat` [default: vm-PID]
+    /// The VM's name for `twinstep status` and others [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     /// Write /tmp/perf-PID.map, in which `perf` finds what translated code is

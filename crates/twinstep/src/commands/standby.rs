@@ -25,7 +25,7 @@ pub struct Arguments {
     /// from the primary
     #[command(flatten)]
     machine: super::run::MachineArguments,
-    /// The VM's name for `twinstep stat` [default: vm-PID]
+    /// The VM's name for `twinstep status` and others [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
     #[command(flatten)]
