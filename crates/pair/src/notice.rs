@@ -32,6 +32,11 @@ pub enum Notice {
         /// When it is claimed again.
         retry_at: Nanos,
     },
+    /// The VM can't be given to the other side now.
+    HandOverRefused {
+        /// Why not.
+        reason: String,
+    },
     /// A standby can't be ended now.
     ShutdownRefused {
         /// Why not.
@@ -53,6 +58,7 @@ impl fmt::Display for Notice {
                 f,
                 "the arbiter does not say who holds epoch {epoch} (asked {attempts} times); staying stopped, asking again at {retry_at}"
             ),
+            Notice::HandOverRefused { reason } => write!(f, "not handed over: {reason}"),
             Notice::ShutdownRefused { reason } => write!(f, "not ended: {reason}"),
             Notice::Throttle { reason: Some(reason) } => write!(f, "the guest is held back: {reason}"),
             Notice::Throttle { reason: None } => write!(f, "the guest runs freely again"),
@@ -83,6 +89,11 @@ pub enum StopReason {
         /// What happened to the connection.
         reason: String,
     },
+    /// The VM was given to the other side, as somebody asked.
+    HandedOver {
+        /// The epoch in which it runs there.
+        epoch: Epoch,
+    },
     /// The two sides have made different outputs, and nobody is to be believed.
     Mismatch {
         /// The first that differs.
@@ -106,6 +117,7 @@ impl fmt::Display for StopReason {
             StopReason::NotProtected { reason } => {
                 write!(f, "the connection was lost before protection had started ({reason}); the primary goes on alone")
             }
+            StopReason::HandedOver { epoch } => write!(f, "the VM runs on the other host now, in epoch {epoch}"),
             StopReason::Mismatch { output } => {
                 write!(f, "the two sides differ in output {output}, and it is set that the VM stops then (--on-mismatch stop)")
             }

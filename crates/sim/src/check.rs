@@ -113,7 +113,7 @@ impl Checker {
 
     /// A side stops only for a reason that is true.
     pub(crate) fn check_stop(&self, side: usize, reason: &StopReason, table: &TableArbiter) -> Result<(), String> {
-        let StopReason::LostArbitration { epoch } = reason else {
+        let (StopReason::LostArbitration { epoch } | StopReason::HandedOver { epoch }) = reason else {
             return Ok(());
         };
         match table.holder(VM, *epoch) {

@@ -42,6 +42,12 @@ impl World {
                     side.machine.flip();
                 }
             }
+            Fault::HandOver => {
+                if matches!(self.sides[victim].role, Role::Primary(_)) {
+                    let reason = "maintenance".to_owned();
+                    self.tell_primary(victim, PrimaryEvent::HandOver { reason })?;
+                }
+            }
             Fault::Goodbye => {
                 let reason = "the administrator wants it".to_owned();
                 match self.sides[victim].role {

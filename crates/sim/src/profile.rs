@@ -28,7 +28,7 @@ pub(crate) struct Profile {
     /// How often a change of state is followed by a fault at once: the moments at which protocols break.
     pub(crate) fault_at_change_percent: u64,
     /// Which kinds, as weights: see `Fault`.
-    pub(crate) fault_weights: [u64; 8],
+    pub(crate) fault_weights: [u64; 9],
     /// Instructions that a guest runs in one slice, at most.
     pub(crate) slice_max: u64,
     /// Instructions that replay runs in one slice, at most.
@@ -66,10 +66,12 @@ pub(crate) enum Fault {
     Goodbye,
     /// A bit of a machine's state flips.
     Flip,
+    /// The primary gives the VM to its secondary.
+    HandOver,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Fault; 8] = [
+    pub(crate) const ALL: [Fault; 9] = [
         Fault::Crash,
         Fault::PowerLoss,
         Fault::Cut,
@@ -78,6 +80,7 @@ impl Fault {
         Fault::ReplayStall,
         Fault::Goodbye,
         Fault::Flip,
+        Fault::HandOver,
     ];
 }
 
@@ -86,7 +89,7 @@ impl Profile {
         let slow_network = random.percent(20);
         let away_from = random.between(0, CALM_FROM.0);
         let away_for = if random.percent(30) { random.between(0, CALM_FROM.0) } else { 0 };
-        let mut fault_weights = [0; 8];
+        let mut fault_weights = [0; 9];
         for weight in &mut fault_weights {
             *weight = random.pick(&[0, 1, 1, 4]);
         }
@@ -98,6 +101,7 @@ impl Profile {
         let config = draw_config(random);
         // What the world sees of a flipped bit is wrong unless outputs are compared before they leave.
         fault_weights[7] = if config.commit == Commit::Matched { random.pick(&[0, 2, 8]) } else { 0 };
+        fault_weights[8] = random.pick(&[0, 0, 1, 4]);
         let slice_max = random.pick(&[10, 100, 400]);
         Profile {
             config,

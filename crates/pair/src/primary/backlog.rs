@@ -100,6 +100,11 @@ impl Backlog {
         self.replayed_position = position;
     }
 
+    /// Whether the secondary has replayed all there is.
+    pub(super) fn is_replayed(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// The newest record that is sent.
     pub(super) fn sent(&self) -> Seq {
         self.appended - self.pending.len() as u64

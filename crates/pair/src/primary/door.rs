@@ -63,6 +63,11 @@ pub enum PrimaryEvent {
         /// For people.
         reason: String,
     },
+    /// The administrator wants the secondary to go live and this side to end. Refused unless protection is on.
+    HandOver {
+        /// For people.
+        reason: String,
+    },
     /// Time has passed; due at [`super::Primary::deadline`].
     Tick,
 }

@@ -70,6 +70,15 @@ struct Image {
     restored: bool,
 }
 
+/// How far a planned failover is.
+#[derive(Debug, Clone)]
+enum Handing {
+    /// The guest is to stand still, and the secondary to do what it has not done yet.
+    Waiting { reason: String },
+    /// The secondary has been told to go live.
+    Done,
+}
+
 /// The primary of a pair; see the head of the module.
 #[derive(Debug, Clone)]
 pub struct Primary {
@@ -96,6 +105,9 @@ pub struct Primary {
     throttled: bool,
     last_progress: Nanos,
     ending: Option<String>,
+    handing: Option<Handing>,
+    /// When the arbiter is asked, if the secondary has been told to go live.
+    claim_at: Option<Nanos>,
     actions: VecDeque<PrimaryAction>,
 }
 
@@ -125,6 +137,8 @@ impl Primary {
             throttled: false,
             last_progress: Nanos(0),
             ending: None,
+            handing: None,
+            claim_at: None,
             actions: VecDeque::new(),
             setup,
         })
@@ -173,7 +187,7 @@ impl Primary {
         let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout()));
         let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
         let stall = self.may_stall().then(|| self.last_progress.plus(self.setup.config.stall_timeout));
-        [link, arbitration, stall].into_iter().flatten().min()
+        [link, arbitration, stall, self.claim_at].into_iter().flatten().min()
     }
 
     /// Takes the next thing to do. Call until `None` after each batch of events.
@@ -207,6 +221,7 @@ impl Primary {
             PrimaryEvent::Progress { position } => self.position = self.position.max(position),
             PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),
+            PrimaryEvent::HandOver { reason } => self.on_hand_over(reason),
             PrimaryEvent::Tick => self.on_tick(now),
         }
         self.settle(now);
@@ -421,7 +436,9 @@ impl Primary {
         self.last_progress = now;
         self.enter(PrimaryState::Protected, "the standby is equal again");
         self.release_what_may();
-        self.set_throttle(None);
+        if self.handing.is_none() {
+            self.set_throttle(None);
+        }
     }
 
     fn release_what_may(&mut self) {
@@ -590,13 +607,24 @@ impl Primary {
                 self.lost_reason = reason.to_owned();
                 self.enter(PrimaryState::Deciding, reason);
                 self.set_throttle(Some("the standby is lost and the arbiter is asked"));
-                let claim = Claim { vm: self.setup.vm.vm, epoch: self.epoch.next(), owner: self.setup.owner };
-                let (arbitration, claim) = Arbitration::begin(now, claim, &self.setup.config);
-                self.arbitration = Some(arbitration);
-                self.actions.push_back(PrimaryAction::AskArbiter(claim));
+                if matches!(self.handing, Some(Handing::Done)) {
+                    // The epoch is the secondary's, unless it dies before it has claimed it.
+                    self.claim_at = Some(now.plus(self.setup.config.peer_timeout).plus(self.setup.config.arbiter_timeout));
+                } else {
+                    self.handing = None;
+                    self.claim(now);
+                }
             }
             PrimaryState::Unprotected | PrimaryState::Deciding | PrimaryState::Stopped => {}
         }
+    }
+
+    fn claim(&mut self, now: Nanos) {
+        self.claim_at = None;
+        let claim = Claim { vm: self.setup.vm.vm, epoch: self.epoch.next(), owner: self.setup.owner };
+        let (arbitration, claim) = Arbitration::begin(now, claim, &self.setup.config);
+        self.arbitration = Some(arbitration);
+        self.actions.push_back(PrimaryAction::AskArbiter(claim));
     }
 
     fn on_arbiter_answer(&mut self, now: Nanos, epoch: Epoch, verdict: Verdict) {
@@ -628,8 +656,38 @@ impl Primary {
                 if self.bugs.has(Bug::ReleaseAfterLosing) {
                     self.release_all();
                 }
-                self.stop(StopReason::LostArbitration { epoch });
+                self.stop(match self.handing {
+                    Some(Handing::Done) => StopReason::HandedOver { epoch },
+                    _ => StopReason::LostArbitration { epoch },
+                });
             }
+        }
+    }
+
+    // ---- a planned failover ----
+
+    fn on_hand_over(&mut self, reason: String) {
+        if self.state != PrimaryState::Protected || self.handing.is_some() {
+            let reason = match self.handing {
+                Some(_) => "that is being done already".to_owned(),
+                None => format!("only a protected VM has somewhere to go; this one is {}", self.state.name()),
+            };
+            return self.actions.push_back(PrimaryAction::Notice(Notice::HandOverRefused { reason }));
+        }
+        self.handing = Some(Handing::Waiting { reason });
+        self.set_throttle(Some("the VM is given to the standby"));
+    }
+
+    /// Tells the secondary to go live, once it has done all that was done here. What the guest still does until it has been stopped never happened: it is
+    /// held, and nobody will let it go.
+    fn hand_over_if_even(&mut self) {
+        let (Some(Handing::Waiting { reason }), PrimaryState::Protected) = (&self.handing, self.state) else { return };
+        let even = self.outputs.held() == 0 && self.backlog.as_ref().is_some_and(Backlog::is_replayed);
+        if even {
+            let message = Message::HandOver { reason: reason.clone() };
+            self.flush();
+            self.send(&message);
+            self.handing = Some(Handing::Done);
         }
     }
 
@@ -638,6 +696,8 @@ impl Primary {
         self.epoch = epoch;
         self.backlog = None;
         self.arbitration = None;
+        self.handing = None;
+        self.claim_at = None;
         self.enter(PrimaryState::Unprotected, &reason);
         self.actions.push_back(PrimaryAction::GoAlone { epoch, reason });
         self.release_all();
@@ -679,6 +739,9 @@ impl Primary {
         if self.may_stall() && now.since(self.last_progress) >= self.setup.config.stall_timeout {
             self.lose_peer(now, "the standby answers but makes no progress, and holds the guest back");
         }
+        if self.claim_at.is_some_and(|at| now >= at) {
+            self.claim(now);
+        }
         if let Some(arbitration) = &mut self.arbitration {
             let next = arbitration.tick(now, &self.setup.config);
             self.pursue(next);
@@ -688,6 +751,7 @@ impl Primary {
     /// What follows from the new state, whatever the event was.
     fn settle(&mut self, now: Nanos) {
         self.start_protection_if_ready(now);
+        self.hand_over_if_even();
         if self.backlog.as_ref().is_some_and(Backlog::batch_full) {
             self.flush();
         }
@@ -701,7 +765,11 @@ impl Primary {
                     self.last_progress = now;
                     self.set_throttle(Some(what));
                 }
-            } else if self.throttled && self.state != PrimaryState::Resyncing && self.beyond(1, 2).is_none() {
+            } else if self.throttled
+                && self.state != PrimaryState::Resyncing
+                && self.handing.is_none()
+                && self.beyond(1, 2).is_none()
+            {
                 // Half the bound, so that the guest is not stopped and started for every record.
                 self.set_throttle(None);
             }

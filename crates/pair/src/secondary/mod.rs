@@ -248,6 +248,8 @@ impl Secondary {
             (Copying | Following | Resyncing, Message::Heartbeat { position, .. }) => {
                 self.primary_position = self.primary_position.max(position);
             }
+            // As if it were lost: the arbiter decides, as always.
+            (Following, Message::HandOver { reason }) => self.lose_peer(now, &format!("the primary hands over: {reason}")),
             (_, Message::Goodbye { reason }) => self.stop(StopReason::PeerEnded { reason }),
             (state, message) => {
                 let (kind, state) = (message.kind(), state.name());

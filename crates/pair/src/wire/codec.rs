@@ -132,7 +132,9 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
     match message {
         Message::Hello(hello) => frame.extend(hello.to_payload()),
         Message::HelloReply(reply) => frame.extend(reply.to_payload()),
-        Message::Refuse { reason } | Message::Goodbye { reason } => frame.extend(shortened(reason).as_bytes()),
+        Message::Refuse { reason } | Message::Goodbye { reason } | Message::HandOver { reason } => {
+            frame.extend(shortened(reason).as_bytes())
+        }
         Message::ImageChunk(bytes) => {
             assert!(!bytes.is_empty() && bytes.len() <= MAX_IMAGE_CHUNK_BYTES, "a chunk of {} bytes", bytes.len());
             frame.extend(bytes);
@@ -249,6 +251,7 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::Hello => Message::Hello(Hello::from_payload(payload).map_err(bad)?),
         Kind::HelloReply => Message::HelloReply(HelloReply::from_payload(payload).map_err(bad)?),
         Kind::Refuse => Message::Refuse { reason: text(payload).map_err(bad)? },
+        Kind::HandOver => Message::HandOver { reason: text(payload).map_err(bad)? },
         Kind::Goodbye => Message::Goodbye { reason: text(payload).map_err(bad)? },
         Kind::ImageChunk if payload.is_empty() => return Err(bad("it is empty")),
         Kind::ImageChunk if payload.len() > MAX_IMAGE_CHUNK_BYTES => {

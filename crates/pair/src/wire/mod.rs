@@ -115,6 +115,11 @@ pub enum Message {
         /// What the secondary made. Opaque here.
         detail: Vec<u8>,
     },
+    /// Primary: my guest stands still, all it did is with you: go live. (A planned failover.)
+    HandOver {
+        /// For people.
+        reason: String,
+    },
     /// Either side: I am alive.
     Heartbeat {
         /// The sender's clock.
@@ -178,11 +183,13 @@ pub enum Kind {
     Changed = 13,
     /// [`Message::Mismatch`]
     Mismatch = 14,
+    /// [`Message::HandOver`]
+    HandOver = 15,
 }
 
 impl Kind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Kind; 14] = [
+    pub const ALL: [Kind; 15] = [
         Kind::Hello,
         Kind::HelloReply,
         Kind::Refuse,
@@ -197,6 +204,7 @@ impl Kind {
         Kind::Goodbye,
         Kind::Changed,
         Kind::Mismatch,
+        Kind::HandOver,
     ];
 
     /// The kind with that number.
@@ -228,6 +236,7 @@ impl Message {
             Message::Goodbye { .. } => Kind::Goodbye,
             Message::Changed(_) => Kind::Changed,
             Message::Mismatch { .. } => Kind::Mismatch,
+            Message::HandOver { .. } => Kind::HandOver,
         }
     }
 }

@@ -59,6 +59,7 @@ fn one_of_each() -> Vec<Message> {
         Message::Goodbye { reason: "over".to_owned() },
         Message::Changed(vec![4, 5]),
         Message::Mismatch { output: 9, position: 8, damaged: 1, detail: vec![6] },
+        Message::HandOver { reason: "maintenance".to_owned() },
     ]
 }
 
@@ -215,7 +216,7 @@ fn payloads_with_right_checksums_and_no_sense_are_refused() {
     assert!(decode_one(&with_payload(&greeting, &longer)).unwrap_err().to_string().contains("left over"));
     for message in one_of_each().into_iter().filter(|message| !matches!(message.kind(), Kind::ImageChunk | Kind::Changed)) {
         let frame = encode(&message, 2);
-        let text = matches!(message.kind(), Kind::Refuse | Kind::Goodbye);
+        let text = matches!(message.kind(), Kind::Refuse | Kind::Goodbye | Kind::HandOver);
         assert_eq!(decode_one(&with_payload(&frame, &[])).is_ok(), text, "an empty {:?}", message.kind());
     }
 }
@@ -311,14 +312,14 @@ proptest! {
     }
 
     #[test]
-    fn arbitrary_payloads_never_panic(kind in 0_usize..14, payload in proptest::collection::vec(any::<u8>(), 0..300)) {
+    fn arbitrary_payloads_never_panic(kind in 0_usize..15, payload in proptest::collection::vec(any::<u8>(), 0..300)) {
         let frame = encode(&one_of_each()[kind], 2);
         let _ = decode_one(&with_payload(&frame, &payload));
     }
 
     #[test]
     fn damaged_payloads_with_right_checksums_never_panic(
-        kind in 0_usize..14,
+        kind in 0_usize..15,
         damage in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..5),
     ) {
         let frame = encode(&one_of_each()[kind], 2);
