@@ -35,6 +35,8 @@ enum Command {
     Events(commands::events::Arguments),
     /// Shows the promise: a protected pair on this machine, a real client, the primary killed, nothing lost
     Demo(commands::demo::Arguments),
+    /// Has the standby of a running VM go live, and ends it here: for maintenance of this host
+    Failover(commands::failover::Arguments),
     /// Breaks things on purpose, for tests
     #[command(hide = true)]
     Debug(commands::debug::Arguments),
@@ -58,6 +60,7 @@ fn main() -> ExitCode {
         Command::Top(arguments) => commands::top::run(arguments),
         Command::Events(arguments) => commands::events::run(arguments),
         Command::Demo(arguments) => commands::demo::run(arguments),
+        Command::Failover(arguments) => commands::failover::run(arguments),
         Command::Debug(arguments) => commands::debug::run(arguments),
         Command::Doctor(arguments) => commands::doctor::run(arguments),
         Command::Switch(arguments) => commands::switch::run(arguments),

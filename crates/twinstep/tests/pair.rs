@@ -99,6 +99,34 @@ fn the_primary_dies_and_the_guest_does_not() {
     computed(pair.standby.end());
 }
 
+/// Maintenance: nobody dies, and the computation goes on at the other host.
+#[test]
+fn a_vm_is_handed_over_when_somebody_asks() {
+    let _turn = turn(2);
+    let folder = folder();
+    let runtime = text(folder.path());
+    let environment = [("XDG_RUNTIME_DIR", runtime.as_str())];
+    let arbiter = folder.path().join("arbiter");
+    std::fs::create_dir(&arbiter).unwrap();
+    let (standby, address) = standby(&arbiter, &[]);
+    let arguments = [words(&["run", "--name", "db"]), boot("128M", "shell")].concat();
+    let arguments = [arguments, words(&["--protect", &address, "--arbiter", &text(&arbiter)])].concat();
+    let mut primary = Twinstep::start_with("primary", &arguments, &environment);
+    primary.wait_said("protected: ");
+    primary.wait_console("# ");
+    primary.type_line(&format!(
+        "i=0 sum=0; echo it began: $((1 + 1)); while [ $i -lt {ROUNDS} ]; do sum=$(((sum * 31 + i) % 65521)); i=$((i + 1)); done; \
+         echo the sum is $sum; poweroff -f"
+    ));
+    primary.wait_console("it began: 2");
+    let failover = Twinstep::start_with("failover", &words(&["failover", "db"]), &environment).end();
+    failover.with(0).shows("the standby runs 'db' now");
+    let primary = primary.end().with(5).says(&["the VM runs on the other host now, in epoch 2"]);
+    assert!(!primary.console.contains(&sum()), "it was handed over in the middle");
+    computed(standby.end());
+    Twinstep::start_with("failover", &words(&["failover", "db"]), &environment).end().refused(&["no VM called 'db' runs here"]);
+}
+
 #[test]
 fn the_standby_dies_and_the_primary_goes_on_alone() {
     let _turn = turn(2);

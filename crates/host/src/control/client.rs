@@ -11,7 +11,7 @@ use serde::Deserialize;
 use twinstep_machine::faults::Bit;
 
 use super::folder;
-use super::wire::{self, Flipped, History, Identity, Request, Stat, Status};
+use super::wire::{self, Begun, Flipped, History, Identity, Request, Stat, Status};
 use crate::error::{Error, Result};
 use crate::events::Kept;
 
@@ -94,6 +94,10 @@ impl Connection {
         Ok(self.request::<History>(Request::Events)?.events)
     }
 
+    /// Has the standby go live.
+    pub fn fail_over(&mut self) -> Result<Begun> {
+        self.request(Request::FailOver)
+    }
     /// Flips a bit of the machine.
     pub fn flip(&mut self, bit: Bit) -> Result<Flipped> {
         self.request(Request::FlipBit(bit))

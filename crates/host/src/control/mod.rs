@@ -39,6 +39,8 @@ pub enum Question {
     Stat,
     /// Flip this bit.
     Flip(Bit),
+    /// Have the standby go live.
+    FailOver,
 }
 
 /// What the machine's thread says.
@@ -46,6 +48,8 @@ pub enum Question {
 pub enum Answer {
     /// To [`Question::Stat`].
     Stat(Box<VmFigures>),
+    /// To [`Question::FailOver`]: the protocol was told; `false`: there is no pair.
+    FailingOver(bool),
     /// To [`Question::Flip`]: at which position; `None`: there is no such bit.
     Flipped(Option<u64>),
     /// There is no machine yet, or no more; why.
@@ -115,10 +119,20 @@ impl Ask {
     pub fn answer(self, machine: &mut Machine) {
         let answer = match self.question {
             Question::Stat => Answer::Stat(Box::new(VmFigures::of(machine))),
+            // Whoever drives a primary's machine takes this one itself.
+            Question::FailOver => Answer::FailingOver(false),
             Question::Flip(bit) => Answer::Flipped(machine.flip(bit).then(|| machine.position())),
         };
         // Whoever asked may have lost patience.
         let _ = self.back.try_send(answer);
+    }
+    /// Whether it is for the protocol, and not for the machine.
+    pub fn is_failover(&self) -> bool {
+        self.question == Question::FailOver
+    }
+    /// Answers that the protocol was told. Never blocks.
+    pub fn failing_over(self) {
+        let _ = self.back.try_send(Answer::FailingOver(true));
     }
     /// Answers that there is no machine. Never blocks.
     pub fn no_machine(self, why: &str) {

@@ -15,7 +15,7 @@ use twinstep_machine::faults::Bit;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::wire::{self, Code, Flipped, History, Identity, Refusal, Request, Stat, Status};
+use super::wire::{self, Begun, Code, Flipped, History, Identity, Refusal, Request, Stat, Status};
 use super::{Answer, Ask, Question, VmFigures, folder};
 use crate::error::{Context, Result};
 use crate::events::Events;
@@ -238,7 +238,7 @@ impl Shared {
         let figures: Box<VmFigures> = match self.ask(Question::Stat)? {
             Answer::Stat(figures) => figures,
             Answer::NoMachine(why) => return Err(Refusal::new(Code::NoMachine, why)),
-            Answer::Flipped(_) => unreachable!("another question was asked"),
+            Answer::Flipped(_) | Answer::FailingOver(_) => unreachable!("another question was asked"),
         };
         self.sampler.look_at(&figures.activity);
         Ok(stat::report(&figures, &self.sampler.samples()))
@@ -246,6 +246,16 @@ impl Shared {
 }
 
 impl Shared {
+    /// Tells the protocol to hand the VM over.
+    fn fail_over(&self) -> std::result::Result<Begun, Refusal> {
+        match self.ask(Question::FailOver)? {
+            Answer::FailingOver(true) => Ok(Begun {}),
+            _ => {
+                let text = "this is no primary of a pair: there is nowhere to go";
+                Err(Refusal::new(Code::BadRequest, text))
+            }
+        }
+    }
     /// Flips a bit, and says in the events that it was asked to.
     fn flip(&self, bit: Bit) -> std::result::Result<Flipped, Refusal> {
         if !self.faults.load(Ordering::Relaxed) {
@@ -308,6 +318,7 @@ impl Client {
             Err(refusal) => self.say(&Err::<(), _>(refusal)),
             Ok(Request::Identify) => self.say(&Ok(shared.identity())),
             Ok(Request::FlipBit(bit)) => self.say(&shared.flip(bit)),
+            Ok(Request::FailOver) => self.say(&shared.fail_over()),
             Ok(Request::Status) => self.say(&Ok(shared.status())),
             Ok(Request::Events) => self.say(&Ok(History { events: shared.events.history() })),
             Ok(Request::Stat) => {

@@ -29,17 +29,20 @@ pub enum Request {
     Status,
     /// What happened so far.
     Events,
+    /// Have the standby go live and end here.
+    FailOver,
     /// Flip this bit ([`twinstep_machine::faults`]). Refused unless the VM was started for that.
     FlipBit(Bit),
 }
 
 impl Request {
     /// All of them, by name.
-    pub const ALL: [(&'static str, Request); 5] = [
+    pub const ALL: [(&'static str, Request); 6] = [
         ("identify", Request::Identify),
         ("stat", Request::Stat),
         ("status", Request::Status),
         ("events", Request::Events),
+        ("failover", Request::FailOver),
         ("flip-bit", Request::FlipBit(Bit::Ram(0, 0))),
     ];
 
@@ -163,6 +166,10 @@ pub struct Identity {
     /// Requests it knows.
     pub requests: Vec<String>,
 }
+
+/// It was asked for; how it goes, status and events tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begun {}
 
 /// A bit was flipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

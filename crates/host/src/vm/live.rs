@@ -281,6 +281,12 @@ impl Live {
                     baseline.agreed(position);
                 }
             }
+            ToVm::Ask(ask) if ask.is_failover() && self.wiring.pair.is_some() => {
+                if let Some(pair) = self.wiring.pair.clone() {
+                    self.tell_pair(pair, ToPair::HandOver);
+                    ask.failing_over();
+                }
+            }
             ToVm::Ask(ask) => ask.answer(&mut self.machine),
         }
     }

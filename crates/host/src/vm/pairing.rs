@@ -72,6 +72,8 @@ pub enum ToPair {
     Closed(String),
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
+    /// Somebody wants the standby to go live.
+    HandOver,
     /// This host has failed: fall silent, so that the secondary takes over. Outputs that were not released never leave.
     Abandon,
     /// The guest is over.
@@ -484,6 +486,7 @@ impl Driver {
                 self.events.say_with("arbiter", format!("the arbiter says {verdict:?} for epoch {epoch}"), figures);
                 PrimaryEvent::ArbiterAnswer { epoch, verdict }
             }
+            ToPair::HandOver => PrimaryEvent::HandOver { reason: "somebody asked for it".into() },
             ToPair::Abandon => {
                 self.events.say("abandoned", "this host has failed; the secondary may take over");
                 self.held.clear();

@@ -4,6 +4,7 @@ pub mod debug;
 pub mod demo;
 pub mod doctor;
 pub mod events;
+pub mod failover;
 pub mod replay;
 pub mod run;
 pub mod standby;

@@ -88,7 +88,9 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 // The primary ended in good order: nothing was to be done here.
                 PeerEnded { .. } => ExitCode::SUCCESS,
                 Ended { .. } => ExitCode::from(5),
-                LostArbitration { .. } | NotProtected { .. } | Refused { .. } | Mismatch { .. } => ExitCode::FAILURE,
+                LostArbitration { .. } | NotProtected { .. } | Refused { .. } | Mismatch { .. } | HandedOver { .. } => {
+                    ExitCode::FAILURE
+                }
             })
         }
     }
