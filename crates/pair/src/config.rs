@@ -83,8 +83,8 @@ impl Default for Config {
             max_unreplayed_bytes: 64 << 20,
             // About a quarter of a second of guest time at 1 GHz: what a failover may cost in replay.
             max_replay_lag: 250_000_000,
-            // About two milliseconds.
-            max_matched_lag: 2_000_000,
+            // About a hundredth of a second: less, and the guest is stopped and started for every report of progress.
+            max_matched_lag: 10_000_000,
             max_held_outputs: 16_384,
             hard_bound_factor: 4,
             image_window_bytes: 16 << 20,

@@ -31,7 +31,7 @@ fn run(seed: u64) -> Figures {
 #[test]
 fn no_history_violates_an_invariant() {
     let first = number("TWINSTEP_SEED");
-    let count = number("TWINSTEP_SEEDS").unwrap_or(if first.is_some() { 1 } else { 1_000 });
+    let count = number("TWINSTEP_SEEDS").unwrap_or(if first.is_some() { 1 } else { 10_000 });
     let first = first.unwrap_or(1);
     let total = run_all(first..first + count);
     println!("{count} seeds from {first}: {total:?}");

@@ -33,13 +33,22 @@ pub struct Options {
     pub kernel: KernelLine,
     /// Commands the client has on their way at a time.
     pub pipeline: usize,
+    /// Outputs wait until the standby has made the same ([`twinstep_pair::Commit::Matched`]).
+    pub matched: bool,
     /// The load runs for at least so long before the kill.
     pub load: Duration,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { kills: 1, ram_mib: 256, kernel: KernelLine::Stable, pipeline: 4, load: Duration::from_millis(1500) }
+        Self {
+            kills: 1,
+            ram_mib: 256,
+            kernel: KernelLine::Stable,
+            pipeline: 4,
+            matched: false,
+            load: Duration::from_millis(1500),
+        }
     }
 }
 
@@ -186,8 +195,10 @@ fn tell(stage: &Stage, options: &Options, number: u32, audience: &mut dyn Audien
     let standby_address = listening.figures.get("address").and_then(Value::as_str).unwrap_or_default().to_owned();
     let (mem, cmdline) = (format!("{}M", options.ram_mib), guest::command_line("redis", Some(&network)));
     let machine = ["--kernel", text(&stage.kernel)?, "--initrd", text(&stage.initrd)?, "--mem", &mem, "--cmdline", &cmdline];
+    let commit = if options.matched { "matched" } else { "received" };
+    let protect = ["run", "--protect", &standby_address, "--commit", commit];
     let started = Instant::now();
-    let mut primary = Process::start("primary", &[&["run", "--protect", &standby_address][..], &common, &machine].concat())?;
+    let mut primary = Process::start("primary", &[&protect[..], &common, &machine].concat())?;
     primary.wait_for("protected", PATIENCE)?;
     primary.wait_for_console(guest::READY, PATIENCE)?;
     let ready_ms = started.elapsed().as_secs_f64() * 1e3;

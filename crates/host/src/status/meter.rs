@@ -172,6 +172,8 @@ mod tests {
 
     fn primary(state: PrimaryState, appended: u64, received: u64, replayed: u64) -> PrimaryStatus {
         PrimaryStatus {
+            matched: 0,
+            resyncs: 0,
             state,
             epoch: Epoch(4),
             throttled: false,
@@ -235,6 +237,7 @@ mod tests {
         let board = Board::new("listening");
         let mut meter = Meter::new(board.clone(), 0);
         let mut status = SecondaryStatus {
+            resyncs: 0,
             state: SecondaryState::Following,
             epoch: Some(Epoch(1)),
             entitled: true,

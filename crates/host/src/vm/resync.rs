@@ -242,6 +242,9 @@ pub fn apply<R: Read>(machine: &mut Machine, image: R) -> Result<(Extra, usize)>
 
 // ---- outputs on the wire ----
 
+/// Outputs with their numbers.
+pub type NumberedOutputs = Vec<(OutputId, Output)>;
+
 /// Bytes before an output's own: number, kind, card, segment size, length.
 const OUTPUT_HEAD_BYTES: usize = 8 + 1 + 1 + 2 + 4;
 
@@ -261,7 +264,7 @@ pub fn put_output(number: u64, output: &Output, to: &mut Vec<u8>) {
 }
 
 /// The outputs that were put.
-pub fn take_outputs(mut bytes: &[u8]) -> Result<Vec<(u64, Output)>> {
+pub fn take_outputs(mut bytes: &[u8]) -> Result<NumberedOutputs> {
     let cut = || Error::new("the data of an output is cut off");
     let mut outputs = Vec::new();
     while !bytes.is_empty() {
@@ -293,7 +296,7 @@ pub fn with_outputs<'a>(outputs: impl Iterator<Item = (OutputId, &'a Output)>, i
 }
 
 /// The two parts of a delta.
-pub fn split(delta: &[u8]) -> Result<(Vec<(OutputId, Output)>, &[u8])> {
+pub fn split(delta: &[u8]) -> Result<(NumberedOutputs, &[u8])> {
     let cut = || Error::new("the primary's delta is cut off");
     let (length, rest) = delta.split_first_chunk::<8>().ok_or_else(cut)?;
     let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| cut())?;

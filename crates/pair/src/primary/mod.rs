@@ -36,7 +36,9 @@
 
 mod backlog;
 mod door;
+mod handover;
 mod outputs;
+mod resync;
 #[cfg(test)]
 mod tests;
 
@@ -44,17 +46,15 @@ use std::collections::VecDeque;
 
 use crate::arbiter::{Arbitration, Claim, Next, Verdict};
 use crate::bugs::{Bug, Bugs};
-use crate::config::{Commit, ConfigError, OnMismatch};
+use crate::config::{Commit, ConfigError};
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
 use crate::wire::{Ack, Hello, HelloReply, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message};
 
-/// What a secondary can have changed at most, in bytes of its list a page of RAM.
-const CHANGED_BYTES_PER_PAGE: u64 = 32;
-
 use backlog::Backlog;
 pub use door::{PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
+use handover::Handing;
 use outputs::HeldOutputs;
 
 /// The image on its way.
@@ -68,15 +68,6 @@ struct Image {
     ended: bool,
     /// The secondary has restored it.
     restored: bool,
-}
-
-/// How far a planned failover is.
-#[derive(Debug, Clone)]
-enum Handing {
-    /// The guest is to stand still, and the secondary to do what it has not done yet.
-    Waiting { reason: String },
-    /// The secondary has been told to go live.
-    Done,
 }
 
 /// The primary of a pair; see the head of the module.
@@ -395,52 +386,6 @@ impl Primary {
         }
     }
 
-    // ---- outputs that differ ----
-
-    fn on_changed(&mut self, now: Nanos, bytes: &[u8]) {
-        self.changed.extend(bytes);
-        let most = self.setup.vm.ram_bytes / 4096 * CHANGED_BYTES_PER_PAGE + (1 << 20);
-        if self.changed.len() as u64 > most {
-            self.lose_peer(now, "the standby says that more has changed than there is");
-        }
-    }
-
-    /// The guest stands still from here on, and nothing leaves, until the secondary is equal again.
-    fn on_mismatch(&mut self, now: Nanos, output: OutputId, position: u64, damaged: u64, detail: Vec<u8>) {
-        let changed = std::mem::take(&mut self.changed);
-        if self.setup.config.on_mismatch == OnMismatch::Stop {
-            let reason = StopReason::Mismatch { output };
-            self.send(&Message::Goodbye { reason: reason.to_string() });
-            return self.stop(reason);
-        }
-        self.image = Image::default();
-        self.last_progress = now;
-        self.enter(PrimaryState::Resyncing, &format!("the two sides differ in output {output}"));
-        self.set_throttle(Some("the standby is made equal again"));
-        if self.bugs.has(Bug::ReleaseAtResync) {
-            self.release_all();
-        }
-        self.actions.push_back(PrimaryAction::StartResync { output, position, damaged, detail, changed });
-        self.want_image();
-    }
-
-    fn resynced(&mut self, now: Nanos) {
-        let (position, _) = self.image.cut.expect("it has an end, so it has a cut");
-        let backlog = self.backlog.as_mut().expect("there is one since the first image");
-        // The image stands for all that was sent.
-        let all = backlog.sent();
-        let ack = Ack { received_seq: all, replayed_seq: all, replayed_position: position, ..Ack::default() };
-        backlog.acknowledge(&ack).expect("nothing is taken back");
-        backlog.stands_at(position);
-        self.resyncs += 1;
-        self.last_progress = now;
-        self.enter(PrimaryState::Protected, "the standby is equal again");
-        self.release_what_may();
-        if self.handing.is_none() {
-            self.set_throttle(None);
-        }
-    }
-
     fn release_what_may(&mut self) {
         let received = self.backlog.as_ref().expect("there is one under protection").received();
         let matched = match self.setup.config.commit {
@@ -661,33 +606,6 @@ impl Primary {
                     _ => StopReason::LostArbitration { epoch },
                 });
             }
-        }
-    }
-
-    // ---- a planned failover ----
-
-    fn on_hand_over(&mut self, reason: String) {
-        if self.state != PrimaryState::Protected || self.handing.is_some() {
-            let reason = match self.handing {
-                Some(_) => "that is being done already".to_owned(),
-                None => format!("only a protected VM has somewhere to go; this one is {}", self.state.name()),
-            };
-            return self.actions.push_back(PrimaryAction::Notice(Notice::HandOverRefused { reason }));
-        }
-        self.handing = Some(Handing::Waiting { reason });
-        self.set_throttle(Some("the VM is given to the standby"));
-    }
-
-    /// Tells the secondary to go live, once it has done all that was done here. What the guest still does until it has been stopped never happened: it is
-    /// held, and nobody will let it go.
-    fn hand_over_if_even(&mut self) {
-        let (Some(Handing::Waiting { reason }), PrimaryState::Protected) = (&self.handing, self.state) else { return };
-        let even = self.outputs.held() == 0 && self.backlog.as_ref().is_some_and(Backlog::is_replayed);
-        if even {
-            let message = Message::HandOver { reason: reason.clone() };
-            self.flush();
-            self.send(&message);
-            self.handing = Some(Handing::Done);
         }
     }
 

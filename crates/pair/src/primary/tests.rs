@@ -1,6 +1,7 @@
 //! The primary, step by step: when outputs leave, whom it asks, when it gives up.
 
 use super::*;
+use crate::config::OnMismatch;
 use crate::testing::*;
 use crate::wire::Kind;
 

@@ -6,6 +6,8 @@ use twinstep_host::demo::{self, Audience, Options};
 use twinstep_host::packages::{KernelLine, Progress, tell_on_stderr};
 use twinstep_host::vm::spec::Memory;
 
+use super::run::CommitRule;
+
 #[derive(Args)]
 pub struct Arguments {
     /// Tell the whole story so many times
@@ -20,6 +22,9 @@ pub struct Arguments {
     /// Commands the client has on their way at a time
     #[arg(long, default_value_t = 4)]
     pipeline: usize,
+    /// When an output may leave (see `run --help`)
+    #[arg(long, value_name = "RULE", default_value = "received")]
+    commit: CommitRule,
     /// Use the newer kernel of Debian's backports
     #[arg(long)]
     backports: bool,
@@ -44,6 +49,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         ram_mib: arguments.mem.0,
         kernel: if arguments.backports { KernelLine::Backports } else { KernelLine::Stable },
         pipeline: arguments.pipeline,
+        matched: matches!(arguments.commit, CommitRule::Matched),
         ..Options::default()
     };
     let report = demo::run(&options, &mut People { quiet: arguments.json })?;
