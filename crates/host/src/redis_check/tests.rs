@@ -46,7 +46,12 @@ fn server(fault: Fault, at: u64) -> SocketAddr {
             n += 1;
             let hit = n == at;
             let reply = match (&words[0][..], fault) {
-                (_, Fault::HangsUp) if hit => return,
+                (_, Fault::HangsUp) if hit => {
+                    // A socket closed over commands that were not read is a reset, which is another fault.
+                    writer.shutdown(std::net::Shutdown::Write).unwrap();
+                    let _ = std::io::copy(&mut reader, &mut std::io::sink());
+                    return;
+                }
                 (_, Fault::Stalls) if n >= at => continue,
                 (b"PING", _) => b"+PONG\r\n".to_vec(),
                 (b"INCR", _) => {
