@@ -102,12 +102,13 @@ impl Profile {
         // What the world sees of a flipped bit is wrong unless outputs are compared before they leave.
         fault_weights[7] = if config.commit == Commit::Matched { random.pick(&[0, 2, 8]) } else { 0 };
         fault_weights[8] = random.pick(&[0, 0, 1, 4]);
+        let ns_per_byte = random.pick(&[0, 1, 10, if slow_network { 2_000 } else { 100 }]);
         let slice_max = random.pick(&[10, 100, 400]);
         Profile {
             config,
             delay_min_ns: 20_000,
             delay_max_ns: if slow_network { 6_000_000 } else { random.pick(&[50_000, 300_000, 2_000_000]) },
-            ns_per_byte: random.pick(&[0, 1, 10, if slow_network { 2_000 } else { 100 }]),
+            ns_per_byte,
             arbiter_delay_max_ns: random.pick(&[100_000, 1_000_000, 30_000_000]),
             arbiter_answer_lost_percent: random.pick(&[0, 0, 30, 80]),
             arbiter_away: (Nanos(away_from), Nanos(away_from + away_for)),
@@ -118,7 +119,8 @@ impl Profile {
             // From a secondary that holds the guest back to one that idles.
             replay_slice_max: slice_max * random.pick(&[1, 2, 8]) / 2,
             lazy_percent: random.pick(&[0, 20, 90]),
-            input_padding_max: random.pick(&[0, 30, 400]),
+            // What enters must fit through the network: a log that can't be sent holds the guest back for good.
+            input_padding_max: random.pick(&[0, 30, if ns_per_byte >= 2_000 { 30 } else { 400 }]),
             image_padding: random.pick(&[0, 100, 2_000]),
             pause_during_copy: random.percent(30),
             leave_delay_max_ns: random.pick(&[1_000, 200_000, 3_000_000]),

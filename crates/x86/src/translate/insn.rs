@@ -37,7 +37,8 @@ impl Translator<'_> {
             }
             _ => {}
         }
-        let verbatim = !insn.has_lock_prefix() && !insn.has_rep_prefix() && !insn.has_repne_prefix();
+        // 32-bit code has come here as 64-bit code with the same meaning, which is not what its bytes are.
+        let verbatim = !self.code_32() && !insn.has_lock_prefix() && !insn.has_rep_prefix() && !insn.has_repne_prefix();
         let mut insn = *insn;
         // Nothing else writes guest memory meanwhile, and the prefixes that older hardware ignores must not mean
         // something newer to this host.
