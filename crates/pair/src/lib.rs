@@ -26,7 +26,7 @@
 //! next event. Outputs and records are opaque here; the host keeps outputs' data by id.
 //!
 //! Sources: the output rule, the logging channel and going live follow the published design of VMware's fault tolerance (2010);
-//! receipt and match as two acknowledgements follow US 8,201,169. This crate has the first of the two so far: `received`.
+//! receipt and match as two acknowledgements, and the resync after a mismatch, follow US 8,201,169.
 
 mod arbiter;
 mod bugs;

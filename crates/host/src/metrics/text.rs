@@ -87,7 +87,7 @@ fn pair(page: &mut Page, status: &Status) {
     page.gauge("outputs_held", "Outputs that may not leave yet.", status.held as f64);
     page.counter("outputs_released_total", "Outputs that left.", status.counts.outputs_released as f64);
     page.counter("failovers_total", "How often this process took the VM over.", status.counts.failovers as f64);
-    page.counter("resyncs_total", "How often a lost secondary was brought back.", status.counts.resyncs as f64);
+    page.counter("resyncs_total", "How often the secondary was made equal again.", status.counts.resyncs as f64);
     let (minute, total) = (&status.commit.minute, &status.commit.total);
     page.metric(
         "commit_latency_seconds",

@@ -117,7 +117,7 @@ impl Board {
         slot.peer = None;
         slot.figures = Figures::alone("unprotected", Some(epoch));
     }
-    /// A lost secondary has what the primary has again.
+    /// The secondary's machine is the primary's again.
     pub fn resynced(&self) {
         self.0.resyncs.fetch_add(1, Ordering::Relaxed);
     }

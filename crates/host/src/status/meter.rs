@@ -237,7 +237,6 @@ mod tests {
         let board = Board::new("listening");
         let mut meter = Meter::new(board.clone(), 0);
         let mut status = SecondaryStatus {
-            resyncs: 0,
             state: SecondaryState::Following,
             epoch: Some(Epoch(1)),
             entitled: true,

@@ -4,6 +4,7 @@
 
 use super::{Backlog, Primary, PrimaryAction, PrimaryState};
 use crate::notice::Notice;
+use crate::types::Nanos;
 use crate::wire::Message;
 
 /// How far a planned failover is.
@@ -16,7 +17,7 @@ pub(super) enum Handing {
 }
 
 impl Primary {
-    pub(super) fn on_hand_over(&mut self, reason: String) {
+    pub(super) fn on_hand_over(&mut self, now: Nanos, reason: String) {
         if self.state != PrimaryState::Protected || self.handing.is_some() {
             let reason = match self.handing {
                 Some(_) => "that is being done already".to_owned(),
@@ -25,7 +26,7 @@ impl Primary {
             return self.actions.push_back(PrimaryAction::Notice(Notice::HandOverRefused { reason }));
         }
         self.handing = Some(Handing::Waiting { reason });
-        self.set_throttle(Some("the VM is given to the standby"));
+        self.hold_back(now, "the VM is given to the standby");
     }
 
     /// Tells the secondary to go live, once it has done all that was done here. What the guest still does until it has been stopped never happened: it is

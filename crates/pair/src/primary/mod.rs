@@ -212,7 +212,7 @@ impl Primary {
             PrimaryEvent::Progress { position } => self.position = self.position.max(position),
             PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),
-            PrimaryEvent::HandOver { reason } => self.on_hand_over(reason),
+            PrimaryEvent::HandOver { reason } => self.on_hand_over(now, reason),
             PrimaryEvent::Tick => self.on_tick(now),
         }
         self.settle(now);
@@ -680,8 +680,7 @@ impl Primary {
                 && let Some(what) = self.beyond(1, 1)
             {
                 if !self.bugs.has(Bug::NeverThrottle) {
-                    self.last_progress = now;
-                    self.set_throttle(Some(what));
+                    self.hold_back(now, what);
                 }
             } else if self.throttled
                 && self.state != PrimaryState::Resyncing
@@ -721,6 +720,12 @@ impl Primary {
             return Some("the standby is too far behind");
         }
         passes(self.outputs.held(), config.max_held_outputs).then_some("too many outputs are held")
+    }
+
+    /// Holds the guest back until the secondary has got on, which is waited for from now on.
+    fn hold_back(&mut self, now: Nanos, reason: &'static str) {
+        self.last_progress = now;
+        self.set_throttle(Some(reason));
     }
 
     fn set_throttle(&mut self, reason: Option<&'static str>) {

@@ -30,9 +30,8 @@ impl Primary {
             return self.stop(reason);
         }
         self.image = Image::default();
-        self.last_progress = now;
         self.enter(PrimaryState::Resyncing, &format!("the two sides differ in output {output}"));
-        self.set_throttle(Some("the standby is made equal again"));
+        self.hold_back(now, "the standby is made equal again");
         if self.bugs.has(Bug::ReleaseAtResync) {
             self.release_all();
         }

@@ -502,3 +502,25 @@ fn a_secondary_that_lists_more_changes_than_there_is_ram_is_given_up() {
     }
     assert_eq!(bench.primary.state(), PrimaryState::Deciding);
 }
+
+/// The guest was idle for long, so there was no progress to be seen; that is not held against the secondary now.
+#[test]
+fn a_planned_failover_gives_the_secondary_its_time() {
+    let mut bench = Bench::protected();
+    let stall = config().stall_timeout;
+    while bench.now < stall.plus(stall) {
+        bench.wait(bench.now.plus(millis(200)));
+        bench.hear(Message::Heartbeat { time: Nanos(0), position: 10 });
+    }
+    bench.tell(PrimaryEvent::Record(record(11, 3)));
+    let done = bench.tell(PrimaryEvent::HandOver { reason: "maintenance".to_owned() });
+    assert_eq!(done.actions, [PrimaryAction::Throttle(true)]);
+    bench.wait(bench.now.plus(millis(100)));
+    assert_eq!(bench.primary.state(), PrimaryState::Protected, "it is behind, not stuck");
+    let done = bench.ack(1, 1, 11);
+    assert!(done.sent.contains(&Message::HandOver { reason: "maintenance".to_owned() }), "{done:?}");
+    let done = bench.tell(PrimaryEvent::PeerClosed { reason: "it went live".to_owned() });
+    assert_eq!(done.actions, [], "the epoch is the secondary's to claim");
+    bench.wait(bench.now.plus(millis(5_000)));
+    assert_eq!(bench.tell(answer(Verdict::Lost)).actions, [PrimaryAction::Stop(StopReason::HandedOver { epoch: Epoch(2) })]);
+}

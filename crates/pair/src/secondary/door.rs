@@ -192,8 +192,6 @@ pub struct SecondaryStatus {
     pub unconfirmed_outputs: u64,
     /// Image bytes received.
     pub image_bytes: u64,
-    /// How often this side was made equal again.
-    pub resyncs: u64,
 }
 
 /// Who the secondary is and what it may accept.

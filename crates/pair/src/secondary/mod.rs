@@ -62,7 +62,6 @@ pub struct Secondary {
     diverged: bool,
     /// An image of a resync is being restored: it may be too late to go on without it.
     restoring: bool,
-    resyncs: u64,
     agreed_position: u64,
     /// Outputs that have certainly left, as far as we were told.
     confirmed: OutputId,
@@ -102,7 +101,6 @@ impl Secondary {
             produced: 0,
             diverged: false,
             restoring: false,
-            resyncs: 0,
             agreed_position: 0,
             confirmed: 0,
             discarded: 0,
@@ -141,7 +139,6 @@ impl Secondary {
             primary_position: self.primary_position,
             unconfirmed_outputs: self.produced.saturating_sub(self.confirmed),
             image_bytes: self.image_bytes,
-            resyncs: self.resyncs,
         }
     }
 
@@ -367,7 +364,6 @@ impl Secondary {
     fn on_resynced(&mut self, position: u64, last_output: OutputId) {
         assert!(self.diverged, "only a machine that stands still is made equal");
         self.diverged = false;
-        self.resyncs += 1;
         self.replayed_seq = self.received_seq;
         self.replayed_position = position;
         self.produced = last_output;
