@@ -17,11 +17,59 @@ pub enum Start {
     Everything,
 }
 
+/// A set of pages of RAM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PageSet(Vec<u64>);
+
+impl PageSet {
+    /// None of `pages` pages.
+    pub fn none(pages: usize) -> Self {
+        Self(vec![0; pages.div_ceil(64)])
+    }
+    /// Adds one.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn insert(&mut self, page: usize) {
+        self.0[page / 64] |= 1 << (page % 64);
+    }
+    /// Whether it is there.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn contains(&self, page: usize) -> bool {
+        self.0[page / 64] >> (page % 64) & 1 != 0
+    }
+    /// Adds those of another set, of as many pages.
+    pub fn join(&mut self, other: &Self) {
+        self.0.iter_mut().zip(&other.0).for_each(|(to, from)| *to |= from);
+    }
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.iter().map(|word| word.count_ones() as usize).sum()
+    }
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|word| *word == 0)
+    }
+    /// All, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().enumerate().flat_map(|(i, &word)| {
+            let mut left = word;
+            std::iter::from_fn(move || {
+                let bit = (left != 0).then(|| left.trailing_zeros() as usize)?;
+                left &= left - 1;
+                Some(i * 64 + bit)
+            })
+        })
+    }
+}
+
 #[derive(Debug)]
 struct Consumer {
     id: ConsumerId,
     name: &'static str,
-    bits: Vec<u64>,
+    pages: PageSet,
 }
 
 /// The pages changed, by consumer.
@@ -41,13 +89,11 @@ impl DirtyTracker {
     pub(crate) fn register(&mut self, name: &'static str, start: Start) -> ConsumerId {
         let id = ConsumerId(self.next);
         self.next += 1;
-        self.consumers.push(Consumer { id, name, bits: vec![0; self.pages.div_ceil(64)] });
+        let mut pages = PageSet::none(self.pages);
         if start == Start::Everything {
-            let last = self.consumers.len() - 1;
-            for page in 0..self.pages {
-                self.consumers[last].bits[page / 64] |= 1 << (page % 64);
-            }
+            (0..self.pages).for_each(|page| pages.insert(page));
         }
+        self.consumers.push(Consumer { id, name, pages });
         id
     }
 
@@ -59,28 +105,22 @@ impl DirtyTracker {
     /// A page changed.
     pub(crate) fn mark(&mut self, page: usize) {
         for consumer in &mut self.consumers {
-            consumer.bits[page / 64] |= 1 << (page % 64);
+            consumer.pages.insert(page);
         }
     }
 
-    /// What `id` has not seen yet, ascending. Nothing for a consumer that is gone.
-    pub(crate) fn take(&mut self, id: ConsumerId) -> Vec<usize> {
-        let Some(consumer) = self.consumers.iter_mut().find(|c| c.id == id) else { return Vec::new() };
-        let mut pages = Vec::new();
-        for (i, word) in consumer.bits.iter_mut().enumerate() {
-            let mut left = std::mem::take(word);
-            while left != 0 {
-                pages.push(i * 64 + left.trailing_zeros() as usize);
-                left &= left - 1;
-            }
+    /// What `id` has not seen yet. Nothing for a consumer that is gone.
+    pub(crate) fn take(&mut self, id: ConsumerId) -> PageSet {
+        let none = PageSet::none(self.pages);
+        match self.consumers.iter_mut().find(|c| c.id == id) {
+            Some(consumer) => std::mem::replace(&mut consumer.pages, none),
+            None => none,
         }
-        pages
     }
 
     /// The consumers' names and how many pages wait for each, for diagnosis.
     pub(crate) fn waiting(&self) -> Vec<(&'static str, usize)> {
-        let count = |c: &Consumer| c.bits.iter().map(|word| word.count_ones() as usize).sum();
-        self.consumers.iter().map(|c| (c.name, count(c))).collect()
+        self.consumers.iter().map(|c| (c.name, c.pages.len())).collect()
     }
 }
 
@@ -97,11 +137,12 @@ mod tests {
         tracker.mark(129);
         tracker.mark(3);
         tracker.mark(64);
-        assert_eq!(tracker.take(a), [3, 64, 129]);
+        let list = |pages: PageSet| pages.iter().collect::<Vec<_>>();
+        assert_eq!(list(tracker.take(a)), [3, 64, 129]);
         assert!(tracker.take(a).is_empty());
-        assert_eq!(tracker.take(b), [3, 64, 129]);
+        assert_eq!(list(tracker.take(b)), [3, 64, 129]);
         let c = tracker.register("c", Start::Everything);
-        assert_eq!(tracker.take(c), (0..130).collect::<Vec<_>>());
+        assert_eq!(list(tracker.take(c)), (0..130).collect::<Vec<_>>());
         tracker.unregister(a);
         tracker.mark(5);
         assert_eq!(tracker.waiting(), [("b", 1), ("c", 1)]);

@@ -43,7 +43,7 @@ mod virtio;
 pub use boot::BootError;
 pub use config::{Config, ConfigError, DiskConfig};
 pub use digest::Digest;
-pub use dirty::{ConsumerId, Start};
+pub use dirty::{ConsumerId, PageSet, Start};
 pub use disk::{Disk, DiskError, MemoryDisk};
 pub use door::{Input, Output};
 pub use machine::{InputError, MAX_FRAME, Machine, Pause};

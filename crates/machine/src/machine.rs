@@ -8,7 +8,7 @@ use crate::board::Board;
 use crate::boot::{self, BootError};
 use crate::config::{Config, ConfigError};
 use crate::digest::{Digest, RamDigest};
-use crate::dirty::{ConsumerId, DirtyTracker, Start};
+use crate::dirty::{ConsumerId, DirtyTracker, PageSet, Start};
 use crate::disk::Disk;
 use crate::door::{Input, Output};
 use crate::memory;
@@ -440,8 +440,8 @@ impl Machine {
     pub fn untrack_dirty(&mut self, id: ConsumerId) {
         self.dirty.unregister(id);
     }
-    /// The pages that changed since the same consumer asked last, in ascending order.
-    pub fn take_dirty(&mut self, id: ConsumerId) -> Vec<usize> {
+    /// The pages that changed since the same consumer asked last.
+    pub fn take_dirty(&mut self, id: ConsumerId) -> PageSet {
         self.harvest();
         self.dirty.take(id)
     }
@@ -464,7 +464,7 @@ impl Machine {
 
     /// The digest of the whole state but the disks. Costs time in proportion to the pages changed since the last one.
     pub fn digest(&mut self) -> Digest {
-        for page in self.take_dirty(self.digest_pages) {
+        for page in self.take_dirty(self.digest_pages).iter() {
             self.ram_digest.update(page, self.cpu.0.ram().page_bytes(page));
         }
         Digest::new(&self.ram_digest, self.cpu.0.state(), &self.save())

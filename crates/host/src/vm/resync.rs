@@ -11,7 +11,7 @@ use std::io::Read;
 
 use minicbor::{Decode, Encode};
 use twinstep_log::{Compression, ImageItem, ImagePayload, ImageReader, ImageWriter};
-use twinstep_machine::{ConsumerId, Digest, Machine, Output, PAGE_SIZE, Payload, Start};
+use twinstep_machine::{ConsumerId, Digest, Machine, Output, PAGE_SIZE, PageSet, Payload, Start};
 use twinstep_pair::OutputId;
 
 use super::build::{self, Extra};
@@ -25,34 +25,12 @@ const ENTRY_BYTES: usize = 4 + 16;
 /// Eras that are told apart; older ones are one.
 const MAX_ERAS: usize = 32;
 
-/// A set of pages of RAM.
-#[derive(Debug, Clone)]
-struct Pages(Vec<u64>);
-
-impl Pages {
-    fn none(pages: usize) -> Self {
-        Self(vec![0; pages.div_ceil(64)])
-    }
-    fn insert(&mut self, page: usize) {
-        self.0[page / 64] |= 1 << (page % 64);
-    }
-    fn join(&mut self, other: &Self) {
-        self.0.iter_mut().zip(&other.0).for_each(|(to, from)| *to |= from);
-    }
-    fn iter(&self) -> impl Iterator<Item = usize> {
-        self.0
-            .iter()
-            .enumerate()
-            .flat_map(|(i, &word)| (0..64).filter(move |bit| word >> bit & 1 != 0).map(move |bit| i * 64 + bit))
-    }
-}
-
 /// Which pages have changed since the other side was last known to be equal.
 #[derive(Debug)]
 pub struct Baseline {
     consumer: ConsumerId,
     /// What changed up to a position, since the one before.
-    eras: VecDeque<(u64, Pages)>,
+    eras: VecDeque<(u64, PageSet)>,
 }
 
 impl Baseline {
@@ -62,7 +40,7 @@ impl Baseline {
     }
     /// What changes from here on is told apart from what has changed so far: the other side will say whether it was equal here.
     pub fn mark(&mut self, machine: &mut Machine) {
-        let era = self.harvest(machine);
+        let era = machine.take_dirty(self.consumer);
         self.eras.push_back((machine.position(), era));
         if self.eras.len() > MAX_ERAS
             && let Some((_, oldest)) = self.eras.pop_front()
@@ -83,15 +61,10 @@ impl Baseline {
         self.eras.clear();
     }
     /// All that has changed.
-    fn changed(&mut self, machine: &mut Machine) -> Pages {
-        let mut all = self.harvest(machine);
+    fn changed(&mut self, machine: &mut Machine) -> PageSet {
+        let mut all = machine.take_dirty(self.consumer);
         self.eras.iter().for_each(|(_, era)| all.join(era));
         all
-    }
-    fn harvest(&mut self, machine: &mut Machine) -> Pages {
-        let mut pages = Pages::none(machine.ram().flags().pages());
-        machine.take_dirty(self.consumer).into_iter().for_each(|page| pages.insert(page));
-        pages
     }
 }
 
@@ -104,11 +77,17 @@ pub struct Changes {
     pub damaged: Vec<usize>,
 }
 
-/// Looks what has changed in a machine that stands still.
-pub fn changes(machine: &mut Machine, baseline: &mut Baseline) -> Changes {
+/// The pages in which a machine may differ from the other: those that were written to, and those that changed by themselves, which are told apart.
+fn suspects(machine: &mut Machine, baseline: &mut Baseline) -> (PageSet, Vec<usize>) {
     let damaged = machine.scrub();
     let mut pages = baseline.changed(machine);
     damaged.iter().for_each(|&page| pages.insert(page));
+    (pages, damaged)
+}
+
+/// Looks what has changed in a machine that stands still.
+pub fn changes(machine: &mut Machine, baseline: &mut Baseline) -> Changes {
+    let (pages, damaged) = suspects(machine, baseline);
     let hashes = machine.page_hashes();
     let mut list = Vec::new();
     for page in pages.iter() {
@@ -165,11 +144,9 @@ pub fn delta(
 ) -> Result<Delta> {
     let total = machine.ram().flags().pages();
     let theirs = parse_list(theirs, total)?;
-    let damaged = machine.scrub();
+    let (ours, damaged) = suspects(machine, baseline);
     let digest = machine.digest();
-    let mut ours = baseline.changed(machine);
-    damaged.iter().for_each(|&page| ours.insert(page));
-    let mut wanted = Pages::none(total);
+    let mut wanted = PageSet::none(total);
     let hashes = machine.page_hashes();
     // A page that only one side has changed is another on the other.
     ours.iter().filter(|page| theirs.get(page) != Some(&hashes[*page])).for_each(|page| wanted.insert(page));
@@ -201,7 +178,7 @@ pub fn apply<R: Read>(machine: &mut Machine, image: R) -> Result<(Extra, usize)>
         return Err(Error::new(format!("the primary's delta is of a machine of {} pages, not {total}", metadata.ram_pages)));
     }
     let mut payloads = Vec::new();
-    let mut present = Pages::none(total);
+    let mut present = PageSet::none(total);
     while let Some(item) = reader.next_item().what("the primary's delta cannot be used")? {
         match item {
             ImageItem::Payload(payload) => payloads.push(payload),
@@ -226,7 +203,7 @@ pub fn apply<R: Read>(machine: &mut Machine, image: R) -> Result<(Extra, usize)>
         if number >= total {
             return Err(Error::new(format!("the primary's delta replaces page {number}; there are {total}")));
         }
-        if present.0[number / 64] >> (number % 64) & 1 == 0 {
+        if !present.contains(number) {
             machine.write_ram_page(number, &[0; PAGE_SIZE as usize]);
         }
     }
