@@ -2,16 +2,13 @@
 //! afterwards (`--commit received`), and the pair is made whole again.
 mod common;
 
-use std::path::PathBuf;
-
-use common::{Ended, Twinstep, boot, folder, text, turn, words};
-use tempfile::TempDir;
+use common::{Twinstep, User, boot, text, turn, words};
 
 /// A pair whose guest sits at a shell and has a large file in its memory. Both sides can be broken on purpose.
 struct Pair {
     primary: Twinstep,
     standby: Twinstep,
-    folder: TempDir,
+    user: User,
 }
 
 /// Guest-physical addresses inside of what the file, or nothing, fills.
@@ -19,18 +16,14 @@ const ADDRESSES: [u64; 8] = [0x580_0123, 0x6c0_0456, 0x810_0789, 0x940_0abc, 0xa
 
 impl Pair {
     fn start(more: &[&str]) -> Self {
-        let folder = folder();
-        let arbiter = folder.path().join("arbiter");
+        let user = User::new();
+        let arbiter = user.path().join("arbiter");
         std::fs::create_dir(&arbiter).unwrap();
-        let start = |name: &str, arguments: &[&[String]]| {
-            let common = words(&["--arbiter", &text(&arbiter), "--debug-faults", "--name", name]);
-            let command = if name == "db" { "run" } else { "standby" };
-            let arguments = [&words(&[command])[..], &common, &arguments.concat()].concat();
-            Twinstep::start_with(name, &arguments, &[("XDG_RUNTIME_DIR", &text(folder.path()))])
-        };
-        let standby = start("twin", &[&words(&["--listen", "127.0.0.1:0"])]);
+        let common = words(&["--arbiter", &text(&arbiter), "--debug-faults", "--name"]);
+        let standby = user.start("standby", &[&common, &words(&["twin", "--listen", "127.0.0.1:0"])]);
         let address = standby.wait_said("waiting for a primary on ");
-        let mut primary = start("db", &[&boot("256M", "shell"), &words(&["--protect", &address]), &words(more)]);
+        let protect = words(&["db", "--protect", &address]);
+        let mut primary = user.start("run", &[&common, &protect, &boot("256M", "shell"), &words(more)]);
         primary.wait_said("protected: ");
         primary.wait_console("# ");
         primary.type_line(
@@ -39,18 +32,13 @@ impl Pair {
         );
         primary.wait_console("it is 42 full");
         primary.wait_console("first 2");
-        Self { primary, standby, folder }
-    }
-
-    fn debug(&self, arguments: &[&str]) -> Ended {
-        let runtime: PathBuf = self.folder.path().into();
-        Twinstep::start_with("debug", &words(&[&["debug"], arguments].concat()), &[("XDG_RUNTIME_DIR", &text(&runtime))]).end()
+        Self { primary, standby, user }
     }
 
     /// Memory of this side goes bad in several places.
     fn damage(&self, side: &str) {
         for address in ADDRESSES {
-            self.debug(&["flip-bit", side, "--address", &format!("{address:#x}"), "--bit", "2"]).with(0);
+            self.user.ask("debug", &["flip-bit", side, "--address", &format!("{address:#x}"), "--bit", "2"]).with(0);
         }
     }
 
@@ -140,13 +128,10 @@ fn a_difference_that_nobody_sees_is_let_pass() {
 #[test]
 fn nobody_breaks_a_vm_that_was_not_started_for_it() {
     let _turn = turn(1);
-    let folder = folder();
-    let runtime = [("XDG_RUNTIME_DIR", text(folder.path()))];
-    let runtime: Vec<(&str, &str)> = runtime.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    let mut vm = Twinstep::start_with("vm", &[words(&["run", "--name", "db"]), boot("128M", "shell")].concat(), &runtime);
+    let user = User::new();
+    let mut vm = user.start("run", &[&words(&["--name", "db"]), &boot("128M", "shell")]);
     vm.wait_console("# ");
-    let flip =
-        |more: &[&str]| Twinstep::start_with("debug", &words(&[&["debug", "flip-bit", "db"], more].concat()), &runtime).end();
+    let flip = |more: &[&str]| user.ask("debug", &[&["flip-bit", "db"], more].concat());
     flip(&["--register", "rip"]).with(2);
     flip(&["--address", "0x1000"]).refused(&["was not started with --debug-faults"]);
     vm.type_line("poweroff -f");

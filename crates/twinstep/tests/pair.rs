@@ -5,7 +5,7 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 
-use common::{Ended, Twinstep, boot, boot_with_network, folder, text, turn, twinstep, words};
+use common::{Ended, Twinstep, User, boot, boot_with_network, folder, text, turn, twinstep, words};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -44,11 +44,7 @@ impl Pair {
 
     /// Starts a computation that goes on for a while, prints its sum, and switches the guest off.
     fn compute(&mut self) {
-        self.primary.type_line(&format!(
-            "i=0 sum=0; echo it began: $((1 + 1)); while [ $i -lt {ROUNDS} ]; do sum=$(((sum * 31 + i) % 65521)); i=$((i + 1)); done; \
-             echo the sum is $sum; poweroff -f"
-        ));
-        self.primary.wait_console("it began: 2");
+        begin(&mut self.primary);
     }
 
     /// Somebody else has the epoch that a failover would claim.
@@ -67,6 +63,15 @@ impl Pair {
 
 /// Some seconds of work for the guest's shell.
 const ROUNDS: u64 = 60_000;
+
+/// Has the guest of this side begin the computation.
+fn begin(primary: &mut Twinstep) {
+    primary.type_line(&format!(
+        "i=0 sum=0; echo it began: $((1 + 1)); while [ $i -lt {ROUNDS} ]; do sum=$(((sum * 31 + i) % 65521)); i=$((i + 1)); done; \
+         echo the sum is $sum; poweroff -f"
+    ));
+    primary.wait_console("it began: 2");
+}
 
 /// What the computation prints at its end.
 fn sum() -> String {
@@ -103,28 +108,20 @@ fn the_primary_dies_and_the_guest_does_not() {
 #[test]
 fn a_vm_is_handed_over_when_somebody_asks() {
     let _turn = turn(2);
-    let folder = folder();
-    let runtime = text(folder.path());
-    let environment = [("XDG_RUNTIME_DIR", runtime.as_str())];
-    let arbiter = folder.path().join("arbiter");
+    let user = User::new();
+    let arbiter = user.path().join("arbiter");
     std::fs::create_dir(&arbiter).unwrap();
     let (standby, address) = standby(&arbiter, &[]);
-    let arguments = [words(&["run", "--name", "db"]), boot("128M", "shell")].concat();
-    let arguments = [arguments, words(&["--protect", &address, "--arbiter", &text(&arbiter)])].concat();
-    let mut primary = Twinstep::start_with("primary", &arguments, &environment);
+    let pair = words(&["--name", "db", "--protect", &address, "--arbiter", &text(&arbiter)]);
+    let mut primary = user.start("run", &[&boot("128M", "shell"), &pair]);
     primary.wait_said("protected: ");
     primary.wait_console("# ");
-    primary.type_line(&format!(
-        "i=0 sum=0; echo it began: $((1 + 1)); while [ $i -lt {ROUNDS} ]; do sum=$(((sum * 31 + i) % 65521)); i=$((i + 1)); done; \
-         echo the sum is $sum; poweroff -f"
-    ));
-    primary.wait_console("it began: 2");
-    let failover = Twinstep::start_with("failover", &words(&["failover", "db"]), &environment).end();
-    failover.with(0).shows("the standby runs 'db' now");
+    begin(&mut primary);
+    user.ask("failover", &["db"]).with(0).shows("the standby runs 'db' now");
     let primary = primary.end().with(5).says(&["the VM runs on the other host now, in epoch 2"]);
     assert!(!primary.console.contains(&sum()), "it was handed over in the middle");
     computed(standby.end());
-    Twinstep::start_with("failover", &words(&["failover", "db"]), &environment).end().refused(&["no VM called 'db' runs here"]);
+    user.ask("failover", &["db"]).refused(&["no VM called 'db' runs here"]);
 }
 
 #[test]

@@ -7,28 +7,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use common::{Ended, Twinstep, boot, folder, text, turn, words};
+use common::{User, boot, text, turn, words};
 use rustix::process::Signal;
 use serde_json::Value;
-use tempfile::TempDir;
 
-/// A user's runtime folder.
-struct User(TempDir);
-
-impl User {
-    fn new() -> Self {
-        Self(folder())
-    }
-    fn start(&self, name: &str, arguments: &[&[String]]) -> Twinstep {
-        let arguments = [&words(&[name])[..], &arguments.concat()].concat();
-        Twinstep::start_with(name, &arguments, &[("XDG_RUNTIME_DIR", &text(self.0.path()))])
-    }
-    fn stat(&self, arguments: &[&str]) -> Ended {
-        self.start("stat", &[&words(arguments)]).end()
-    }
-    fn sockets(&self) -> PathBuf {
-        self.0.path().join("twinstep")
-    }
+/// Where a user's sockets are.
+fn sockets(user: &User) -> PathBuf {
+    user.path().join("twinstep")
 }
 
 /// Work for the guest's shell until it is told to stop.
@@ -64,9 +49,9 @@ fn a_busy_guest_and_an_idle_one() {
     vm.type_line(LOOP);
     vm.wait_console("it loops: 42");
 
-    let first = user.stat(&["db", "--once", "--json"]).with(0).json();
+    let first = user.ask("stat", &["db", "--once", "--json"]).with(0).json();
     is_sane(&first);
-    let second = user.stat(&["--once", "--json", "--interval", "0.5"]).with(0).json();
+    let second = user.ask("stat", &["--once", "--json", "--interval", "0.5"]).with(0).json();
     is_sane(&second);
     for busy in [&first, &second] {
         assert_eq!((busy["vm"]["name"].as_str(), busy["vm"]["side"].as_str()), (Some("db"), Some("alone")));
@@ -87,7 +72,7 @@ fn a_busy_guest_and_an_idle_one() {
     }
     assert!(number(&second, &["position"]) > number(&first, &["position"]));
 
-    let table = user.stat(&["db", "--once"]).with(0);
+    let table = user.ask("stat", &["db", "--once"]).with(0);
     for part in ["db (process", "MIPS while busy", "translator", "exits/s", "TLB/s", "devices/s"] {
         assert!(table.console.contains(part), "{table:#?}");
     }
@@ -96,12 +81,12 @@ fn a_busy_guest_and_an_idle_one() {
     lines.wait_console("waits");
     vm.type_line("touch /tmp/stop; wait; echo it rests: $((6 * 7))");
     vm.wait_console("it rests: 42");
-    let idle = user.stat(&["db", "--once", "--json"]).with(0).json();
+    let idle = user.ask("stat", &["db", "--once", "--json"]).with(0).json();
     is_sane(&idle);
     assert!(number(&idle, &["time", "halted"]) > 0.5, "{idle}");
 
     // Programs speak the same.
-    let mut raw = BufReader::new(UnixStream::connect(user.sockets().join("db.sock")).unwrap());
+    let mut raw = BufReader::new(UnixStream::connect(sockets(&user).join("db.sock")).unwrap());
     for (request, part) in [
         ("{\"v\":1,\"do\":\"identify\"}", "\"side\":\"alone\""),
         ("{\"v\":1,\"do\":\"dance\"}", "\"code\":\"unknown-request\""),
@@ -119,13 +104,13 @@ fn a_busy_guest_and_an_idle_one() {
     let again = user.start("run", &[&boot("128M", "shell"), &words(&["--name", "db"])]).end();
     again.refused(&["a VM called 'db' runs already", "--name"]);
     user.start("run", &[&boot("128M", "shell"), &words(&["--name", "../db"])]).end().refused(&["cannot be a VM's name"]);
-    user.stat(&["other"]).refused(&["no VM called 'other' runs here", "name one of these: db"]);
+    user.ask("stat", &["other"]).refused(&["no VM called 'other' runs here", "name one of these: db"]);
 
     vm.type_line("poweroff -f");
     vm.end().with(0);
     lines.end().with(0).says(&["the VM 'db'"]);
-    user.stat(&[]).refused(&["no VM runs here", "twinstep run"]);
-    assert_eq!(fs::read_dir(user.sockets()).unwrap().count(), 0, "the socket went with its VM");
+    user.ask("stat", &[]).refused(&["no VM runs here", "twinstep run"]);
+    assert_eq!(fs::read_dir(sockets(&user)).unwrap().count(), 0, "the socket went with its VM");
     let mapped = fs::read_to_string(&map).unwrap();
     fs::remove_file(&map).unwrap();
     for part in [" twinstep:enter\n", " kernel:ffffffff", ":trace\n", " user:"] {
@@ -137,22 +122,22 @@ fn a_busy_guest_and_an_idle_one() {
 fn both_sides_of_a_pair_and_the_survivor() {
     let _turn = turn(2);
     let user = User::new();
-    let arbiter = user.0.path().join("arbiter");
+    let arbiter = user.path().join("arbiter");
     fs::create_dir(&arbiter).unwrap();
     let arbiter = text(&arbiter);
     let standby = user.start("standby", &[&words(&["--name", "db-standby", "--listen", "127.0.0.1:0", "--arbiter", &arbiter])]);
     let address = standby.wait_said("waiting for a primary on ");
-    user.stat(&["db-standby"]).refused(&["waits for a primary"]);
+    user.ask("stat", &["db-standby"]).refused(&["waits for a primary"]);
     let pair = words(&["--name", "db", "--protect", &address, "--arbiter", &arbiter]);
     let mut primary = user.start("run", &[&boot("128M", "shell"), &pair]);
     primary.wait_said("protected: ");
     primary.wait_console("# ");
-    user.stat(&["--once"]).refused(&["several VMs run here", "db  (", "primary", "db-standby  (", "standby", "name one"]);
+    user.ask("stat", &["--once"]).refused(&["several VMs run here", "db  (", "primary", "db-standby  (", "standby", "name one"]);
     primary.type_line(LOOP);
     primary.wait_console("it loops: 42");
     let mut positions = Vec::new();
     for (name, side) in [("db", "primary"), ("db-standby", "standby")] {
-        let value = user.stat(&[name, "--once", "--json"]).with(0).json();
+        let value = user.ask("stat", &[name, "--once", "--json"]).with(0).json();
         is_sane(&value);
         assert_eq!(value["vm"]["side"].as_str(), Some(side), "{value}");
         assert!(number(&value, &["mips"]) > 0.0, "{value}");
@@ -161,8 +146,8 @@ fn both_sides_of_a_pair_and_the_survivor() {
     primary.kill();
     standby.wait_said("live: live in epoch 2");
     // The name of the dead is free, though its socket is still there.
-    assert!(user.sockets().join("db.sock").exists());
-    let value = user.stat(&["--once", "--json"]).with(0).json();
+    assert!(sockets(&user).join("db.sock").exists());
+    let value = user.ask("stat", &["--once", "--json"]).with(0).json();
     is_sane(&value);
     assert_eq!((value["vm"]["name"].as_str(), value["vm"]["side"].as_str()), (Some("db-standby"), Some("survivor")));
     assert!(number(&value, &["position"]) > positions[1]);
@@ -173,18 +158,18 @@ fn both_sides_of_a_pair_and_the_survivor() {
 #[test]
 fn folders_that_others_can_touch_are_refused() {
     let user = User::new();
-    fs::create_dir(user.sockets()).unwrap();
-    fs::set_permissions(user.sockets(), Permissions::from_mode(0o755)).unwrap();
-    let at = text(&user.sockets());
+    fs::create_dir(sockets(&user)).unwrap();
+    fs::set_permissions(sockets(&user), Permissions::from_mode(0o755)).unwrap();
+    let at = text(&sockets(&user));
     let run = || user.start("run", &[&boot("128M", "shell")]).end();
-    for refused in [user.stat(&[]), user.stat(&["db"]), run()] {
+    for refused in [user.ask("stat", &[]), user.ask("stat", &["db"]), run()] {
         refused.refused(&[&at, "is not safe", "0755", "chmod 700"]);
     }
-    fs::set_permissions(user.sockets(), Permissions::from_mode(0o700)).unwrap();
-    user.stat(&[]).refused(&["no VM runs here"]);
+    fs::set_permissions(sockets(&user), Permissions::from_mode(0o700)).unwrap();
+    user.ask("stat", &[]).refused(&["no VM runs here"]);
     // Root alone can give a folder to somebody else.
-    if std::os::unix::fs::chown(user.sockets(), Some(12345), None).is_ok() {
-        for refused in [user.stat(&[]), run()] {
+    if std::os::unix::fs::chown(sockets(&user), Some(12345), None).is_ok() {
+        for refused in [user.ask("stat", &[]), run()] {
             refused.refused(&[&at, "is not safe", "it belongs to user 12345"]);
         }
     }

@@ -7,40 +7,9 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
-use common::{Ended, PATIENCE, Twinstep, boot, folder, text, turn, words};
+use common::{PATIENCE, Twinstep, User, boot, text, turn, words};
 use rustix::process::Signal;
 use serde_json::Value;
-use tempfile::TempDir;
-
-/// A user's runtime folder.
-struct User(TempDir);
-
-impl User {
-    fn new() -> Self {
-        Self(folder())
-    }
-    fn start(&self, name: &str, arguments: &[&[String]]) -> Twinstep {
-        let arguments = [&words(&[name])[..], &arguments.concat()].concat();
-        Twinstep::start_with(name, &arguments, &[("XDG_RUNTIME_DIR", &text(self.0.path()))])
-    }
-    fn ask(&self, command: &str, arguments: &[&str]) -> Ended {
-        self.start(command, &[&words(arguments)]).end()
-    }
-    fn status(&self, name: &str) -> Value {
-        self.ask("status", &[name, "--json", "--events", "1000"]).with(0).json()
-    }
-    /// Asks again until it is so: some figures are published ten times a second and not at once.
-    fn status_with(&self, name: &str, what: &str, so: impl Fn(&Value) -> bool) -> Value {
-        let deadline = std::time::Instant::now() + PATIENCE;
-        loop {
-            let status = self.status(name);
-            if so(&status) {
-                return status;
-            }
-            assert!(std::time::Instant::now() < deadline, "{name} does not come to {what}: {status}");
-        }
-    }
-}
 
 #[track_caller]
 fn number(value: &Value, path: &[&str]) -> f64 {
@@ -196,7 +165,7 @@ fn a_vm_that_runs_alone() {
     taken.refused(&["cannot serve metrics on", &page, "a free port"]);
 
     // Programs speak the same.
-    let mut raw = BufReader::new(UnixStream::connect(user.0.path().join("twinstep/solo.sock")).unwrap());
+    let mut raw = BufReader::new(UnixStream::connect(user.path().join("twinstep/solo.sock")).unwrap());
     for (request, part) in [
         ("{\"v\":1,\"do\":\"identify\"}", "[\"identify\",\"stat\",\"status\",\"events\",\"failover\",\"flip-bit\"]"),
         ("{\"v\":1,\"do\":\"status\"}", "\"state\":\"unprotected\""),
@@ -226,7 +195,7 @@ fn a_vm_that_runs_alone() {
 fn both_sides_of_a_pair_and_the_survivor() {
     let _turn = turn(2);
     let user = User::new();
-    let arbiter = user.0.path().join("arbiter");
+    let arbiter = user.path().join("arbiter");
     fs::create_dir(&arbiter).unwrap();
     let arbiter = text(&arbiter);
     let served = words(&["--metrics", "127.0.0.1:0"]);
@@ -317,7 +286,7 @@ fn both_sides_of_a_pair_and_the_survivor() {
 fn a_primary_that_lost_its_standby() {
     let _turn = turn(2);
     let user = User::new();
-    let arbiter = text(user.0.path());
+    let arbiter = text(user.path());
     let mut standby = user.start("standby", &[&words(&["--name", "other", "--listen", "127.0.0.1:0", "--arbiter", &arbiter])]);
     let address = standby.wait_said("waiting for a primary on ");
     let pair = words(&["--name", "db", "--protect", &address, "--arbiter", &arbiter]);
@@ -348,7 +317,7 @@ fn top_needs_a_terminal() {
 fn top_on_a_terminal() {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     let user = User::new();
-    let standby = words(&["--name", "waiting", "--listen", "127.0.0.1:0", "--arbiter", &text(user.0.path())]);
+    let standby = words(&["--name", "waiting", "--listen", "127.0.0.1:0", "--arbiter", &text(user.path())]);
     let standby = user.start("standby", &[&standby]);
     standby.wait_said("waiting for a primary on ");
     let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
@@ -361,7 +330,7 @@ fn top_on_a_terminal() {
     let before = rustix::termios::tcgetattr(&terminal).unwrap().local_modes;
     let mut top = std::process::Command::new(env!("CARGO_BIN_EXE_twinstep"))
         .arg("top")
-        .env("XDG_RUNTIME_DIR", user.0.path())
+        .env("XDG_RUNTIME_DIR", user.path())
         .stdin(terminal.try_clone().unwrap())
         .stdout(terminal.try_clone().unwrap())
         .stderr(terminal)

@@ -634,15 +634,18 @@ impl Emit {
         self.save_all();
         self.return_to_rust();
 
-        // The upper half of the argument is always 0.
-        let exit_arg = at.exit_arg();
-        shared.leave_owing = self.here() as i32;
-        dynasm!(self.ops ; .arch x64 ; mov [exit_arg], r10d ; shr r10, 32 ; mov [exit], r10);
-        self.settle_owed();
-        self.jmp_abs(shared.leave);
-        shared.leave_with = self.here() as i32;
-        dynasm!(self.ops ; .arch x64 ; mov [exit_arg], r10d ; shr r10, 32 ; mov [exit], r10);
-        self.jmp_abs(shared.leave);
+        let leave_with = |emit: &mut Self, owing: bool| {
+            let address = emit.here() as i32;
+            let exit_arg = at.exit_arg();
+            // The upper half of the argument is always 0.
+            dynasm!(emit.ops ; .arch x64 ; mov [exit_arg], r10d ; shr r10, 32 ; mov [exit], r10);
+            if owing {
+                emit.settle_owed();
+            }
+            emit.jmp_abs(shared.leave);
+            address
+        };
+        (shared.leave_with, shared.leave_owing) = (leave_with(&mut self, false), leave_with(&mut self, true));
 
         shared.fault = self.here() as i32;
         dynasm!(self.ops ; .arch x64 ; mov QWORD [exit], crate::frame::exit::HOST_FAULT as i32);

@@ -58,6 +58,10 @@ impl Connection {
         stream.set_write_timeout(Some(patience)).map_err(fail)?;
         Ok(Self { name: name.to_owned(), stream: BufReader::new(stream) })
     }
+    /// Connects to the VM called `name`, or without a name to the only one there is.
+    pub fn open_named(folder: &Path, name: Option<&str>) -> Result<Self> {
+        name.map_or_else(|| Self::open_only(folder), |name| Self::open(folder, name))
+    }
     /// Connects to the only VM there is. An error if there is none, or more than one, which are then named.
     pub fn open_only(folder: &Path) -> Result<Self> {
         let there = folder::running(folder)?;

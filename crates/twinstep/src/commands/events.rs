@@ -26,10 +26,7 @@ pub struct Arguments {
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let folder = folder::of_this_user();
-    let mut connection = match &arguments.vm {
-        Some(name) => Connection::open(&folder, name)?,
-        None => Connection::open_only(&folder)?,
-    };
+    let mut connection = Connection::open_named(&folder, arguments.vm.as_deref())?;
     let mut out = std::io::stdout();
     let mut events = connection.events()?;
     let mut told = 0;

@@ -18,10 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let folder = folder::of_this_user();
-    let mut connection = match &arguments.vm {
-        Some(name) => Connection::open(&folder, name)?,
-        None => Connection::open_only(&folder)?,
-    };
+    let mut connection = Connection::open_named(&folder, arguments.vm.as_deref())?;
     let name = connection.identify()?.name;
     let before = connection.status()?.state;
     if before != "protected" {

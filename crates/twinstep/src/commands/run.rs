@@ -80,9 +80,6 @@ pub struct Visibility {
     /// No events on standard error
     #[arg(long)]
     pub quiet: bool,
-    /// Let `twinstep debug` break this VM on purpose
-    #[arg(long, hide_short_help = true)]
-    pub debug_faults: bool,
 }
 
 #[derive(Args)]
@@ -156,6 +153,9 @@ pub struct PairArguments {
     /// A peer that is silent for so many milliseconds is suspected dead
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(80..=30_000))]
     peer_timeout: u64,
+    /// Let `twinstep debug` break this VM on purpose
+    #[arg(long, hide_short_help = true)]
+    pub debug_faults: bool,
 }
 
 impl PairArguments {
@@ -181,7 +181,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         name: arguments.name,
         metrics: v.metrics,
         perf_map: arguments.perf_map,
-        debug_faults: v.debug_faults,
+        debug_faults: arguments.pair.debug_faults,
     };
     options.pair.commit = arguments.commit.into();
     options.pair.on_mismatch = match arguments.on_mismatch {

@@ -46,7 +46,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         metrics::serve(address, control.inquiry(), &events)?;
     }
     control.no_machine("this standby waits for a primary");
-    if v.debug_faults {
+    if arguments.pair.debug_faults {
         control.allow_faults();
     }
     let arbiter = session::open_arbiter(&arbiter, &events)?;

@@ -32,10 +32,7 @@ fn interval(text: &str) -> Result<f64, String> {
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let folder = folder::of_this_user();
-    let mut connection = match &arguments.vm {
-        Some(name) => Connection::open(&folder, name)?,
-        None => Connection::open_only(&folder)?,
-    };
+    let mut connection = Connection::open_named(&folder, arguments.vm.as_deref())?;
     let mut out = std::io::stdout();
     let live = out.is_terminal() && !arguments.once && !arguments.json;
     let mut before = connection.stat()?;

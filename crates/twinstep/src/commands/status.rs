@@ -31,10 +31,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             return Ok(several(&arguments, &seen));
         }
     }
-    let mut connection = match &arguments.vm {
-        Some(name) => Connection::open(&folder, name)?,
-        None => Connection::open_only(&folder)?,
-    };
+    let mut connection = Connection::open_named(&folder, arguments.vm.as_deref())?;
     let (status, events) = (connection.status()?, connection.events()?);
     print(&if arguments.json {
         format!("{}\n", object(&status, last(&events, arguments.events)))

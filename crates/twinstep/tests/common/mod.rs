@@ -94,6 +94,43 @@ pub fn folder() -> TempDir {
     tempfile::Builder::new().prefix("twinstep-e2e-").tempdir().expect("a temporary folder")
 }
 
+/// A user of their own: the folder of their VMs' control sockets.
+pub struct User(TempDir);
+
+impl User {
+    pub fn new() -> Self {
+        Self(folder())
+    }
+    /// The runtime folder.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+    /// Starts `twinstep NAME ARGUMENTS...`.
+    pub fn start(&self, name: &str, arguments: &[&[String]]) -> Twinstep {
+        let arguments = [&words(&[name])[..], &arguments.concat()].concat();
+        Twinstep::start_with(name, &arguments, &[("XDG_RUNTIME_DIR", &text(self.path()))])
+    }
+    /// Runs it to its end.
+    pub fn ask(&self, name: &str, arguments: &[&str]) -> Ended {
+        self.start(name, &[&words(arguments)]).end()
+    }
+    /// What `status` says of a VM, with all its events.
+    pub fn status(&self, name: &str) -> serde_json::Value {
+        self.ask("status", &[name, "--json", "--events", "1000"]).with(0).json()
+    }
+    /// Asks again until it is so: some figures are published ten times a second and not at once.
+    pub fn status_with(&self, name: &str, what: &str, so: impl Fn(&serde_json::Value) -> bool) -> serde_json::Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.status(name);
+            if so(&status) {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "{name} does not come to {what}: {status}");
+        }
+    }
+}
+
 /// Leave to run so many guests at once.
 pub struct Turn(usize);
 
