@@ -44,11 +44,15 @@ pub enum Bug {
     ForgetPendingAtResync,
     /// The secondary counts the output that differs as matched.
     MatchTheMismatch,
+    /// A VM that has lost a standby does not look for another one.
+    HealOnce,
+    /// A secondary that goes live forgets where its VM's other standbys are.
+    ForgetStandbys,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 19] = [
+    pub const ALL: [Bug; 21] = [
         Bug::ReleaseBeforeAck,
         Bug::LiveWithoutArbiter,
         Bug::ForgetReissue,
@@ -68,6 +72,8 @@ impl Bug {
         Bug::ResumeBeforeReady,
         Bug::ForgetPendingAtResync,
         Bug::MatchTheMismatch,
+        Bug::HealOnce,
+        Bug::ForgetStandbys,
     ];
 }
 

@@ -49,6 +49,10 @@ pub struct Config {
     pub arbiter_retry_min: Nanos,
     /// The longest pause between two questions to the arbiter.
     pub arbiter_retry_max: Nanos,
+    /// The pause before a standby that could not be reached, or was lost, is tried again; it doubles up to `heal_retry_max`.
+    pub heal_retry_min: Nanos,
+    /// The longest pause between two attempts to reach the same standby.
+    pub heal_retry_max: Nanos,
     /// The primary is throttled when more bytes of log than this are not acknowledged as received.
     pub max_unacked_bytes: u64,
     /// The primary is throttled when more bytes of log than this are not replayed. Bounds the secondary's memory.
@@ -78,6 +82,8 @@ impl Default for Config {
             arbiter_timeout: Nanos::from_millis(1_000),
             arbiter_retry_min: Nanos::from_millis(50),
             arbiter_retry_max: Nanos::from_millis(2_000),
+            heal_retry_min: Nanos::from_millis(500),
+            heal_retry_max: Nanos::from_millis(10_000),
             // A log of 1 Gbit/s for a quarter of a second.
             max_unacked_bytes: 32 << 20,
             max_unreplayed_bytes: 64 << 20,
@@ -113,7 +119,7 @@ impl Config {
 
     /// Says what does not fit, if anything.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let rules: [(bool, &'static str, &'static str); 9] = [
+        let rules: [(bool, &'static str, &'static str); 10] = [
             (self.heartbeat_interval.0 > 0, "heartbeat_interval", "must not be zero"),
             (
                 self.peer_timeout.0 / 4 >= self.heartbeat_interval.0,
@@ -127,6 +133,11 @@ impl Config {
                 self.arbiter_retry_min.0 > 0 && self.arbiter_retry_min <= self.arbiter_retry_max,
                 "arbiter_retry_min",
                 "must lie between one nanosecond and arbiter_retry_max",
+            ),
+            (
+                self.heal_retry_min.0 > 0 && self.heal_retry_min <= self.heal_retry_max,
+                "heal_retry_min",
+                "must lie between one nanosecond and heal_retry_max",
             ),
             (
                 self.max_unacked_bytes > 0

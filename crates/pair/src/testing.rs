@@ -1,9 +1,9 @@
 //! What the tests of both state machines share: identities, configurations, frames.
 
-use crate::config::{Commit, Config};
+use crate::config::{Commit, Config, OnMismatch};
 use crate::types::{Epoch, Nanos, OwnerId, Record, VmId};
-use crate::wire::{Decoder, Expectation, Hello, HelloReply, HostIdentity, Message, VmIdentity, encode};
-use crate::{PrimarySetup, SecondarySetup};
+use crate::wire::{Decoder, Expectation, Hello, HelloReply, HostIdentity, MAX_VERSION, MIN_VERSION, Message, VmIdentity, encode};
+use crate::{PrimaryEvent, PrimarySetup, SecondarySetup};
 
 pub(crate) const VM: VmId = VmId([1; 16]);
 pub(crate) const PRIMARY: OwnerId = OwnerId([2; 16]);
@@ -35,18 +35,25 @@ pub(crate) fn secondary_setup() -> SecondarySetup {
 
 pub(crate) fn hello() -> Hello {
     Hello {
-        min_version: 2,
-        max_version: 2,
+        min_version: MIN_VERSION,
+        max_version: MAX_VERSION,
         vm: vm(),
         epoch: Epoch::FIRST,
         commit: Commit::Received,
+        on_mismatch: OnMismatch::Primary,
         owner: PRIMARY,
         host: host(),
+        standbys: vec!["there:7171".to_owned(), "elsewhere:7171".to_owned()],
     }
 }
 
 pub(crate) fn reply() -> HelloReply {
-    HelloReply { version: 2, vm: VM, epoch: Epoch::FIRST, owner: SECONDARY, host: host() }
+    HelloReply { version: MAX_VERSION, vm: VM, epoch: Epoch::FIRST, owner: SECONDARY, host: host() }
+}
+
+/// A connection to that standby was made.
+pub(crate) fn connected() -> PrimaryEvent {
+    PrimaryEvent::PeerConnected { standbys: hello().standbys }
 }
 
 pub(crate) fn record(position: u64, length: usize) -> Record {
@@ -54,13 +61,13 @@ pub(crate) fn record(position: u64, length: usize) -> Record {
 }
 
 pub(crate) fn frame(message: &Message) -> Vec<u8> {
-    encode(message, 2)
+    encode(message, MAX_VERSION)
 }
 
 /// The messages in bytes that were sent.
 pub(crate) fn messages(bytes: &[u8]) -> Vec<Message> {
     let mut decoder = Decoder::new();
-    decoder.agree(2);
+    decoder.agree(MAX_VERSION);
     decoder.push(bytes);
     let mut found = Vec::new();
     while let Some(message) = decoder.next_message().expect("what is sent is sound") {

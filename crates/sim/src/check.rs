@@ -4,10 +4,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use twinstep_pair::{Commit, Config, Epoch, PrimaryState, SecondaryState, StopReason, TableArbiter};
+use twinstep_pair::{Commit, Config, Epoch, Nanos, PrimaryState, SecondaryState, StopReason, TableArbiter};
 
+use crate::profile::END;
 use crate::side::{Role, Side, VM, owner};
 use crate::world::World;
+
+/// How long a VM may be without a standby although one waits, once it is calm.
+const HEALED_WITHIN: Nanos = Nanos::from_millis(100);
 
 /// What must be remembered to judge, and a few counts.
 #[derive(Debug, Clone, Default)]
@@ -21,6 +25,7 @@ pub(crate) struct Checker {
     pub(crate) alone: u64,
     pub(crate) live: u64,
     pub(crate) resyncs: u64,
+    pub(crate) protected: u64,
     pub(crate) faults: u64,
     /// How much had been acknowledged some time before the end.
     pub(crate) acknowledged_before: usize,
@@ -138,7 +143,7 @@ impl Checker {
             if world.outside.acknowledged.len() <= self.acknowledged_before {
                 return Err("the VM runs, but the client gets no answers".to_owned());
             }
-            return Ok(());
+            return check_healed(world);
         }
         // Nobody runs: then the side that had the right to is dead.
         let mut entitled = 0;
@@ -169,6 +174,20 @@ impl Checker {
                 SecondaryState::Following if !peer_alive => Err(format!("side {index} has not noticed its peer's death")),
                 _ => Ok(()),
             },
+        }
+    }
+}
+
+/// A VM that runs has a standby, if any waits for it.
+fn check_healed(world: &World) -> Result<(), String> {
+    let alone = |side: &&Side| side.alive && side.bare_since.is_some_and(|since| END.since(since) > HEALED_WITHIN);
+    let Some(alone) = world.sides.iter().find(alone) else { return Ok(()) };
+    // It may be asked for at places where the VM has, or had, a standby.
+    let known = |host: usize| host != 0 || world.profile.own_place;
+    match world.sides.iter().find(|side| side.waits() && known(side.host)) {
+        None => Ok(()),
+        Some(standby) => {
+            Err(format!("the VM on host {} has had no standby for long, although one waits on host {}", alone.host, standby.host))
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use twinstep_pair::{Nanos, PrimaryEvent, SecondaryEvent};
 
-use crate::profile::{CALM_FROM, Fault};
+use crate::profile::{CALM_FROM, Fault, MAX_HOSTS};
 use crate::side::Role;
 use crate::world::World;
 
@@ -64,6 +64,7 @@ impl World {
 
     pub(crate) fn kill(&mut self, victim: usize, silently: bool) {
         self.sides[victim].alive = false;
+        self.plan_restart(victim);
         let Some(index) = self.sides[victim].connection.take() else {
             return;
         };
@@ -78,8 +79,12 @@ impl World {
 
     fn partition(&mut self, victim: usize, until: Nanos) {
         let Some(index) = self.sides[victim].connection else {
+            // Of a standby that waits, it shows only when somebody wants to reach it.
+            let (host, other) = (self.sides[victim].host, self.random.between(0, MAX_HOSTS as u64 - 1) as usize);
+            self.apart[host][other] = until;
             return;
         };
+        let hosts = self.connections[index].ends.map(|side| self.sides[side].host);
         let for_ever = self.random.percent(40);
         let ends = self.random.pick(&[&[0_usize][..], &[1], &[0, 1], &[0, 1]]);
         for end in ends {
@@ -88,6 +93,7 @@ impl World {
                 direction.silent = true;
             } else {
                 direction.block(until);
+                self.apart[hosts[1 - *end]][hosts[*end]] = until;
             }
         }
     }

@@ -12,6 +12,9 @@ pub(crate) const CALM_FROM: Nanos = Nanos::from_millis(160);
 /// When the world ends.
 pub(crate) const END: Nanos = Nanos::from_millis(560);
 
+/// Hosts there are at most.
+pub(crate) const MAX_HOSTS: usize = 3;
+
 /// The kind of world a seed lives in.
 #[derive(Debug, Clone)]
 pub(crate) struct Profile {
@@ -21,8 +24,10 @@ pub(crate) struct Profile {
     pub(crate) ns_per_byte: u64,
     pub(crate) arbiter_delay_max_ns: u64,
     pub(crate) arbiter_answer_lost_percent: u64,
-    /// From, to.
-    pub(crate) arbiter_away: (Nanos, Nanos),
+    /// How often an answer comes twice.
+    pub(crate) arbiter_twice_percent: u64,
+    /// From, to, as each host sees it.
+    pub(crate) arbiter_away: [(Nanos, Nanos); MAX_HOSTS],
     /// How many faults there are.
     pub(crate) faults: u64,
     /// How often a change of state is followed by a fault at once: the moments at which protocols break.
@@ -43,8 +48,12 @@ pub(crate) struct Profile {
     /// A released output takes so long to leave the host, at most.
     pub(crate) leave_delay_max_ns: u64,
     pub(crate) clients: u64,
-    /// A survivor gets a new standby.
-    pub(crate) heal: bool,
+    /// On how many hosts there is a process at first; those that are not the primary's are standbys.
+    pub(crate) hosts: usize,
+    /// How often a host whose process has ended starts a standby.
+    pub(crate) restart_percent: u64,
+    /// The primary knows an address of its own host, where a standby may wait later.
+    pub(crate) own_place: bool,
 }
 
 /// The ways in which things go wrong.
@@ -87,8 +96,11 @@ impl Fault {
 impl Profile {
     pub(crate) fn draw(random: &mut Random) -> Profile {
         let slow_network = random.percent(20);
-        let away_from = random.between(0, CALM_FROM.0);
-        let away_for = if random.percent(30) { random.between(0, CALM_FROM.0) } else { 0 };
+        let mut arbiter_away = [away(random); MAX_HOSTS];
+        if random.percent(50) {
+            // Not the arbiter is away, but hosts from it.
+            arbiter_away = std::array::from_fn(|_| away(random));
+        }
         let mut fault_weights = [0; 9];
         for weight in &mut fault_weights {
             *weight = random.pick(&[0, 1, 1, 4]);
@@ -100,7 +112,7 @@ impl Profile {
         fault_weights[6] = u64::from(random.percent(10));
         let config = draw_config(random);
         // What the world sees of a flipped bit is wrong unless outputs are compared before they leave.
-        fault_weights[7] = if config.commit == Commit::Matched { random.pick(&[0, 2, 8]) } else { 0 };
+        fault_weights[7] = if config.commit == Commit::Matched { random.pick(&[0, 4, 12]) } else { 0 };
         fault_weights[8] = random.pick(&[0, 0, 1, 4]);
         let ns_per_byte = random.pick(&[0, 1, 10, if slow_network { 2_000 } else { 100 }]);
         let slice_max = random.pick(&[10, 100, 400]);
@@ -111,7 +123,8 @@ impl Profile {
             ns_per_byte,
             arbiter_delay_max_ns: random.pick(&[100_000, 1_000_000, 30_000_000]),
             arbiter_answer_lost_percent: random.pick(&[0, 0, 30, 80]),
-            arbiter_away: (Nanos(away_from), Nanos(away_from + away_for)),
+            arbiter_twice_percent: random.pick(&[0, 0, 20]),
+            arbiter_away,
             faults: random.pick(&[0, 1, 1, 2, 2, 3, 5]),
             fault_at_change_percent: random.pick(&[0, 0, 10, 50]),
             fault_weights,
@@ -125,7 +138,9 @@ impl Profile {
             pause_during_copy: random.percent(30),
             leave_delay_max_ns: random.pick(&[1_000, 200_000, 3_000_000]),
             clients: random.between(1, 4),
-            heal: random.percent(50),
+            hosts: random.pick(&[2, 3, 3]),
+            restart_percent: random.pick(&[0, 50, 100]),
+            own_place: random.percent(50),
         }
     }
 
@@ -148,6 +163,13 @@ impl Profile {
     }
 }
 
+/// From when to when an arbiter does not answer.
+fn away(random: &mut Random) -> (Nanos, Nanos) {
+    let from = random.between(0, CALM_FROM.0);
+    let span = if random.percent(30) { random.between(0, CALM_FROM.0) } else { 0 };
+    (Nanos(from), Nanos(from + span))
+}
+
 fn draw_config(random: &mut Random) -> Config {
     Config {
         commit: random.pick(&[Commit::Received, Commit::Matched]),
@@ -160,6 +182,8 @@ fn draw_config(random: &mut Random) -> Config {
         arbiter_timeout: Nanos::from_millis(20),
         arbiter_retry_min: Nanos::from_millis(2),
         arbiter_retry_max: Nanos::from_millis(40),
+        heal_retry_min: Nanos::from_millis(random.pick(&[1, 10])),
+        heal_retry_max: Nanos::from_millis(20),
         max_unacked_bytes: random.pick(&[1_500, 20_000]),
         max_unreplayed_bytes: random.pick(&[3_000, 40_000]),
         max_replay_lag: random.pick(&[500, 5_000]),

@@ -31,6 +31,8 @@ pub struct Figures {
     pub live: u64,
     /// How often a secondary was made equal again.
     pub resyncs: u64,
+    /// How often a VM got a standby after its first one.
+    pub healed: u64,
     /// How many outputs the world saw.
     pub outputs: u64,
     /// How many of them it saw again.
@@ -49,6 +51,7 @@ impl Figures {
             alone: self.alone + other.alone,
             live: self.live + other.live,
             resyncs: self.resyncs + other.resyncs,
+            healed: self.healed + other.healed,
             outputs: self.outputs + other.outputs,
             duplicates: self.duplicates + other.duplicates,
             acknowledged: self.acknowledged + other.acknowledged,
@@ -86,6 +89,7 @@ pub fn run_seed(seed: u64, bug: Option<Bug>) -> Result<Figures, Box<Violation>> 
             alone: world.checker.alone,
             live: world.checker.live,
             resyncs: world.checker.resyncs,
+            healed: world.checker.protected.saturating_sub(1),
             outputs: world.outside.seen(),
             duplicates: world.outside.duplicates,
             acknowledged: world.outside.acknowledged.len() as u64,

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use twinstep_pair::{
-    Bug, Bugs, Epoch, Expectation, HostIdentity, Nanos, OwnerId, Primary, PrimarySetup, PrimaryState, Record, Secondary,
-    SecondarySetup, StopReason, VmId, VmIdentity,
+    Bug, Bugs, Epoch, Expectation, Healer, HostIdentity, Nanos, OwnerId, Primary, PrimarySetup, PrimaryState, Record, Secondary,
+    SecondarySetup, SecondaryState, StopReason, VmId, VmIdentity,
 };
 
 use crate::machine::{Machine, Output};
@@ -32,6 +32,16 @@ pub(crate) enum Role {
 #[derive(Debug, Clone)]
 pub(crate) struct Side {
     pub(crate) role: Role,
+    /// Where its process runs.
+    pub(crate) host: usize,
+    /// Who looks for its standbys, if it is a primary.
+    pub(crate) healer: Option<Healer>,
+    /// When the healer is asked next.
+    pub(crate) heal_at: Option<Nanos>,
+    /// Since when it has had one that protects it.
+    pub(crate) protected_since: Option<Nanos>,
+    /// Since when it has had no standby.
+    pub(crate) bare_since: Option<Nanos>,
     pub(crate) alive: bool,
     /// Its process dies after so many further actions.
     pub(crate) doomed: Option<u64>,
@@ -80,14 +90,24 @@ fn host_identity() -> HostIdentity {
     HostIdentity { build: "sim".to_owned(), engine: "toy".to_owned(), cpu_vendor: "none".to_owned(), cpu_family: 0 }
 }
 
+/// How a host is called in a list of standbys.
+pub(crate) fn place(host: usize) -> String {
+    format!("host-{host}")
+}
+
 pub(crate) fn owner(index: usize) -> OwnerId {
     OwnerId([index as u8 + 1; 16])
 }
 
 impl Side {
-    fn new(role: Role) -> Side {
+    fn new(role: Role, host: usize) -> Side {
         Side {
             role,
+            host,
+            healer: None,
+            heal_at: None,
+            protected_since: None,
+            bare_since: None,
             alive: true,
             doomed: None,
             stopped: None,
@@ -130,11 +150,15 @@ impl Side {
             last_left: 0,
         })
         .expect("profiles are sound");
-        Side::new(Role::Primary(Box::new(primary.with_bugs(bugs(bug)))))
+        let standbys = (1..profile.hosts).map(place);
+        let healer = Healer::new(standbys, profile.own_place.then(|| place(index)), &profile.config);
+        let mut side = Side::new(Role::Primary(Box::new(primary.with_bugs(bugs(bug)))), index);
+        side.healer = Some(healer.with_bugs(bugs(bug)));
+        side
     }
 
     /// A standby.
-    pub(crate) fn secondary(index: usize, profile: &Profile, bug: Option<Bug>) -> Side {
+    pub(crate) fn secondary(index: usize, host: usize, profile: &Profile, bug: Option<Bug>) -> Side {
         let secondary = Secondary::new(SecondarySetup {
             config: profile.config.clone(),
             host: host_identity(),
@@ -142,14 +166,15 @@ impl Side {
             expect: Expectation { vm: Some(VM), ..Expectation::default() },
         })
         .expect("profiles are sound");
-        Side::new(Role::Secondary(Box::new(secondary.with_bugs(bugs(bug)))))
+        Side::new(Role::Secondary(Box::new(secondary.with_bugs(bugs(bug)))), host)
     }
 
     /// The side has gone live: what was a secondary drives the machine as a primary.
     pub(crate) fn become_primary(&mut self, bug: Option<Bug>) {
         if let Role::Secondary(secondary) = &self.role {
-            let primary = secondary.as_ref().clone().into_primary().with_bugs(bugs(bug));
-            self.role = Role::Primary(Box::new(primary));
+            let (primary, healer) = secondary.as_ref().clone().into_primary();
+            self.role = Role::Primary(Box::new(primary.with_bugs(bugs(bug))));
+            self.healer = Some(healer.with_bugs(bugs(bug)));
         }
     }
 
@@ -165,6 +190,12 @@ impl Side {
             Role::Primary(primary) => Some(primary.state()),
             Role::Secondary(_) => None,
         }
+    }
+
+    /// Whether it is a standby that waits for a primary.
+    pub(crate) fn waits(&self) -> bool {
+        let listening = matches!(&self.role, Role::Secondary(secondary) if secondary.state() == SecondaryState::Listening);
+        self.alive && self.stopped.is_none() && self.connection.is_none() && listening
     }
 
     /// Whether its outputs leave without anybody's acknowledgement.

@@ -2,49 +2,101 @@
 //!
 //! In: what sides send, cuts. Out: events for sides. Invariant: a side hears only of the connection it has now.
 
-use twinstep_pair::{PrimaryEvent, PrimaryState, SecondaryEvent};
+use twinstep_pair::{Nanos, PrimaryEvent, PrimaryState, SecondaryEvent};
 
 use crate::network::Connection;
-use crate::profile::CALM_FROM;
-use crate::side::{Role, Side};
+use crate::profile::{CALM_FROM, MAX_HOSTS};
+use crate::side::{Role, Side, place};
 use crate::world::{Happening, World};
 
 /// No more sides than this in one history.
-const MAX_SIDES: usize = 6;
+const MAX_SIDES: usize = 12;
 
 impl World {
-    pub(crate) fn plan_heal(&mut self, side: usize) {
-        if self.profile.heal {
-            let delay = self.random.between(100_000, 20_000_000);
-            self.plan(delay, Happening::Heal(side));
+    /// Tells a primary's healer how the primary does, and plans when it is to be asked.
+    pub(crate) fn follow(&mut self, side: usize) {
+        let now = self.now;
+        let state = self.sides[side].primary_state();
+        let it = &mut self.sides[side];
+        let (Some(state), Some(healer)) = (state, &mut it.healer) else { return };
+        healer.follow(now, state);
+        if state == PrimaryState::Protected && it.protected_since.is_none() {
+            self.checker.protected += 1;
+        }
+        it.protected_since = (state >= PrimaryState::Protected).then(|| it.protected_since.unwrap_or(now));
+        it.bare_since = (state == PrimaryState::Unprotected).then(|| it.bare_since.unwrap_or(now));
+        if let Some(deadline) = healer.deadline().filter(|deadline| it.heal_at.is_none_or(|at| *deadline < at)) {
+            let at = Nanos(deadline.max(now).0 + self.random.between(0, 2_000_000));
+            self.sides[side].heal_at = Some(at);
+            self.plan_at(at, Happening::Heal(side));
         }
     }
 
-    pub(crate) fn heal(&mut self, primary: usize) -> Result<(), String> {
-        let unprotected = self.sides[primary].primary_state() == Some(PrimaryState::Unprotected);
-        if !unprotected || self.sides[primary].connection.is_some() {
+    pub(crate) fn heal(&mut self, side: usize) {
+        let now = self.now;
+        if self.sides[side].heal_at.take().is_none() {
+            return;
+        }
+        let wanted = self.sides[side].healer.as_mut().and_then(|healer| {
+            let standby = healer.poll(now)?;
+            healer.greeting(standby).into_iter().next()
+        });
+        if let Some(wanted) = wanted {
+            let host = (0..MAX_HOSTS).find(|host| place(*host) == wanted).expect("lists name hosts");
+            let delay = self.random.between(50_000, 5_000_000);
+            self.plan(delay, Happening::Reach(side, host));
+        }
+    }
+
+    /// The attempt of a primary to reach a standby on a host comes to something or nothing.
+    pub(crate) fn reach(&mut self, primary: usize, host: usize) -> Result<(), String> {
+        if self.sides[primary].primary_state() != Some(PrimaryState::Unprotected) {
+            return Ok(()); // It has ended meanwhile.
+        }
+        let from = self.sides[primary].host;
+        let cut_off = self.apart[from][host].max(self.apart[host][from]) > self.now;
+        let waits = (0..self.sides.len()).find(|side| {
+            let it = &self.sides[*side];
+            it.host == host && it.waits() && it.stalled_until <= self.now
+        });
+        let Some(secondary) = waits.filter(|_| !cut_off) else {
+            self.note(|_| format!("side {primary} reaches nobody on host {host}"));
+            let now = self.now;
+            self.sides[primary].healer.as_mut().and_then(|healer| healer.not_reached(now));
+            self.follow(primary);
             return Ok(());
-        }
-        if !self.connections.is_empty() {
-            if self.sides.len() >= MAX_SIDES || self.now.0 > CALM_FROM.0 + 100_000_000 {
-                return Ok(());
-            }
-            let side = Side::secondary(self.sides.len(), &self.profile, self.bug);
-            self.sides.push(side);
-        }
-        let secondary = self.sides.len() - 1;
-        if !self.sides[secondary].alive || self.sides[secondary].stopped.is_some() {
-            return Ok(());
-        }
+        };
         let connection = self.connections.len();
         self.connections.push(Connection::new(primary, secondary));
         for (side, peer) in [(primary, secondary), (secondary, primary)] {
             self.sides[side].connection = Some(connection);
             self.sides[side].peer = Some(peer);
         }
-        self.note(|_| format!("side {primary} connects to standby {secondary}"));
+        self.note(|_| format!("side {primary} connects to standby {secondary} on host {host}"));
+        let healer = self.sides[primary].healer.as_mut().expect("it has asked for this");
+        healer.connected();
+        let standbys = healer.greeting(healer.standby().expect("just connected"));
         self.tell_secondary(secondary, SecondaryEvent::PeerConnected)?;
-        self.tell_primary(primary, PrimaryEvent::PeerConnected)
+        self.tell_primary(primary, PrimaryEvent::PeerConnected { standbys })
+    }
+
+    /// The process of a side has ended: its host may start a standby.
+    pub(crate) fn plan_restart(&mut self, side: usize) {
+        let host = self.sides[side].host;
+        if self.now < CALM_FROM && self.random.percent(self.profile.restart_percent) {
+            let delay = self.random.between(1_000_000, 40_000_000);
+            self.plan(delay, Happening::Restart(host));
+        }
+    }
+
+    pub(crate) fn restart(&mut self, host: usize) {
+        let busy = self.sides.iter().any(|side| side.host == host && side.alive && side.stopped.is_none());
+        if busy || self.sides.len() >= MAX_SIDES {
+            return;
+        }
+        let side = self.sides.len();
+        self.note(|_| format!("host {host} starts standby {side}"));
+        self.sides.push(Side::secondary(side, host, &self.profile, self.bug));
     }
 
     pub(crate) fn send(&mut self, side: usize, bytes: Vec<u8>) {

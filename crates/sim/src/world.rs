@@ -14,7 +14,7 @@ use crate::check::Checker;
 use crate::machine::{Input, Machine, Output};
 use crate::network::Connection;
 use crate::outside::Outside;
-use crate::profile::{CALM_FROM, END, Fault, Profile};
+use crate::profile::{CALM_FROM, END, Fault, MAX_HOSTS, Profile};
 use crate::random::Random;
 use crate::side::{INPUT, NOTE, Role, Side};
 
@@ -33,8 +33,8 @@ pub(crate) enum Happening {
     Deliver(usize, usize),
     /// Released outputs leave the host.
     Leave(usize, u64),
-    /// A claim arrives; the answer takes so long, if it gets back at all.
-    Claim(usize, Claim, Option<u64>),
+    /// A claim arrives; the answer takes so long, if it gets back at all, and so long if it is said again.
+    Claim(usize, Claim, Option<u64>, Option<u64>),
     /// An answer arrives.
     Answer(usize, Epoch, Verdict),
     /// A writer of the client sends.
@@ -45,8 +45,12 @@ pub(crate) enum Happening {
     Feed(usize),
     /// The image is restored.
     Restored(usize),
-    /// A survivor looks for a standby.
+    /// A primary looks for a standby.
     Heal(usize),
+    /// It tries this host.
+    Reach(usize, usize),
+    /// A host whose process has ended starts a standby.
+    Restart(usize),
     Fault,
 }
 
@@ -63,9 +67,10 @@ impl Happening {
             | Happening::Input(side, _)
             | Happening::Feed(side)
             | Happening::Restored(side)
-            | Happening::Heal(side) => Some(side),
+            | Happening::Heal(side)
+            | Happening::Reach(side, _) => Some(side),
             Happening::Deliver(connection, end) => Some(connections[connection].ends[end]),
-            Happening::Claim(..) | Happening::Client(_) | Happening::Fault => None,
+            Happening::Claim(..) | Happening::Client(_) | Happening::Restart(_) | Happening::Fault => None,
         }
     }
 }
@@ -80,6 +85,8 @@ pub(crate) struct World {
     pub(crate) outside: Outside,
     pub(crate) arbiter: ToyArbiter,
     pub(crate) checker: Checker,
+    /// Until when nothing gets from one host to another.
+    pub(crate) apart: [[Nanos; MAX_HOSTS]; MAX_HOSTS],
     queue: BTreeMap<(Nanos, u64), Happening>,
     planned: u64,
     /// The side to which the network sends what the client sends.
@@ -93,7 +100,8 @@ impl World {
     pub(crate) fn new(seed: u64, bug: Option<Bug>, traced: bool) -> World {
         let mut random = Random::new(seed);
         let profile = Profile::draw(&mut random);
-        let sides = vec![Side::primary(0, &profile, bug), Side::secondary(1, &profile, bug)];
+        let standbys = (1..profile.hosts).map(|host| Side::secondary(host, host, &profile, bug));
+        let sides = std::iter::once(Side::primary(0, &profile, bug)).chain(standbys).collect();
         let mut world = World {
             now: Nanos(0),
             outside: Outside::new(profile.clients),
@@ -101,6 +109,7 @@ impl World {
             connections: Vec::new(),
             arbiter: ToyArbiter::default(),
             checker: Checker::default(),
+            apart: Default::default(),
             queue: BTreeMap::new(),
             planned: 0,
             location: 0,
@@ -179,11 +188,11 @@ impl World {
             }
             Happening::Deliver(connection, end) => self.deliver(connection, end),
             Happening::Leave(side, up_to) => self.leave(side, up_to),
-            Happening::Claim(side, claim, answers) => {
+            Happening::Claim(side, claim, answers, again) => {
                 let verdict = self.arbiter.decide(&claim);
                 self.note(|_| format!("arbiter: epoch {} to side {side}: {verdict:?}", claim.epoch));
-                if let Some(answers) = answers {
-                    self.plan(answers, Happening::Answer(side, claim.epoch, verdict));
+                for delay in [answers, again].into_iter().flatten() {
+                    self.plan(delay, Happening::Answer(side, claim.epoch, verdict));
                 }
                 Ok(())
             }
@@ -201,7 +210,15 @@ impl World {
             }
             Happening::Feed(side) => self.feed_image(side),
             Happening::Restored(side) => self.restored(side),
-            Happening::Heal(side) => self.heal(side),
+            Happening::Heal(side) => {
+                self.heal(side);
+                Ok(())
+            }
+            Happening::Reach(side, host) => self.reach(side, host),
+            Happening::Restart(host) => {
+                self.restart(host);
+                Ok(())
+            }
             Happening::Fault => self.fault(),
         }
     }
@@ -268,6 +285,7 @@ impl World {
         if !matches!(self.sides[side].primary_state(), Some(PrimaryState::Copying | PrimaryState::Resyncing)) {
             self.sides[side].paused = false;
         }
+        self.follow(side);
         if let Some(deadline) = self.sides[side].deadline() {
             let earlier = self.sides[side].tick_at.is_none_or(|at| deadline < at);
             if earlier {
@@ -322,19 +340,16 @@ impl World {
                 self.outside.check_survivor(&self.sides[side].machine)?;
                 self.checker.alone += 1;
                 self.sides[side].made_freely = self.sides[side].machine.outputs;
-                self.plan_heal(side);
             }
             PrimaryAction::Stop(reason) => {
                 self.note(|_| format!("side {side}: stopped: {reason}"));
                 self.checker.check_stop(side, &reason, &self.arbiter.table)?;
                 self.sides[side].stopped = Some(reason);
+                self.plan_restart(side);
             }
             PrimaryAction::Throttle(on) => self.sides[side].throttled = on,
             PrimaryAction::Notice(notice) => {
                 self.announce(side, &notice);
-                if self.sides[side].primary_state() == Some(PrimaryState::Unprotected) {
-                    self.plan_heal(side);
-                }
             }
         }
         Ok(())
@@ -388,12 +403,12 @@ impl World {
                     self.plan_leave(side, reissue.end - 1);
                 }
                 self.plan(0, Happening::Run(side));
-                self.plan_heal(side);
             }
             SecondaryAction::Stop(reason) => {
                 self.note(|_| format!("side {side}: stopped: {reason}"));
                 self.checker.check_stop(side, &reason, &self.arbiter.table)?;
                 self.sides[side].stopped = Some(reason);
+                self.plan_restart(side);
             }
             SecondaryAction::Notice(notice) => self.announce(side, &notice),
         }
@@ -635,11 +650,13 @@ impl World {
     }
 
     fn ask(&mut self, side: usize, claim: Claim) {
-        let fate = ToyArbiter::fate(self.now, CALM_FROM, &self.profile, &mut self.random);
+        let fate = ToyArbiter::fate(self.now, self.sides[side].host, CALM_FROM, &self.profile, &mut self.random);
         self.note(|_| format!("side {side}: claims epoch {}: {fate:?}", claim.epoch));
         match fate {
-            Fate::Answered { arrives, answers } => self.plan(arrives, Happening::Claim(side, claim, Some(answers))),
-            Fate::AnswerLost { arrives } => self.plan(arrives, Happening::Claim(side, claim, None)),
+            Fate::Answered { arrives, answers, again } => {
+                self.plan(arrives, Happening::Claim(side, claim, Some(answers), again));
+            }
+            Fate::AnswerLost { arrives } => self.plan(arrives, Happening::Claim(side, claim, None, None)),
             Fate::Refused { answers } => {
                 self.plan(answers, Happening::Answer(side, claim.epoch, Verdict::Unreachable));
             }

@@ -36,7 +36,10 @@ fn no_history_violates_an_invariant() {
     let total = run_all(first..first + count);
     println!("{count} seeds from {first}: {total:?}");
     if count >= 1_000 {
-        assert!(total.alone > count / 20 && total.live > count / 10, "the world has become too mild: {total:?}");
+        assert!(
+            total.alone > count / 20 && total.live > count / 10 && total.healed > count / 10,
+            "the world has become too mild: {total:?}"
+        );
     }
 }
 

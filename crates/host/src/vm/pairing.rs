@@ -366,7 +366,7 @@ fn now() -> Nanos {
 impl Driver {
     fn run(&mut self) -> PairReport {
         if self.connection.is_some() {
-            self.event(PrimaryEvent::PeerConnected);
+            self.event(PrimaryEvent::PeerConnected { standbys: Vec::new() });
         }
         // Once it is over, not another action is carried out.
         while !self.done {

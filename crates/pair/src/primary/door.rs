@@ -12,7 +12,10 @@ use crate::wire::{HostIdentity, VmIdentity};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PrimaryEvent {
     /// A connection to a standby was made. Any earlier one must have been closed.
-    PeerConnected,
+    PeerConnected {
+        /// Where the VM's standbys are ([`Hello::standbys`](crate::wire::Hello::standbys)): this one first, then those that it is to try itself once it is live.
+        standbys: Vec<String>,
+    },
     /// Bytes arrived on the connection.
     Bytes(Vec<u8>),
     /// The connection is gone, after everything that could be read from it was given in as `Bytes`.

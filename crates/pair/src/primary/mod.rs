@@ -198,7 +198,7 @@ impl Primary {
             return;
         }
         match event {
-            PrimaryEvent::PeerConnected => self.on_connected(now),
+            PrimaryEvent::PeerConnected { standbys } => self.on_connected(now, standbys),
             PrimaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
             PrimaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
             PrimaryEvent::Record(record) => {
@@ -220,7 +220,7 @@ impl Primary {
 
     // ---- the connection ----
 
-    fn on_connected(&mut self, now: Nanos) {
+    fn on_connected(&mut self, now: Nanos, standbys: Vec<String>) {
         assert_eq!(self.state, PrimaryState::Unprotected, "a primary has one secondary at a time");
         self.link = Some(Link::new(now, &self.setup.config));
         self.send(&Message::Hello(Hello {
@@ -229,8 +229,10 @@ impl Primary {
             vm: self.setup.vm.clone(),
             epoch: self.epoch,
             commit: self.setup.config.commit,
+            on_mismatch: self.setup.config.on_mismatch,
             owner: self.setup.owner,
             host: self.setup.host.clone(),
+            standbys,
         }));
         self.enter(PrimaryState::Greeting, "a standby is connected");
     }

@@ -80,7 +80,7 @@ impl Bench {
 
     fn copying() -> Bench {
         let mut bench = Bench::new();
-        let done = bench.tell(PrimaryEvent::PeerConnected);
+        let done = bench.tell(connected());
         assert_eq!(done.sent, [Message::Hello(hello())]);
         let done = bench.hear(Message::HelloReply(reply()));
         let bytes = config().image_window_bytes;
@@ -213,7 +213,7 @@ fn before_protection_a_loss_needs_no_arbiter() {
     assert_eq!(done, Done::default());
     assert_eq!((bench.primary.state(), bench.primary.epoch()), (PrimaryState::Unprotected, Epoch::FIRST));
     assert_eq!(bench.output(11).actions, [release(1)]);
-    assert_eq!(bench.tell(PrimaryEvent::PeerConnected).sent, [Message::Hello(hello())], "and it can try again");
+    assert_eq!(bench.tell(connected()).sent, [Message::Hello(hello())], "and it can try again");
 }
 
 #[test]
@@ -225,7 +225,7 @@ fn the_winner_goes_alone_and_releases() {
     assert_eq!(*epoch, Epoch(2));
     assert!(reason.contains("reset"));
     assert_eq!([second, third], [&release(2), &PrimaryAction::Throttle(false)]);
-    let done = bench.tell(PrimaryEvent::PeerConnected);
+    let done = bench.tell(connected());
     assert_eq!(done.sent, [Message::Hello(Hello { epoch: Epoch(2), ..hello() })]);
 }
 
@@ -334,7 +334,7 @@ fn garbage_ends_the_connection() {
 #[test]
 fn a_standby_that_would_replay_otherwise_is_refused() {
     let mut bench = Bench::new();
-    bench.tell(PrimaryEvent::PeerConnected);
+    bench.tell(connected());
     let mut other = reply();
     other.host.cpu_vendor = "AuthenticAMD".to_owned();
     let done = bench.hear(Message::HelloReply(other));

@@ -30,6 +30,7 @@ use std::collections::VecDeque;
 use crate::arbiter::{Arbitration, Claim, Next, Verdict};
 use crate::bugs::{Bug, Bugs};
 use crate::config::{Commit, Config, ConfigError};
+use crate::heal::Healer;
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::primary::{Primary, PrimarySetup};
@@ -181,16 +182,16 @@ impl Secondary {
         assert!(self.actions.len() <= MAX_ACTIONS, "the host does not poll");
     }
 
-    /// The primary that drives the machine after this secondary has gone live; it has no secondary itself yet.
+    /// The primary that drives the machine after this secondary has gone live, which has no secondary itself yet; and who looks for one.
     ///
     /// # Panics
     /// If this secondary is not live.
-    pub fn into_primary(self) -> Primary {
+    pub fn into_primary(self) -> (Primary, Healer) {
         assert_eq!(self.state, SecondaryState::Live, "only who is live becomes a primary");
         let hello = self.hello.expect("it had a primary once");
         let setup = PrimarySetup {
             // What the VM was promised holds on.
-            config: Config { commit: hello.commit, ..self.setup.config },
+            config: Config { commit: hello.commit, on_mismatch: hello.on_mismatch, ..self.setup.config },
             vm: hello.vm,
             host: self.setup.host,
             owner: self.setup.owner,
@@ -199,7 +200,11 @@ impl Secondary {
             // The others are being sent again.
             last_left: self.confirmed.min(self.produced),
         };
-        Primary::new(setup).expect("the configuration was checked before")
+        let mut standbys = hello.standbys.into_iter();
+        let own = standbys.next();
+        let standbys = standbys.take(if self.bugs.has(Bug::ForgetStandbys) { 0 } else { usize::MAX });
+        let healer = Healer::new(standbys, own, &setup.config);
+        (Primary::new(setup).expect("the configuration was checked before"), healer)
     }
 
     // ---- the connection ----

@@ -134,8 +134,11 @@ fn going_live_takes_the_epoch_and_the_whole_log() {
     bench.tell(SecondaryEvent::Output { id: 8 });
     let done = bench.tell(SecondaryEvent::Replayed { seq: 3, position: 13 });
     assert_eq!(done.actions, [SecondaryAction::GoLive { epoch: Epoch(2), reissue: 7..9 }]);
-    let primary = bench.secondary.into_primary();
+    let (primary, healer) = bench.secondary.into_primary();
     assert_eq!(primary.epoch(), Epoch(2));
+    // It is told of itself, so that it can tell others, and looks for the rest.
+    assert_eq!(healer.places().collect::<Vec<_>>(), ["elsewhere:7171"]);
+    assert_eq!(healer.greeting(0), ["elsewhere:7171", "there:7171"]);
 }
 
 #[test]
@@ -144,7 +147,7 @@ fn the_new_primary_numbers_outputs_on_and_knows_what_has_left() {
     bench.close();
     bench.tell(answer(Verdict::Won));
     bench.tell(SecondaryEvent::Replayed { seq: 3, position: 13 });
-    let mut primary = bench.secondary.into_primary();
+    let (mut primary, _) = bench.secondary.into_primary();
     primary.handle(millis(2), crate::PrimaryEvent::OutputsLeft { up_to: 7 });
     primary.handle(millis(2), crate::PrimaryEvent::Output { id: 8, note: record(14, 8) });
     assert_eq!(primary.poll(), Some(crate::PrimaryAction::Release { up_to: 8 }));

@@ -9,7 +9,7 @@
 use minicbor::{Decode, Encode};
 
 use super::{MAX_TEXT_BYTES, MAX_VERSION, MIN_VERSION};
-use crate::config::Commit;
+use crate::config::{Commit, OnMismatch};
 use crate::types::{Epoch, OwnerId, VmId};
 
 /// The machine that is to be protected.
@@ -60,11 +60,22 @@ pub struct Hello {
     pub epoch: Epoch,
     /// What its outputs wait for.
     pub commit: Commit,
+    /// What happens when outputs differ.
+    pub on_mismatch: OnMismatch,
     /// The primary's process.
     pub owner: OwnerId,
     /// The primary's host.
     pub host: HostIdentity,
+    /// Where the VM's standbys are, in the hosts' words: the one addressed first, then the others in the order in which it is to try them once it is
+    /// live. At most [`MAX_STANDBYS`], each at most [`MAX_STANDBY_BYTES`] long.
+    pub standbys: Vec<String>,
 }
+
+/// Standbys that a VM has at most.
+pub const MAX_STANDBYS: usize = 32;
+
+/// Bytes of the word that says where a standby is, at most.
+pub const MAX_STANDBY_BYTES: usize = 256;
 
 /// The secondary's half of the greeting.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -160,6 +171,12 @@ struct WireGreeting {
     /// Only in a hello: 0 is received, 1 is matched.
     #[n(11)]
     commit: Option<u8>,
+    /// Only in a hello: 0 believes the primary, 1 stops.
+    #[n(14)]
+    on_mismatch: Option<u8>,
+    /// Only in a hello.
+    #[n(13)]
+    standbys: Option<Vec<String>>,
 }
 
 impl WireGreeting {
@@ -176,6 +193,10 @@ impl WireGreeting {
         let texts = [&greeting.build, &greeting.engine, &greeting.cpu_vendor];
         if texts.into_iter().chain(&greeting.cpu_model).any(|text| text.len() > MAX_TEXT_BYTES) {
             return Err("a text in it is too long");
+        }
+        let standbys = greeting.standbys.as_deref().unwrap_or_default();
+        if standbys.len() > MAX_STANDBYS || standbys.iter().any(|place| place.len() > MAX_STANDBY_BYTES) {
+            return Err("its list of standbys is too long");
         }
         Ok(greeting)
     }
@@ -209,6 +230,11 @@ impl Hello {
                 Commit::Received => 0,
                 Commit::Matched => 1,
             }),
+            on_mismatch: Some(match self.on_mismatch {
+                OnMismatch::Primary => 0,
+                OnMismatch::Stop => 1,
+            }),
+            standbys: Some(self.standbys.clone()),
         }
         .to_bytes()
     }
@@ -231,8 +257,15 @@ impl Hello {
                 Some(_) => return Err("its output rule is unknown"),
                 None => return Err("it has no output rule"),
             },
+            on_mismatch: match greeting.on_mismatch {
+                // Who has none speaks an older version, and is to be told so.
+                Some(0) | None => OnMismatch::Primary,
+                Some(1) => OnMismatch::Stop,
+                Some(_) => return Err("its policy for outputs that differ is unknown"),
+            },
             owner: OwnerId(greeting.owner),
             host,
+            standbys: greeting.standbys.unwrap_or_default(),
         })
     }
 }
@@ -253,6 +286,8 @@ impl HelloReply {
             cpu_model: None,
             ram_bytes: None,
             commit: None,
+            on_mismatch: None,
+            standbys: None,
         }
         .to_bytes()
     }

@@ -21,16 +21,16 @@ mod tests;
 pub use codec::encode;
 pub use decoder::Decoder;
 pub(crate) use greeting::greeting_version;
-pub use greeting::{Expectation, Hello, HelloReply, HostIdentity, VmIdentity};
+pub use greeting::{Expectation, Hello, HelloReply, HostIdentity, MAX_STANDBY_BYTES, MAX_STANDBYS, VmIdentity};
 
 use crate::types::{Nanos, OutputId, Record, Seq};
 
 /// The first four bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"TWPR";
 /// The oldest payload version this build understands.
-pub const MIN_VERSION: u16 = 2;
+pub const MIN_VERSION: u16 = 3;
 /// The newest payload version this build understands.
-pub const MAX_VERSION: u16 = 2;
+pub const MAX_VERSION: u16 = 3;
 /// The version in the header of a greeting.
 pub const GREETING_VERSION: u16 = 0;
 /// The size of a frame's header.

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::Commit;
+use crate::config::{Commit, OnMismatch};
 use crate::types::{Epoch, OwnerId, VmId};
 
 fn host() -> HostIdentity {
@@ -17,18 +17,20 @@ fn host() -> HostIdentity {
 
 fn hello() -> Hello {
     Hello {
-        min_version: 2,
-        max_version: 2,
+        min_version: MIN_VERSION,
+        max_version: MAX_VERSION,
         vm: VmIdentity { vm: VmId([0x11; 16]), cpu_model: "x86-64-v2".to_owned(), ram_bytes: 1 << 28 },
         epoch: Epoch(3),
         commit: Commit::Matched,
+        on_mismatch: OnMismatch::Stop,
         owner: OwnerId([0x22; 16]),
         host: host(),
+        standbys: vec!["there:7171".to_owned(), "elsewhere:7171".to_owned()],
     }
 }
 
 fn reply() -> HelloReply {
-    HelloReply { version: 2, vm: VmId([0x11; 16]), epoch: Epoch(3), owner: OwnerId([0x33; 16]), host: host() }
+    HelloReply { version: MAX_VERSION, vm: VmId([0x11; 16]), epoch: Epoch(3), owner: OwnerId([0x33; 16]), host: host() }
 }
 
 fn record(position: u64, kind: u8, bytes: &[u8]) -> Record {
@@ -69,7 +71,7 @@ fn hex(bytes: &[u8]) -> String {
 
 fn decoder() -> Decoder {
     let mut decoder = Decoder::new();
-    decoder.agree(2);
+    decoder.agree(MAX_VERSION);
     decoder
 }
 
@@ -107,20 +109,20 @@ fn every_kind_is_here_once() {
     assert_eq!(kinds, Kind::ALL);
 }
 
-/// The bytes of version 2, for ever. If this fails, the change needs a new version and not a new golden.
+/// The bytes of version 3, for ever. If this fails, the change needs a new version and not a new golden.
 #[test]
-fn version_2_has_these_bytes() {
-    let text: String = one_of_each().iter().map(|message| hex(&encode(message, 2)) + "\n").collect();
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/wire/golden-2.txt");
+fn version_3_has_these_bytes() {
+    let text: String = one_of_each().iter().map(|message| hex(&encode(message, MAX_VERSION)) + "\n").collect();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/wire/golden-3.txt");
     if std::env::var_os("TWINSTEP_WRITE_GOLDENS").is_some() {
         std::fs::write(path, &text).expect("the golden file can be written");
     }
-    assert_eq!(text, include_str!("golden-2.txt"));
+    assert_eq!(text, include_str!("golden-3.txt"));
 }
 
 #[test]
 fn the_golden_bytes_still_decode() {
-    let bytes: Vec<u8> = include_str!("golden-2.txt")
+    let bytes: Vec<u8> = include_str!("golden-3.txt")
         .lines()
         .flat_map(|line| (0..line.len()).step_by(2).map(move |at| u8::from_str_radix(&line[at..at + 2], 16).unwrap()))
         .collect();
@@ -136,23 +138,23 @@ fn other_protocols_are_told_apart_at_once() {
     let error = decoder.next_message().unwrap_err();
     assert_eq!(error, WireError::Magic { found: *b"GET " });
     assert!(error.to_string().contains("not a Twinstep logging channel"), "{error}");
-    decoder.push(&encode(&Message::Hello(hello()), 2));
+    decoder.push(&encode(&Message::Hello(hello()), MAX_VERSION));
     assert_eq!(decoder.next_message(), Err(error), "after an error there is nothing more to be had");
 }
 
 #[test]
 fn the_greeting_comes_first() {
     let mut decoder = Decoder::new();
-    decoder.push(&encode(&Message::Hello(hello()), 2));
+    decoder.push(&encode(&Message::Hello(hello()), MAX_VERSION));
     assert_eq!(decoder.next_message(), Ok(Some(Message::Hello(hello()))));
-    decoder.push(&encode(&Message::Released { up_to: 1 }, 2));
+    decoder.push(&encode(&Message::Released { up_to: 1 }, MAX_VERSION));
     let expected = WireError::Payload { kind: Kind::Released, problem: "it came before the greeting was over" };
     assert_eq!(decoder.next_message(), Err(expected));
 }
 
 #[test]
 fn each_broken_rule_of_the_header_has_its_error() {
-    let frame = encode(&Message::Released { up_to: 1 }, 2);
+    let frame = encode(&Message::Released { up_to: 1 }, MAX_VERSION);
     let broken = |at: usize, value: u8| {
         let mut frame = frame.clone();
         frame[at] = value;
@@ -160,17 +162,17 @@ fn each_broken_rule_of_the_header_has_its_error() {
         decode_one(&frame).unwrap_err()
     };
     let kind = Kind::Released;
-    assert_eq!(broken(4, 1), WireError::Version { kind, found: 1, expected: 2 });
+    assert_eq!(broken(4, 1), WireError::Version { kind, found: 1, expected: MAX_VERSION });
     assert_eq!(broken(6, 99), WireError::UnknownKind(99));
     assert_eq!(broken(11, 1), WireError::TooLong { kind, length_bytes: 16 + (1 << 24) });
     assert_eq!(broken(20, 1), WireError::Reserved { kind });
-    assert_eq!(broken(6, Kind::Refuse as u8), WireError::Version { kind: Kind::Refuse, found: 2, expected: 0 });
+    assert_eq!(broken(6, Kind::Refuse as u8), WireError::Version { kind: Kind::Refuse, found: MAX_VERSION, expected: 0 });
 }
 
 #[test]
 fn each_flipped_bit_is_noticed() {
     for message in one_of_each() {
-        let frame = encode(&message, 2);
+        let frame = encode(&message, MAX_VERSION);
         for bit in 0..frame.len() * 8 {
             let mut flipped = frame.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
@@ -182,7 +184,7 @@ fn each_flipped_bit_is_noticed() {
 #[test]
 fn a_cut_frame_is_no_message_and_no_error() {
     for message in one_of_each() {
-        let frame = encode(&message, 2);
+        let frame = encode(&message, MAX_VERSION);
         for length in 0..frame.len() {
             assert_eq!(decode_one(&frame[..length]), Ok(None));
         }
@@ -191,7 +193,7 @@ fn a_cut_frame_is_no_message_and_no_error() {
 
 #[test]
 fn payloads_with_right_checksums_and_no_sense_are_refused() {
-    let log = encode(&Message::Log { first_seq: 3, records: vec![record(6, 1, b"ab")] }, 2);
+    let log = encode(&Message::Log { first_seq: 3, records: vec![record(6, 1, b"ab")] }, MAX_VERSION);
     let payload = &log[HEADER_BYTES..];
     let changed = |at: usize, value: u8| {
         let mut payload = payload.to_vec();
@@ -207,15 +209,15 @@ fn payloads_with_right_checksums_and_no_sense_are_refused() {
     assert!(changed(16 + 8, 1).contains("left over"));
     assert!(changed(16 + 11, 1).contains("too long"));
     assert!(changed(16 + 13, 1).contains("reserved"));
-    let refuse = encode(&Message::Refuse { reason: String::new() }, 2);
+    let refuse = encode(&Message::Refuse { reason: String::new() }, MAX_VERSION);
     assert!(decode_one(&with_payload(&refuse, &[0xff])).unwrap_err().to_string().contains("UTF-8"));
-    let chunk = encode(&Message::ImageChunk(vec![1]), 2);
+    let chunk = encode(&Message::ImageChunk(vec![1]), MAX_VERSION);
     assert!(decode_one(&with_payload(&chunk, &[])).unwrap_err().to_string().contains("empty"));
-    let greeting = encode(&Message::Hello(hello()), 2);
+    let greeting = encode(&Message::Hello(hello()), MAX_VERSION);
     let longer = [&greeting[HEADER_BYTES..], &[0]].concat();
     assert!(decode_one(&with_payload(&greeting, &longer)).unwrap_err().to_string().contains("left over"));
     for message in one_of_each().into_iter().filter(|message| !matches!(message.kind(), Kind::ImageChunk | Kind::Changed)) {
-        let frame = encode(&message, 2);
+        let frame = encode(&message, MAX_VERSION);
         let text = matches!(message.kind(), Kind::Refuse | Kind::Goodbye | Kind::HandOver);
         assert_eq!(decode_one(&with_payload(&frame, &[])).is_ok(), text, "an empty {:?}", message.kind());
     }
@@ -223,17 +225,17 @@ fn payloads_with_right_checksums_and_no_sense_are_refused() {
 
 #[test]
 fn a_long_reason_is_cut_at_a_character() {
-    let frame = encode(&Message::Goodbye { reason: "ä".repeat(2_000) }, 2);
+    let frame = encode(&Message::Goodbye { reason: "ä".repeat(2_000) }, MAX_VERSION);
     let Ok(Some(Message::Goodbye { reason })) = decode_one(&frame) else { panic!("it decodes") };
     assert_eq!(reason, "ä".repeat(512));
 }
 
 #[test]
 fn unknown_fields_of_a_newer_greeting_are_ignored() {
-    let frame = encode(&Message::Hello(hello()), 2);
+    let frame = encode(&Message::Hello(hello()), MAX_VERSION);
     let mut payload = frame[HEADER_BYTES..].to_vec();
-    assert_eq!(payload[0], 0xac, "a map of twelve fields");
-    payload[0] = 0xad;
+    assert_eq!(payload[0], 0xae, "a map of fourteen fields");
+    payload[0] = 0xaf;
     payload.extend([0x18, 0x63, 0x01]); // Field 99 is 1.
     assert_eq!(decode_one(&with_payload(&frame, &payload)), Ok(Some(Message::Hello(hello()))));
 }
@@ -254,9 +256,9 @@ fn what_does_not_fit_is_named() {
 #[test]
 fn versions_are_negotiated() {
     let offer = |min_version, max_version| greeting_version(&Hello { min_version, max_version, ..hello() });
-    assert_eq!(offer(2, 2), Ok(2));
-    assert_eq!(offer(0, 7), Ok(2));
-    assert!(offer(3, 7).unwrap_err().contains("3 to 7"));
+    assert_eq!(offer(MIN_VERSION, MAX_VERSION), Ok(MAX_VERSION));
+    assert_eq!(offer(0, 7), Ok(MAX_VERSION));
+    assert!(offer(4, 7).unwrap_err().contains("4 to 7"));
     assert!(offer(1, 1).is_err());
 }
 
@@ -289,7 +291,7 @@ proptest! {
         messages in proptest::collection::vec(any_message(), 1..8),
         pieces in proptest::collection::vec(1_usize..90, 1..20),
     ) {
-        let bytes: Vec<u8> = messages.iter().flat_map(|message| encode(message, 2)).collect();
+        let bytes: Vec<u8> = messages.iter().flat_map(|message| encode(message, MAX_VERSION)).collect();
         let (mut decoder, mut decoded, mut rest) = (decoder(), Vec::new(), &bytes[..]);
         for length in pieces.iter().cycle() {
             let (piece, after) = rest.split_at(rest.len().min(*length));
@@ -313,7 +315,7 @@ proptest! {
 
     #[test]
     fn arbitrary_payloads_never_panic(kind in 0_usize..15, payload in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let frame = encode(&one_of_each()[kind], 2);
+        let frame = encode(&one_of_each()[kind], MAX_VERSION);
         let _ = decode_one(&with_payload(&frame, &payload));
     }
 
@@ -322,7 +324,7 @@ proptest! {
         kind in 0_usize..15,
         damage in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..5),
     ) {
-        let frame = encode(&one_of_each()[kind], 2);
+        let frame = encode(&one_of_each()[kind], MAX_VERSION);
         let mut payload = frame[HEADER_BYTES..].to_vec();
         for (at, value) in damage {
             let length = payload.len();
