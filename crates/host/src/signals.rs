@@ -50,6 +50,11 @@ impl Signals {
         Ok(signals)
     }
 
+    /// From now on nobody is told, and a signal ends the process.
+    pub fn listen_no_more(&self) {
+        *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// From now on `tell` is called, with the reason to end.
     pub fn listen(&self, tell: impl Fn(String) + Send + 'static) {
         *self.listener.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(tell));

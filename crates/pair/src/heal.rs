@@ -49,6 +49,16 @@ pub struct Setback {
     pub not_before: Nanos,
 }
 
+/// Whether a place can be told to a standby.
+fn fits(place: &String) -> bool {
+    !place.is_empty() && place.len() <= MAX_STANDBY_BYTES
+}
+
+fn candidates(standbys: impl IntoIterator<Item = String>) -> Vec<Candidate> {
+    let places = standbys.into_iter().filter(fits).take(MAX_STANDBYS - 1);
+    places.map(|place| Candidate { place, failures: 0, not_before: Nanos(0) }).collect()
+}
+
 /// Looks for standbys; see the head of the module.
 #[derive(Debug, Clone)]
 pub struct Healer {
@@ -67,10 +77,8 @@ impl Healer {
     ///
     /// What does not fit into a greeting is left out; see [`Hello::standbys`](crate::wire::Hello::standbys) for the bounds.
     pub fn new(standbys: impl IntoIterator<Item = String>, own: Option<String>, config: &Config) -> Healer {
-        let fits = |place: &String| !place.is_empty() && place.len() <= MAX_STANDBY_BYTES;
-        let places = standbys.into_iter().filter(fits).take(MAX_STANDBYS - 1);
         Healer {
-            candidates: places.map(|place| Candidate { place, failures: 0, not_before: Nanos(0) }).collect(),
+            candidates: candidates(standbys),
             own: own.filter(fits),
             stage: Stage::Resting,
             retry_min: config.heal_retry_min,
@@ -85,6 +93,11 @@ impl Healer {
     pub fn with_bugs(mut self, bugs: Bugs) -> Healer {
         self.bugs = bugs;
         self
+    }
+
+    /// These standbys instead, before any was tried.
+    pub fn replace(&mut self, standbys: impl IntoIterator<Item = String>) {
+        self.candidates = candidates(standbys);
     }
 
     /// Where the standbys are.

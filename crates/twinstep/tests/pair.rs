@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 /// A standby that listens, and where.
 fn standby(arbiter: &Path, more: &[&str]) -> (Twinstep, String) {
-    let arguments = [words(&["standby", "--listen", "127.0.0.1:0", "--arbiter", &text(arbiter)]), words(more)].concat();
+    let arguments = [words(&["standby", "--once", "--listen", "127.0.0.1:0", "--arbiter", &text(arbiter)]), words(more)].concat();
     let standby = Twinstep::start("standby", &arguments);
     let address = standby.wait_said("waiting for a primary on ");
     (standby, address)

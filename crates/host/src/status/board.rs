@@ -117,6 +117,12 @@ impl Board {
         slot.peer = None;
         slot.figures = Figures::alone("unprotected", Some(epoch));
     }
+    /// This standby waits for the next primary.
+    pub fn waits_again(&self) {
+        let mut slot = self.slot();
+        (slot.vm, slot.peer) = (None, None);
+        slot.figures = Figures::alone("listening", None);
+    }
     /// The secondary's machine is the primary's again.
     pub fn resynced(&self) {
         self.0.resyncs.fetch_add(1, Ordering::Relaxed);

@@ -9,14 +9,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use twinstep_log::{Comparer, Entry, Event, ImageReader, Mismatch, OutputNote, Replayable, RunOutcome};
-use twinstep_machine::{Activity, Config, Output};
-use twinstep_pair::{Epoch, OutputId, Record, Seq};
+use twinstep_machine::{Activity, Config, Machine, Output};
+use twinstep_pair::{OutputId, Record, Seq};
 
 use super::build::{self, Extra};
 use super::live::entry_of;
 use super::replay::Vm;
 use super::resync::{self, Baseline};
-use super::standby::{Disks, Live, ToStandby};
+use super::standby::{Disks, ToStandby};
 use crate::control::Ask;
 use crate::error::{Context, Error, Result};
 use crate::events::now_ns;
@@ -39,9 +39,17 @@ pub(super) enum ToReplay {
     Ask(Ask),
     Finish {
         reissue: Range<OutputId>,
-        epoch: Epoch,
-        answer: Sender<Result<Live>>,
+        answer: Sender<Result<Replayed>>,
     },
+}
+
+/// A machine at the end of its log.
+pub(super) struct Replayed {
+    pub(super) machine: Machine,
+    pub(super) extra: Extra,
+    /// Outputs to send again, in order.
+    pub(super) reissue: Vec<Output>,
+    pub(super) last_output: OutputId,
 }
 
 /// So long the two sides may be uneven while nothing else happens.
@@ -121,8 +129,8 @@ impl Follower {
                     }
                     Ok(())
                 }
-                Ok(ToReplay::Finish { reissue, epoch, answer }) => {
-                    let _ = answer.send(self.finish(reissue, epoch));
+                Ok(ToReplay::Finish { reissue, answer }) => {
+                    let _ = answer.send(self.finish(reissue));
                     return;
                 }
             };
@@ -351,8 +359,8 @@ impl Follower {
         Ok(())
     }
 
-    fn finish(&mut self, reissue: Range<OutputId>, epoch: Epoch) -> Result<Live> {
-        let Running { vm, extra, comparer, .. } =
+    fn finish(&mut self, reissue: Range<OutputId>) -> Result<Replayed> {
+        let Running { mut vm, extra, comparer, baseline, .. } =
             self.running.take().ok_or_else(|| Error::new("there is no machine to go live with"))?;
         let kept = std::mem::take(&mut self.held).into_iter();
         let mut outputs: Vec<Output> = kept.filter(|(id, _)| reissue.contains(id)).map(|(_, output)| output).collect();
@@ -363,7 +371,8 @@ impl Follower {
         );
         // What it made and the primary never noted is new to the world.
         outputs.extend(comparer.map_or(Vec::new(), Comparer::into_made));
-        Ok(Live { machine: vm.0, extra, reissue: outputs, last_output: self.last_output, epoch })
+        baseline.end(&mut vm.0);
+        Ok(Replayed { machine: vm.0, extra, reissue: outputs, last_output: self.last_output })
     }
 }
 

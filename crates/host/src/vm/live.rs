@@ -40,6 +40,8 @@ pub enum ToVm {
         /// The position.
         position: u64,
     },
+    /// There is no standby any more.
+    Unprotected,
     /// A question of the control socket.
     Ask(Ask),
     /// Give the machine up.
@@ -281,6 +283,7 @@ impl Live {
                     baseline.agreed(position);
                 }
             }
+            ToVm::Unprotected => self.forget_baseline(),
             ToVm::Ask(ask) if ask.is_failover() && self.wiring.pair.is_some() => {
                 if let Some(pair) = self.wiring.pair.clone() {
                     self.tell_pair(pair, ToPair::HandOver);
@@ -399,6 +402,7 @@ impl Live {
         );
         match written {
             Ok((bytes, _)) => {
+                self.forget_baseline();
                 self.baseline = Some(Baseline::new(&mut self.machine));
                 let position = self.machine.position();
                 let pause_ns = now_ns() - started;
@@ -409,9 +413,19 @@ impl Live {
         self.pace.stood_still(now_ns(), cpu_ns(), self.machine.position());
     }
 
+    /// The standby that it was made for is gone.
+    fn forget_baseline(&mut self) {
+        if let Some(baseline) = self.baseline.take() {
+            baseline.end(&mut self.machine);
+        }
+    }
+
     /// Makes the delta and hands it to the pair, which has throttled the guest already.
     fn make_delta(&mut self, changed: &[u8]) {
-        let (Some(pair), Some(baseline)) = (self.wiring.pair.clone(), &mut self.baseline) else { return };
+        let Some(pair) = self.wiring.pair.clone() else { return };
+        let Some(baseline) = &mut self.baseline else {
+            return self.tell_pair(pair, ToPair::NoDelta("nothing is known of what the standby has".into()));
+        };
         let started = now_ns();
         match resync::delta(&mut self.machine, baseline, changed, &self.wiring.disk_bytes, self.wiring.last_output) {
             Ok(delta) => {

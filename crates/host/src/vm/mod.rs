@@ -18,6 +18,7 @@
 pub mod build;
 pub mod difference;
 mod follow;
+mod healing;
 pub mod live;
 pub mod pace;
 pub mod pairing;

@@ -18,6 +18,7 @@ use twinstep_pair::{
 };
 
 use super::difference;
+use super::healing::{Healing, Standbys};
 use super::live::{Outlet, ToVm};
 use super::resync::{self, Delta};
 use crate::error::{Context, Result};
@@ -66,12 +67,14 @@ pub enum ToPair {
     },
     /// It cannot be made.
     NoDelta(String),
-    /// Bytes from the standby.
-    Bytes(Vec<u8>),
-    /// The connection is gone.
-    Closed(String),
+    /// Bytes from the standby, on the connection of this number.
+    Bytes(u64, Vec<u8>),
+    /// The connection of this number is gone.
+    Closed(u64, String),
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
+    /// What became of the attempt to reach a standby.
+    Reached(Result<TcpStream>),
     /// Somebody wants the standby to go live.
     HandOver,
     /// This host has failed: fall silent, so that the secondary takes over. Outputs that were not released never leave.
@@ -115,8 +118,8 @@ impl Connection {
     pub(super) fn start<M: Send + 'static>(
         stream: TcpStream,
         to: Sender<M>,
-        bytes: fn(Vec<u8>) -> M,
-        closed: fn(String) -> M,
+        bytes: impl Fn(Vec<u8>) -> M + Send + 'static,
+        closed: impl Fn(String) -> M + Send + 'static,
     ) -> Result<Self> {
         stream.set_nodelay(true).what("cannot set up the connection")?;
         let mut reading = stream.try_clone().what("cannot share the connection")?;
@@ -208,8 +211,10 @@ impl<M: Send + 'static> Asker<M> {
 pub struct PairWiring {
     /// The protocol.
     pub primary: Primary,
-    /// The connection to the standby, if there is one already.
+    /// The connection to the standby, if there is one already; then whoever looks for standbys knows which.
     pub stream: Option<TcpStream>,
+    /// The standbys.
+    pub standbys: Standbys,
     /// The arbiter.
     pub arbiter: Box<dyn Arbiter + Send>,
     /// Where outputs go.
@@ -220,6 +225,11 @@ pub struct PairWiring {
     pub events: Events,
     /// Where people see how it goes.
     pub board: Board,
+}
+
+fn connection(stream: TcpStream, number: u64, to: &Sender<ToPair>) -> Result<Connection> {
+    let bytes = move |bytes| ToPair::Bytes(number, bytes);
+    Connection::start(stream, to.clone(), bytes, move |reason| ToPair::Closed(number, reason))
 }
 
 /// A running pair thread.
@@ -246,15 +256,15 @@ impl PairThread {
     /// Starts the thread.
     pub fn start(wiring: PairWiring) -> Result<Self> {
         let (sender, inbox) = channel();
-        let connection = match wiring.stream {
-            Some(stream) => Some(Connection::start(stream, sender.clone(), ToPair::Bytes, ToPair::Closed)?),
-            None => None,
-        };
+        let connection = wiring.stream.map(|stream| connection(stream, 0, &sender)).transpose()?;
         let mut driver = Driver {
             asker: Asker::new(wiring.arbiter, sender.clone(), ToPair::Verdict),
+            healing: Healing::new(wiring.standbys, sender.clone(), ToPair::Reached, wiring.events.clone()),
+            to_self: sender.clone(),
             primary: wiring.primary,
             inbox,
             connection,
+            connections: 0,
             closing: Closing::default(),
             outlet: wiring.outlet,
             vm: wiring.vm,
@@ -265,6 +275,7 @@ impl PairThread {
             resync_ns: 0,
             image: None,
             image_wanted: 0,
+            images_awaited: 0,
             report: PairReport::default(),
             last_state: PrimaryState::Unprotected,
             logged: Default::default(),
@@ -328,8 +339,13 @@ fn cost(output: &Output) -> usize {
 
 struct Driver {
     primary: Primary,
+    healing: Healing<ToPair>,
+    /// For threads of connections to come.
+    to_self: Sender<ToPair>,
     inbox: Receiver<ToPair>,
     connection: Option<Connection>,
+    /// The number of the newest connection: what still comes on an earlier one is wanted by nobody.
+    connections: u64,
     closing: Closing,
     asker: Asker<ToPair>,
     outlet: Outlet,
@@ -346,6 +362,8 @@ struct Driver {
     resync_ns: u64,
     image: Option<(Vec<u8>, usize)>,
     image_wanted: u64,
+    /// Images asked for that have not come.
+    images_awaited: u32,
     report: PairReport,
     last_state: PrimaryState,
     /// What was logged since the last status: entries and bytes by kind.
@@ -366,11 +384,14 @@ fn now() -> Nanos {
 impl Driver {
     fn run(&mut self) -> PairReport {
         if self.connection.is_some() {
-            self.event(PrimaryEvent::PeerConnected { standbys: Vec::new() });
+            let standbys = self.healing.greeting();
+            self.event(PrimaryEvent::PeerConnected { standbys });
+        } else {
+            self.act();
         }
         // Once it is over, not another action is carried out.
         while !self.done {
-            let deadline = self.primary.deadline();
+            let deadline = self.primary.deadline().into_iter().chain(self.healing.deadline()).min();
             match self.inbox.recv_timeout(self.meter.patience(deadline, now_ns())) {
                 Ok(message) => {
                     self.take(message);
@@ -425,6 +446,7 @@ impl Driver {
                 PrimaryEvent::Output { id, note }
             }
             ToPair::Progress { position } => PrimaryEvent::Progress { position },
+            ToPair::Image { .. } | ToPair::Delta { .. } | ToPair::NoDelta(_) if !self.is_newest_image() => return,
             ToPair::Image { position, bytes, pause_ns } => {
                 let mut figures = Map::new();
                 figures.insert("image_bytes".into(), json!(bytes.len()));
@@ -470,12 +492,14 @@ impl Driver {
                 PrimaryEvent::PeerClosed { reason }
             }
             // Of a connection that was given up, nothing is wanted.
-            ToPair::Bytes(_) | ToPair::Closed(_) if self.connection.is_none() => return,
-            ToPair::Bytes(bytes) => {
+            ToPair::Bytes(number, _) | ToPair::Closed(number, _) if self.connection.is_none() || number != self.connections => {
+                return;
+            }
+            ToPair::Bytes(_, bytes) => {
                 self.meter.heard(now_ns());
                 PrimaryEvent::Bytes(bytes)
             }
-            ToPair::Closed(reason) => {
+            ToPair::Closed(_, reason) => {
                 self.connection = None;
                 self.meter.lost();
                 PrimaryEvent::PeerClosed { reason }
@@ -486,6 +510,10 @@ impl Driver {
                 self.events.say_with("arbiter", format!("the arbiter says {verdict:?} for epoch {epoch}"), figures);
                 PrimaryEvent::ArbiterAnswer { epoch, verdict }
             }
+            ToPair::Reached(result) => match self.reached(result) {
+                Some(standbys) => PrimaryEvent::PeerConnected { standbys },
+                None => return,
+            },
             ToPair::HandOver => PrimaryEvent::HandOver { reason: "somebody asked for it".into() },
             ToPair::Abandon => {
                 self.events.say("abandoned", "this host has failed; the secondary may take over");
@@ -497,6 +525,41 @@ impl Driver {
             ToPair::Shutdown { reason } => PrimaryEvent::Shutdown { reason },
         };
         self.primary.handle(now(), event);
+    }
+
+    /// A standby was reached, or not: the connection is taken over if the VM still has none.
+    fn reached(&mut self, result: Result<TcpStream>) -> Option<Vec<String>> {
+        let (stream, standbys) = self.healing.reached(result)?;
+        if self.primary.state() != PrimaryState::Unprotected || self.connection.is_some() {
+            return None;
+        }
+        let peer = stream.peer_addr().ok().map(|address| address.to_string());
+        match connection(stream, self.connections + 1, &self.to_self) {
+            Ok(connection) => {
+                self.board.set_peer(peer);
+                self.connections += 1;
+                self.connection = Some(connection);
+                Some(standbys)
+            }
+            Err(e) => {
+                self.events.say("no-standby", e.to_string());
+                None
+            }
+        }
+    }
+
+    /// Has the machine's thread make an image, or a delta, of which nothing is wanted or fed yet.
+    fn ask_for_image(&mut self, question: ToVm) {
+        self.image = None;
+        self.image_wanted = 0;
+        self.images_awaited += 1;
+        self.tell_vm(question);
+    }
+
+    /// An image that was asked for is here. Says whether it is wanted: not if the standby it is for was lost, and another one asked for.
+    fn is_newest_image(&mut self) -> bool {
+        self.images_awaited -= 1;
+        self.images_awaited == 0
     }
 
     /// Feeds as much of the image as is wanted.
@@ -532,14 +595,12 @@ impl Driver {
                     }
                 }
                 PrimaryAction::Disconnect => self.disconnect(),
-                PrimaryAction::StartImage => self.tell_vm(ToVm::MakeImage),
+                PrimaryAction::StartImage => self.ask_for_image(ToVm::MakeImage),
                 PrimaryAction::StartResync { output, position, damaged, detail, changed } => {
                     self.standby_damaged = damaged;
                     self.resync_ns = now_ns();
-                    self.image = None;
-                    self.image_wanted = 0;
                     self.say_mismatch(output, position, &detail);
-                    self.tell_vm(ToVm::MakeDelta { changed });
+                    self.ask_for_image(ToVm::MakeDelta { changed });
                 }
                 PrimaryAction::Agreed { position } => self.tell_vm(ToVm::Agreed { position }),
                 PrimaryAction::WantImage { bytes } => {
@@ -564,14 +625,17 @@ impl Driver {
                 }
                 PrimaryAction::Throttle(on) => self.tell_vm(ToVm::Throttle(on)),
                 PrimaryAction::Notice(notice) => {
-                    if let Notice::Throttle { reason } = notice {
-                        self.meter.throttle(reason);
+                    match notice {
+                        Notice::Throttle { reason } => self.meter.throttle(reason),
+                        Notice::Refused { .. } => self.healing.refused(),
+                        _ => {}
                     }
                     self.events.say("notice", notice.to_string());
                 }
             }
         }
         let state = self.primary.state();
+        self.healing.follow(state);
         if state != self.last_state {
             let before = std::mem::replace(&mut self.last_state, state);
             if state == PrimaryState::Protected && before == PrimaryState::Resyncing {
@@ -586,6 +650,8 @@ impl Driver {
             }
             if state == PrimaryState::Unprotected {
                 self.unmatched = Unmatched::default();
+                self.image = None;
+                self.tell_vm(ToVm::Unprotected);
             }
             if state == PrimaryState::Unprotected && matches!(before, PrimaryState::Greeting | PrimaryState::Copying) {
                 self.events.say("unprotected", "the guest runs on without protection");

@@ -38,6 +38,10 @@ impl Baseline {
     pub fn new(machine: &mut Machine) -> Self {
         Self { consumer: machine.track_dirty("resync", Start::Nothing), eras: VecDeque::new() }
     }
+    /// Nobody is to be compared with any more.
+    pub fn end(self, machine: &mut Machine) {
+        machine.untrack_dirty(self.consumer);
+    }
     /// What changes from here on is told apart from what has changed so far: the other side will say whether it was equal here.
     pub fn mark(&mut self, machine: &mut Machine) {
         let era = machine.take_dirty(self.consumer);

@@ -14,9 +14,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Map, json};
 use twinstep_machine::offload::LargeSegment;
 use twinstep_machine::{BootError, ConfigError, Disk, DiskError, Input, MAX_FRAME, Machine, Output};
-use twinstep_pair::{Claim, Config as PairConfig, Epoch, OwnerId, Primary, PrimarySetup, Verdict, VmId, VmIdentity};
+use twinstep_pair::{
+    Claim, Config as PairConfig, Epoch, Healer, Nanos, OwnerId, Primary, PrimaryEvent, PrimarySetup, Verdict, VmId, VmIdentity,
+};
 
 use super::build::DiskExtra;
+use super::healing::Standbys;
 use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
 use super::pairing::{PairThread, PairWiring};
 use super::replay;
@@ -26,7 +29,7 @@ use crate::arbiter::{self, ArbiterSpec};
 use crate::control::Control;
 use crate::disk::RawDisk;
 use crate::error::{Context, Error, Result};
-use crate::events::Events;
+use crate::events::{Events, now_ns};
 use crate::guest::Network;
 use crate::identity;
 use crate::metrics;
@@ -53,8 +56,8 @@ pub struct RunOptions {
     pub digest_interval: Option<u64>,
     /// Start from this snapshot instead of a kernel.
     pub from: Option<PathBuf>,
-    /// Protect with the standby at this address.
-    pub protect: Option<String>,
+    /// Protect with one of the standbys at these addresses; the first is tried first.
+    pub protect: Vec<String>,
     /// The arbiter.
     pub arbiter: Option<ArbiterSpec>,
     /// Bounds and times of the pair.
@@ -338,7 +341,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     options.pair.check().what("the pair's settings do not fit")?;
     let (to_vm, inbox) = channel();
     end_on_signals(&Signals::take()?, &to_vm);
-    let side = if options.protect.is_some() { "primary" } else { "alone" };
+    let side = if !options.protect.is_empty() { "primary" } else { "alone" };
     let control = Control::open(options.name.as_deref(), side, events)?;
     if options.debug_faults {
         control.allow_faults();
@@ -356,14 +359,14 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     let digest_interval = options.digest_interval.unwrap_or(DIGEST_INTERVAL);
     // The arbiter and the standby are asked first: a VM that was to be protected does not start unprotected by mistake. A standby
     // serves the first who connects, so nothing that can be refused comes after.
-    let arbiter = match (&options.protect, &options.arbiter) {
-        (None, _) => None,
-        (Some(_), Some(spec)) => Some(open_arbiter(spec, events)?),
-        (Some(_), None) => {
+    let arbiter = match (options.protect.is_empty(), &options.arbiter) {
+        (true, _) => None,
+        (false, Some(spec)) => Some(open_arbiter(spec, events)?),
+        (false, None) => {
             return Err(Error::new("a protected VM needs an arbiter").next(arbiter::SYNTAX));
         }
     };
-    let standby = options.protect.as_ref().map(|address| connect(address)).transpose()?;
+    let standby = if options.protect.is_empty() { None } else { Some(connect_to_one(&options.protect, events)?) };
     let recording = match &options.record {
         Some(path) => Some(replay::record(&machine, path, digest_interval, &disk_bytes, last_output)?),
         None => None,
@@ -380,7 +383,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     }
     let pair = match standby.zip(arbiter) {
         None => None,
-        Some((stream, arbiter)) => {
+        Some(((place, stream), arbiter)) => {
             let vm = VmId(identity::random_id());
             control.board().set_vm(vm);
             control.board().set_peer(stream.peer_addr().ok().map(|address| address.to_string()));
@@ -398,9 +401,12 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                 last_left: last_output,
             })
             .what("the pair's settings do not fit")?;
+            let mut healer = Healer::new(options.protect.iter().cloned(), None, &options.pair);
+            healer.begin_with(place);
             Some(PairThread::start(PairWiring {
                 primary,
                 stream: Some(stream),
+                standbys: Standbys { healer, connect: Arc::new(connect) },
                 arbiter,
                 outlet: outside.outlet(control.board())?,
                 vm: to_vm.clone(),
@@ -415,23 +421,14 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         recording,
         pair: pair.as_ref().map(|pair| pair.sender.clone()),
         events: events.clone(),
-        digest_interval: if options.record.is_some() || options.protect.is_some() { digest_interval } else { 0 },
+        digest_interval: if options.record.is_some() || !options.protect.is_empty() { digest_interval } else { 0 },
         disk_bytes,
         last_output,
         waiting,
         perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(machine, wiring);
-    if let Some(pair) = pair {
-        let report = pair.join();
-        let mut figures = log_figures(&stats);
-        figures.insert("held_outputs".into(), json!(report.held_outputs));
-        figures.insert("held_mean_ns".into(), json!(report.held_sum_ns.checked_div(report.held_outputs).unwrap_or(0)));
-        figures.insert("held_max_ns".into(), json!(report.held_max_ns));
-        events.say_with("ended", end.text(), figures);
-    } else {
-        events.say_with("ended", end.text(), log_figures(&stats));
-    }
+    say_end(&end, &stats, pair, events);
     Ok(SessionEnd { end, stats })
 }
 
@@ -471,6 +468,26 @@ fn connect(address: &str) -> Result<TcpStream> {
     Err(refuse(failure))
 }
 
+/// Connects to the first standby of a list that can be reached; says which it is.
+fn connect_to_one(places: &[String], events: &Events) -> Result<(usize, TcpStream)> {
+    let mut failure = None;
+    for (standby, place) in places.iter().enumerate() {
+        match connect(place) {
+            Ok(stream) => return Ok((standby, stream)),
+            Err(e) if places.len() == 1 => return Err(e),
+            Err(e) => {
+                events.say("no-standby", e.to_string());
+                failure = Some(e);
+            }
+        }
+    }
+    let all = Error::new(format!("none of the standbys can be reached: {}", places.join(", ")));
+    Err(match failure {
+        Some(last) => all.because(last),
+        None => all,
+    })
+}
+
 /// Runs a machine that has just gone live, to its end.
 pub fn run_live(
     live: standby::Live,
@@ -499,19 +516,54 @@ pub fn run_live(
         ("position".to_owned(), json!(live.machine.position())),
     ]);
     events.say_with("live", format!("live in epoch {}; {reissued} outputs sent again", live.epoch), figures);
+    let (mut primary, mut healer) = live.primary;
+    // They were sent just now.
+    primary.handle(Nanos(now_ns()), PrimaryEvent::OutputsLeft { up_to: live.last_output });
+    if !options.protect.is_empty() {
+        // This host was told better.
+        healer.replace(options.protect.iter().cloned());
+    }
+    let pair = match &options.arbiter {
+        Some(arbiter) if healer.places().next().is_some() => Some(PairThread::start(PairWiring {
+            primary,
+            stream: None,
+            standbys: Standbys { healer, connect: Arc::new(connect) },
+            arbiter: open_arbiter(arbiter, events)?,
+            outlet: outside.outlet(control.board())?,
+            vm: to_vm.clone(),
+            events: events.clone(),
+            board: control.board().clone(),
+        })?),
+        _ => {
+            events.say("unprotected", "this VM has no other standby: it runs on without protection");
+            None
+        }
+    };
     let wiring = Wiring {
         inbox,
         outlet,
         recording: None,
-        pair: None,
+        pair: pair.as_ref().map(|pair| pair.sender.clone()),
         events: events.clone(),
-        digest_interval: 0,
+        digest_interval: if pair.is_some() { DIGEST_INTERVAL } else { 0 },
         disk_bytes: live.extra.disks.iter().map(|d| d.bytes).collect(),
         last_output: live.last_output,
         waiting,
         perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(live.machine, wiring);
-    events.say_with("ended", end.text(), log_figures(&stats));
+    say_end(&end, &stats, pair, events);
     Ok(SessionEnd { end, stats })
+}
+
+/// Waits for the pair, and tells people how it ended.
+fn say_end(end: &End, stats: &RunStats, pair: Option<PairThread>, events: &Events) {
+    let mut figures = log_figures(stats);
+    if let Some(pair) = pair {
+        let report = pair.join();
+        figures.insert("held_outputs".into(), json!(report.held_outputs));
+        figures.insert("held_mean_ns".into(), json!(report.held_sum_ns.checked_div(report.held_outputs).unwrap_or(0)));
+        figures.insert("held_max_ns".into(), json!(report.held_max_ns));
+    }
+    events.say_with("ended", end.text(), figures);
 }

@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, json};
 use twinstep_machine::{Config, Machine, Output};
 use twinstep_pair::{
-    Arbiter, Epoch, Nanos, OutputId, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq, StopReason, Verdict, wire,
+    Arbiter, Epoch, Healer, Nanos, OutputId, Primary, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq,
+    StopReason, Verdict, wire,
 };
 
 use super::build::{DiskExtra, Extra};
-use super::follow::{Follower, ToReplay};
+use super::follow::{Follower, Replayed, ToReplay};
 use super::pairing::{Asker, Closing, Connection};
 use super::resync::Changes;
 use crate::control::Control;
@@ -61,6 +62,8 @@ pub struct Live {
     pub last_output: OutputId,
     /// The epoch it runs in.
     pub epoch: Epoch,
+    /// What drives it from here on as a primary, and who looks for its standbys.
+    pub primary: (Primary, Healer),
 }
 
 /// How serving a primary ended.
@@ -352,8 +355,12 @@ impl Driver {
 
     fn go_live(&mut self, epoch: Epoch, reissue: Range<OutputId>) {
         let (answer, live) = channel();
-        self.tell_replay(ToReplay::Finish { reissue, epoch, answer });
-        let live = live.recv().unwrap_or_else(|_| Err(Error::new("the replay is gone")));
+        self.tell_replay(ToReplay::Finish { reissue, answer });
+        let replayed = live.recv().unwrap_or_else(|_| Err(Error::new("the replay is gone")));
+        let live = replayed.map(|replayed| {
+            let Replayed { machine, extra, reissue, last_output } = replayed;
+            Live { machine, extra, reissue, last_output, epoch, primary: self.secondary.clone().into_primary() }
+        });
         if let Ok(live) = &live {
             let figures = Map::from_iter([("position".to_owned(), json!(live.machine.position()))]);
             self.events.say_with("consumed", format!("the log is consumed, to position {}", live.machine.position()), figures);

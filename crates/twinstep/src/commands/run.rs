@@ -97,9 +97,10 @@ pub struct Arguments {
     /// Start from a snapshot instead of a kernel
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
-    /// Protect with the standby at this address
-    #[arg(long, value_name = "ADDRESS", requires = "arbiter")]
-    protect: Option<String>,
+    /// Protect with a standby at one of these addresses, such as a:7171,b:7171: with the first that can be reached, and when it is lost with
+    /// the next, and so on, while the guest runs
+    #[arg(long, value_name = "ADDRESS,...", requires = "arbiter", value_delimiter = ',')]
+    protect: Vec<String>,
     #[command(flatten)]
     arbiter: super::arbiter::ArbiterArguments,
     /// When an output may leave a protected VM: `received`, as soon as the standby has all that led to it, or `matched`, when the standby has

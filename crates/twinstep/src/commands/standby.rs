@@ -25,9 +25,15 @@ pub struct Arguments {
     /// from the primary
     #[command(flatten)]
     machine: super::run::MachineArguments,
+    /// Once live, protect with a standby at one of these addresses [default: those that the primary names, which are its own other ones]
+    #[arg(long, value_name = "ADDRESS,...", value_delimiter = ',')]
+    protect: Vec<String>,
     /// The VM's name for `twinstep status` and others [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// End when a primary was refused, or was lost without this standby going live, instead of waiting for the next one
+    #[arg(long)]
+    once: bool,
     #[command(flatten)]
     pair: super::run::PairArguments,
     #[command(flatten)]
@@ -45,53 +51,71 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     if let Some(address) = &v.metrics {
         metrics::serve(address, control.inquiry(), &events)?;
     }
-    control.no_machine("this standby waits for a primary");
     if arguments.pair.debug_faults {
         control.allow_faults();
     }
-    let arbiter = session::open_arbiter(&arbiter, &events)?;
-    let listener = TcpListener::bind(&arguments.listen).with_context(|| {
-        format!("cannot listen on {} (is another standby there? choose another port with --listen)", arguments.listen)
-    })?;
+    let listen = |address: &str| {
+        TcpListener::bind(address)
+            .with_context(|| format!("cannot listen on {address} (is another standby there? choose another port with --listen)"))
+    };
+    let mut listener = listen(&arguments.listen)?;
+    // The same for every primary, also if the system has chosen it.
     let address = listener.local_addr()?.to_string();
-    let figures = serde_json::Map::from_iter([("address".to_owned(), address.clone().into())]);
-    events.say_with("listening", format!("waiting for a primary on {address}"), figures);
-    let stream = standby::accept(&listener, &events)?;
-    // Another primary is told at once that nobody waits for it here.
-    drop(listener);
-    let disks = spec.disk.clone();
-    let outcome = standby::serve(StandbyWiring {
-        setup: SecondarySetup {
-            config: arguments.pair.config(),
-            expect: Expectation { vm: None, cpu_model, ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20) },
-            host: identity::host(),
-            owner: OwnerId(identity::random_id()),
-        },
-        stream,
-        arbiter,
-        disks: Box::new(move |wanted| session::open_matching_disks(&disks, wanted)),
-        cables: spec.net.len(),
-        events: events.clone(),
-        signals: signals.clone(),
-        control: control.clone(),
-        tune: |_| {},
-    })?;
-    let options = RunOptions { no_input: v.no_input, serial: v.serial, ..RunOptions::default() };
-    match outcome {
-        Outcome::Live(live) => {
-            let session = session::run_live(*live, &spec, &options, &events, &signals, &control)?;
-            Ok(super::run::exit_code(&session.end))
+    let options = RunOptions {
+        no_input: v.no_input,
+        serial: v.serial,
+        protect: arguments.protect,
+        arbiter: Some(arbiter.clone()),
+        pair: arguments.pair.config(),
+        ..RunOptions::default()
+    };
+    loop {
+        control.no_machine("this standby waits for a primary");
+        let opened = session::open_arbiter(&arbiter, &events)?;
+        let figures = serde_json::Map::from_iter([("address".to_owned(), address.clone().into())]);
+        events.say_with("listening", format!("waiting for a primary on {address}"), figures);
+        let stream = standby::accept(&listener, &events)?;
+        // Another primary is told at once that nobody waits for it here.
+        drop(listener);
+        let disks = spec.disk.clone();
+        let outcome = standby::serve(StandbyWiring {
+            setup: SecondarySetup {
+                config: arguments.pair.config(),
+                expect: Expectation { vm: None, cpu_model: cpu_model.clone(), ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20) },
+                host: identity::host(),
+                // Another one for each primary: what this process had won for one VM is not another's.
+                owner: OwnerId(identity::random_id()),
+            },
+            stream,
+            arbiter: opened,
+            disks: Box::new(move |wanted| session::open_matching_disks(&disks, wanted)),
+            cables: spec.net.len(),
+            events: events.clone(),
+            signals: signals.clone(),
+            control: control.clone(),
+            tune: |_| {},
+        })?;
+        let reason = match outcome {
+            Outcome::Live(live) => {
+                let session = session::run_live(*live, &spec, &options, &events, &signals, &control)?;
+                return Ok(super::run::exit_code(&session.end));
+            }
+            Outcome::Stopped(reason) => reason,
+        };
+        use twinstep_pair::StopReason::*;
+        match reason {
+            // The primary ended in good order: nothing was to be done here.
+            PeerEnded { .. } => return Ok(ExitCode::SUCCESS),
+            Ended { .. } => return Ok(ExitCode::from(5)),
+            // The VM is over, for people to look at.
+            Mismatch { .. } => return Ok(ExitCode::FAILURE),
+            LostArbitration { .. } | NotProtected { .. } | Refused { .. } | HandedOver { .. } if arguments.once => {
+                return Ok(ExitCode::FAILURE);
+            }
+            LostArbitration { .. } | NotProtected { .. } | Refused { .. } | HandedOver { .. } => {}
         }
-        Outcome::Stopped(reason) => {
-            use twinstep_pair::StopReason::*;
-            Ok(match reason {
-                // The primary ended in good order: nothing was to be done here.
-                PeerEnded { .. } => ExitCode::SUCCESS,
-                Ended { .. } => ExitCode::from(5),
-                LostArbitration { .. } | NotProtected { .. } | Refused { .. } | Mismatch { .. } | HandedOver { .. } => {
-                    ExitCode::FAILURE
-                }
-            })
-        }
+        signals.listen_no_more();
+        control.board().waits_again();
+        listener = listen(&address)?;
     }
 }

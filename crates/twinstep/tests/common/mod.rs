@@ -138,6 +138,7 @@ static TURNS: (Mutex<usize>, Condvar) = (Mutex::new(GUESTS), Condvar::new());
 
 /// Waits for leave to run so many guests at once. To be asked for once in a test, and before anything is waited for.
 pub fn turn(guests: usize) -> Turn {
+    assert!(guests <= GUESTS, "it would wait for ever");
     let free = TURNS.0.lock().unwrap_or_else(PoisonError::into_inner);
     let mut free = TURNS.1.wait_while(free, |free| *free < guests).unwrap_or_else(PoisonError::into_inner);
     *free -= guests;
@@ -298,6 +299,12 @@ impl Twinstep {
             let (_, rest) = printed.split_once(text)?;
             rest.split_once(['\r', '\n']).map(|(line, _)| line.to_owned())
         })
+    }
+
+    /// Waits until text has stood so often on standard error.
+    #[track_caller]
+    pub fn wait_said_times(&self, text: &str, times: usize) {
+        self.wait(Stream::Err, text, |printed| (printed.matches(text).count() >= times).then_some(()));
     }
 
     /// Whether it has said this so far.

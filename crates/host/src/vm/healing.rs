@@ -1,0 +1,115 @@
+//! Finds standbys for a VM that has none: drives [`twinstep_pair::Healer`], and makes connections on a thread of its own.
+//!
+//! *In*: where the primary stands; what became of attempts. *Out*: connections, and word for people. *Invariant*: the thread that drives the
+//! primary never waits for a connection to be made, and one attempt is under way at a time.
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use serde_json::{Map, json};
+use twinstep_pair::{Healer, Nanos, PrimaryState, Setback};
+
+use crate::error::{Error, Result};
+use crate::events::{Events, now_ns};
+
+/// Makes a connection to the standby at a place. May take long.
+pub type Connect = Arc<dyn Fn(&str) -> Result<TcpStream> + Send + Sync>;
+
+/// What looks for standbys.
+pub struct Standbys {
+    /// Which, and in which order.
+    pub healer: Healer,
+    /// How they are reached.
+    pub connect: Connect,
+}
+
+/// At work, for a thread that is told of attempts by messages `M`.
+pub(super) struct Healing<M> {
+    healer: Healer,
+    connect: Connect,
+    to: Sender<M>,
+    reached: fn(Result<TcpStream>) -> M,
+    events: Events,
+}
+
+impl<M: Send + 'static> Healing<M> {
+    pub(super) fn new(standbys: Standbys, to: Sender<M>, reached: fn(Result<TcpStream>) -> M, events: Events) -> Self {
+        let Standbys { healer, connect } = standbys;
+        Self { healer, connect, to, reached, events }
+    }
+
+    /// The standby that was connected does not fit.
+    pub(super) fn refused(&mut self) {
+        let setback = self.healer.refused(Nanos(now_ns()));
+        self.say(setback, None);
+    }
+
+    /// Takes in where the primary stands, and tries the next standby if one is wanted and it is time.
+    pub(super) fn follow(&mut self, state: PrimaryState) {
+        let now = Nanos(now_ns());
+        let setback = self.healer.follow(now, state);
+        self.say(setback, None);
+        let Some(standby) = self.healer.poll(now) else { return };
+        let (connect, to, reached) = (self.connect.clone(), self.to.clone(), self.reached);
+        let place = self.place(standby);
+        // A thread that is left over when the VM has ended ends with the process.
+        let started = std::thread::Builder::new().name("connect".into()).spawn(move || {
+            let _ = to.send(reached(connect(&place)));
+        });
+        if let Err(e) = started {
+            let _ = self.to.send((self.reached)(Err(Error::new("cannot start a thread").because(e))));
+        }
+    }
+
+    /// What became of the attempt: the connection, and what the standby is told of the others.
+    pub(super) fn reached(&mut self, result: Result<TcpStream>) -> Option<(TcpStream, Vec<String>)> {
+        match result {
+            Ok(stream) => {
+                self.healer.connected();
+                let standby = self.healer.standby()?;
+                let place = self.place(standby);
+                let figures = Map::from_iter([("standby".to_owned(), json!(place))]);
+                self.events.say_with("reached", format!("the standby at {place} is reached"), figures);
+                Some((stream, self.healer.greeting(standby)))
+            }
+            Err(e) => {
+                let setback = self.healer.not_reached(Nanos(now_ns()));
+                self.say(setback, Some(&e));
+                None
+            }
+        }
+    }
+
+    /// What the standby that is connected is told of the others.
+    pub(super) fn greeting(&self) -> Vec<String> {
+        self.healer.standby().map_or(Vec::new(), |standby| self.healer.greeting(standby))
+    }
+
+    /// When to follow again, if nothing else happens.
+    pub(super) fn deadline(&self) -> Option<Nanos> {
+        self.healer.deadline()
+    }
+
+    fn place(&self, standby: usize) -> String {
+        self.healer.places().nth(standby).unwrap_or_default().to_owned()
+    }
+
+    /// Tells people of a standby that is of no use, seldom if it stays so.
+    fn say(&self, setback: Option<Setback>, why: Option<&Error>) {
+        let Some(Setback { standby, failures, not_before }) = setback else { return };
+        if !failures.is_power_of_two() {
+            return;
+        }
+        let place = self.place(standby);
+        let pause_ns = not_before.since(Nanos(now_ns())).0;
+        let figures = Map::from_iter([
+            ("standby".to_owned(), json!(place)),
+            ("failures".to_owned(), json!(failures)),
+            ("pause_ns".to_owned(), json!(pause_ns)),
+        ]);
+        let why = why.map_or(String::new(), |why| format!(" ({why})"));
+        let text =
+            format!("the standby at {place} does not protect the VM{why}; it is tried again in {:.1} s", pause_ns as f64 / 1e9);
+        self.events.say_with("no-standby", text, figures);
+    }
+}

@@ -1,0 +1,91 @@
+//! A VM that has lost a host finds itself another one, while its guest runs.
+mod common;
+
+use std::path::Path;
+
+use common::{Twinstep, boot, folder, text, turn, words};
+use rustix::process::Signal;
+
+/// A standby that listens, and where.
+fn standby(name: &'static str, listen: &str, arbiter: &Path) -> (Twinstep, String) {
+    let standby = Twinstep::start(name, &words(&["standby", "--listen", listen, "--arbiter", &text(arbiter)]));
+    let address = standby.wait_said("waiting for a primary on ");
+    (standby, address)
+}
+
+/// Gives the guest's shell something to remember, and something to do meanwhile.
+fn begin(primary: &mut Twinstep) {
+    primary.wait_console("# ");
+    primary.type_line("while :; do i=$((i + 1)); done & token=$((6 * 7)); echo begun $token");
+    primary.wait_console("begun 42");
+}
+
+/// The guest is the same that began, and ends.
+fn remembers(mut survivor: Twinstep) {
+    survivor.type_line("echo remembered $((token + 1)); poweroff -f");
+    survivor.end().with(0).shows("remembered 43");
+}
+
+#[test]
+fn two_hosts_die_one_after_the_other_and_the_guest_does_not() {
+    let _turn = turn(2);
+    let folder = folder();
+    let (mut second, to_second) = standby("second", "127.0.0.1:0", folder.path());
+    let (third, to_third) = standby("third", "127.0.0.1:0", folder.path());
+    let both = format!("{to_second},{to_third}");
+    let protect = words(&["--protect", &both, "--arbiter", &text(folder.path())]);
+    let mut primary = Twinstep::run(&[&boot("128M", "shell"), &protect]);
+    primary.wait_said("protected: ");
+    begin(&mut primary);
+    primary.kill();
+    // Nobody told it of the third one but the primary.
+    second.wait_said("live: live in epoch 2");
+    second.wait_said("reached: the standby at ");
+    second.wait_said("protected: every output");
+    second.kill();
+    third.wait_said("live: live in epoch 3");
+    remembers(third);
+}
+
+#[test]
+fn a_primary_goes_on_to_the_next_standby() {
+    let _turn = turn(2);
+    let folder = folder();
+    let (mut second, to_second) = standby("second", "127.0.0.1:0", folder.path());
+    let (third, to_third) = standby("third", "127.0.0.1:0", folder.path());
+    let list = format!("{to_second},{to_third}");
+    let protect = words(&["--protect", &list, "--arbiter", &text(folder.path())]);
+    let mut primary = Twinstep::run(&[&boot("128M", "shell"), &protect]);
+    primary.wait_said("protected: ");
+    begin(&mut primary);
+    second.kill();
+    primary.wait_said("alone: going on alone in epoch 2");
+    third.wait_said("following VM ");
+    primary.wait_said(&format!("reached: the standby at {to_third}"));
+    third.wait_said("machine restored");
+    primary.wait_said_times("protected: every output", 2);
+    primary.kill();
+    third.wait_said("live: live in epoch 3");
+    remembers(third);
+}
+
+/// A standby that was lost and is there again, at the same place, is used again; and one that never went live waits for the next primary.
+#[test]
+fn a_standby_that_comes_back_is_used_again() {
+    let _turn = turn(2);
+    let folder = folder();
+    let (standby, address) = standby("standby", "127.0.0.1:0", folder.path());
+    let protect = words(&["--protect", &address, "--arbiter", &text(folder.path())]);
+    let mut primary = Twinstep::run(&[&boot("128M", "shell"), &protect]);
+    primary.wait_said("protected: ");
+    begin(&mut primary);
+    // Asleep for long enough to be given up; it finds that it has lost, and waits at the same address.
+    standby.signal(Signal::STOP);
+    primary.wait_said("alone: going on alone in epoch 2");
+    standby.signal(Signal::CONT);
+    standby.wait_said("the arbiter gave epoch 2 to the other side");
+    primary.wait_said_times("protected: every output", 2);
+    primary.kill();
+    standby.wait_said("live: live in epoch 3");
+    remembers(standby);
+}
