@@ -50,12 +50,12 @@ pub struct Setback {
 }
 
 /// Whether a place can be told to a standby.
-fn fits(place: &String) -> bool {
+fn fits(place: &str) -> bool {
     !place.is_empty() && place.len() <= MAX_STANDBY_BYTES
 }
 
 fn candidates(standbys: impl IntoIterator<Item = String>) -> Vec<Candidate> {
-    let places = standbys.into_iter().filter(fits).take(MAX_STANDBYS - 1);
+    let places = standbys.into_iter().filter(|place| fits(place)).take(MAX_STANDBYS - 1);
     places.map(|place| Candidate { place, failures: 0, not_before: Nanos(0) }).collect()
 }
 
@@ -79,7 +79,7 @@ impl Healer {
     pub fn new(standbys: impl IntoIterator<Item = String>, own: Option<String>, config: &Config) -> Healer {
         Healer {
             candidates: candidates(standbys),
-            own: own.filter(fits),
+            own: own.filter(|place| fits(place)),
             stage: Stage::Resting,
             retry_min: config.heal_retry_min,
             retry_max: config.heal_retry_max,
