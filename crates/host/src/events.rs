@@ -154,7 +154,9 @@ impl Events {
         }
     }
 
+    // Much of a text can be the other side's words, and terminals obey control characters.
     fn make(&self, what: &str, text: String, figures: serde_json::Map<String, serde_json::Value>) -> Event {
+        let text = text.replace(|c: char| c.is_control() && c != '\n', "\u{fffd}");
         Event { at_ns: now_ns(), side: self.side.to_string(), what: what.into(), text, figures }
     }
 
@@ -199,6 +201,14 @@ mod tests {
     }
 
     #[test]
+    fn nobodys_words_command_a_terminal() {
+        let events = quiet();
+        events.say("notice", "the other side says \u{1b}]0;ha\u{7}\u{9b}2J\rno\nyes");
+        let said = events.history().pop().unwrap().event.text;
+        assert_eq!(said, "the other side says \u{fffd}]0;ha\u{fffd}\u{fffd}2J\u{fffd}no\nyes");
+    }
+
+    #[test]
     fn what_is_said_over_and_over_is_kept_once() {
         let events = quiet();
         for what in ["protected", "held", "freed", "held", "freed", "held", "live", "freed"] {
@@ -220,9 +230,9 @@ mod tests {
     #[test]
     fn long_ones_push_others_out() {
         let events = quiet();
-        // Each control character takes six bytes as JSON.
+        // Each line break takes two bytes as JSON.
         for n in 0..MAX_KEPT {
-            events.say("notice", format!("{n}{}", "\u{1}".repeat(5000)));
+            events.say("notice", format!("{n}{}", "\n".repeat(5000)));
         }
         let kept = events.history();
         assert!(kept.len() > 5 && kept.len() < MAX_KEPT);

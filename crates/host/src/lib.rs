@@ -8,6 +8,7 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod arbiter;
+pub mod channel;
 pub mod control;
 pub mod demo;
 pub mod disk;
@@ -21,7 +22,9 @@ pub mod net;
 pub mod packages;
 pub mod passt;
 pub mod perf_map;
+pub mod pki;
 pub mod redis_check;
+mod secret_file;
 pub mod signals;
 pub mod socket;
 pub mod stat;

@@ -22,7 +22,7 @@ pub(crate) fn host() -> HostIdentity {
 }
 
 pub(crate) fn vm() -> VmIdentity {
-    VmIdentity { vm: VM, cpu_model: "x86-64-v2".to_owned(), ram_bytes: 4096 }
+    VmIdentity { vm: VM, name: "db".to_owned(), cpu_model: "x86-64-v2".to_owned(), ram_bytes: 4096 }
 }
 
 pub(crate) fn primary_setup() -> PrimarySetup {

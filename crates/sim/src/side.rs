@@ -142,7 +142,7 @@ impl Side {
     pub(crate) fn primary(index: usize, profile: &Profile, bug: Option<Bug>) -> Side {
         let primary = Primary::new(PrimarySetup {
             config: profile.config.clone(),
-            vm: VmIdentity { vm: VM, cpu_model: "toy".to_owned(), ram_bytes: 4096 },
+            vm: VmIdentity { vm: VM, name: "toy".to_owned(), cpu_model: "toy".to_owned(), ram_bytes: 4096 },
             host: host_identity(),
             owner: owner(index),
             epoch: Epoch::FIRST,

@@ -41,7 +41,8 @@ fn two_hosts_die_one_after_the_other_and_the_guest_does_not() {
     // Nobody told it of the third one but the primary.
     second.wait_said("live: live in epoch 2");
     second.wait_said("reached: the standby at ");
-    second.wait_said("protected: every output");
+    // Before it has heard that, it is not to go live.
+    third.wait_said("protection has started");
     second.kill();
     third.wait_said("live: live in epoch 3");
     remembers(third);
@@ -63,7 +64,7 @@ fn a_primary_goes_on_to_the_next_standby() {
     third.wait_said("following VM ");
     primary.wait_said(&format!("reached: the standby at {to_third}"));
     third.wait_said("machine restored");
-    primary.wait_said_times("protected: every output", 2);
+    third.wait_said("protection has started");
     primary.kill();
     third.wait_said("live: live in epoch 3");
     remembers(third);
@@ -84,7 +85,7 @@ fn a_standby_that_comes_back_is_used_again() {
     primary.wait_said("alone: going on alone in epoch 2");
     standby.signal(Signal::CONT);
     standby.wait_said("the arbiter gave epoch 2 to the other side");
-    primary.wait_said_times("protected: every output", 2);
+    standby.wait_said_times("protection has started", 2);
     primary.kill();
     standby.wait_said("live: live in epoch 3");
     remembers(standby);

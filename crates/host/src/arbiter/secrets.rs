@@ -4,9 +4,6 @@
 //! can read, and a certificate that is handed on fits its key.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,11 +14,10 @@ use ureq::tls::{Certificate, ClientCert, PrivateKey, RootCerts, TlsConfig};
 
 use super::spec::TlsFiles;
 use crate::error::{Context, Error, Result};
+use crate::secret_file::{LONGEST_PEM, certificates, read};
 
 /// Longest password.
 const LONGEST_PASSWORD: u64 = 1024;
-/// Longest file of certificates or keys; a system's whole list of authorities has about 200 KiB.
-const LONGEST_PEM: u64 = 4 << 20;
 
 /// A text that is not shown.
 #[derive(Clone)]
@@ -102,34 +98,6 @@ pub(super) fn tls_config(files: &TlsFiles) -> Result<TlsConfig> {
 
 fn for_ureq(certificates: &[CertificateDer<'_>]) -> Vec<Certificate<'static>> {
     certificates.iter().map(|c| Certificate::from_der(c).to_owned()).collect()
-}
-
-fn certificates(path: &Path, option: &str) -> Result<Vec<CertificateDer<'static>>> {
-    let bytes = read(path, "certificate", option, false, LONGEST_PEM)?;
-    let found: std::result::Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
-    match found {
-        Ok(found) if !found.is_empty() => Ok(found),
-        _ => Err(Error::new(format!("{} holds no certificate", path.display())).next(format!("give {option} a file in PEM"))),
-    }
-}
-
-fn read(path: &Path, what: &str, option: &str, secret: bool, longest: u64) -> Result<Vec<u8>> {
-    let named = format!("the {what} {}", path.display());
-    let refuse = |e: std::io::Error| Error::new(format!("cannot read {named}")).because(e).next(format!("check {option}"));
-    // Looked at first, since opening a pipe could wait for ever; and asked again once it is open and can't be changed for another one.
-    if !path.metadata().map_err(refuse)?.is_file() {
-        return Err(Error::new(format!("{named} is not a file")).next(format!("check {option}")));
-    }
-    let file = File::open(path).map_err(refuse)?;
-    if secret && file.metadata().map_err(refuse)?.mode() & 0o077 != 0 {
-        return Err(Error::new(format!("others may read {named}")).next(format!("chmod 600 {}", path.display())));
-    }
-    let mut bytes = Vec::new();
-    file.take(longest + 1).read_to_end(&mut bytes).map_err(refuse)?;
-    if bytes.len() as u64 > longest {
-        return Err(Error::new(format!("{named} is longer than {longest} bytes")).next(format!("check {option}")));
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -11,14 +11,13 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use twinstep_pair::wire::{MAX_NAME_BYTES, is_name};
 
 use crate::error::{Context, Error, Result};
 use crate::socket::{self, SocketFile};
 
 /// How a socket's name ends.
 const SUFFIX: &str = ".sock";
-/// Bytes of a VM's name.
-const MAX_NAME: usize = 64;
 
 /// The folder of this process's user. It need not exist.
 pub fn of_this_user() -> PathBuf {
@@ -58,10 +57,9 @@ pub fn default_name() -> String {
 }
 
 fn check_name(name: &str) -> Result<()> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.is_empty() || name.len() > MAX_NAME || name.starts_with('.') || !name.chars().all(plain) {
+    if !is_name(name) {
         return Err(Error::new(format!("'{name}' cannot be a VM's name"))
-            .next(format!("take 1 to {MAX_NAME} letters, digits, '-', '_' and '.', not beginning with '.'")));
+            .next(format!("take 1 to {MAX_NAME_BYTES} letters, digits, '-', '_' and '.', not beginning with '.'")));
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! `twinstep switch`, `standby` and `run`, its guest is stock Debian, its client an ordinary TCP client on a forwarded port.
 mod child;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use crate::guest::{self, Kind, Network};
 use crate::identity;
 use crate::packages::{KernelLine, Progress, Store};
 use crate::passt::{self, Forward};
+use crate::pki;
 use crate::redis_check;
 use crate::signals::{STOPPED, Signals};
 use child::Process;
@@ -35,6 +36,8 @@ pub struct Options {
     pub pipeline: usize,
     /// Outputs wait until the standby has made the same ([`twinstep_pair::Commit::Matched`]).
     pub matched: bool,
+    /// The two sides speak TLS, with certificates made for the occasion.
+    pub tls: bool,
     /// The load runs for at least so long before the kill.
     pub load: Duration,
 }
@@ -47,6 +50,7 @@ impl Default for Options {
             kernel: KernelLine::Stable,
             pipeline: 4,
             matched: false,
+            tls: false,
             load: Duration::from_millis(1500),
         }
     }
@@ -115,6 +119,8 @@ struct Stage {
     kernel: PathBuf,
     initrd: PathBuf,
     passt: PathBuf,
+    /// The folders with certificates of primary and standby.
+    tls: Option<[PathBuf; 2]>,
 }
 
 /// How long a step may take on a slow, busy machine.
@@ -158,7 +164,14 @@ fn set_up(folder: &Path, options: &Options, audience: &mut dyn Audience) -> Resu
     let mut progress = |p| audience.progress(p);
     let (kernel, initrd) = guest::build_into(folder, &store, Kind::Redis, options.kernel, &mut progress)?;
     let passt = passt::program(&store, &mut progress)?;
-    Ok(Stage { folder: folder.to_owned(), kernel, initrd, passt })
+    let tls = if options.tls { Some(throw_away_pki(&folder.join("pki"))?) } else { None };
+    Ok(Stage { folder: folder.to_owned(), kernel, initrd, passt, tls })
+}
+
+/// An authority for this demo, and what both sides need.
+fn throw_away_pki(folder: &Path) -> Result<[PathBuf; 2]> {
+    pki::init(folder, 1)?;
+    Ok([pki::issue(folder, "primary", &[], 1)?, pki::issue(folder, "standby", &[Ipv4Addr::LOCALHOST.to_string()], 1)?])
 }
 
 fn text(path: &Path) -> Result<&str> {
@@ -190,7 +203,11 @@ fn tell(stage: &Stage, options: &Options, number: u32, audience: &mut dyn Audien
 
     let net = format!("switch={}", text(&socket)?);
     let common = ["--arbiter", &arbiter, "--net", &net, "--no-input", "--quiet", "--events", "/dev/stderr"];
-    let mut standby = Process::start("standby", &[&["standby", "--listen", "127.0.0.1:0"][..], &common].concat())?;
+    let [primary_tls, standby_tls] = match &stage.tls {
+        Some([primary, standby]) => [vec!["--tls", text(primary)?], vec!["--tls", text(standby)?, "--expect-peer", "primary"]],
+        None => [vec![], vec![]],
+    };
+    let mut standby = Process::start("standby", &[&["standby", "--listen", "127.0.0.1:0"][..], &common, &standby_tls].concat())?;
     let listening = standby.wait_for("listening", PATIENCE)?;
     let standby_address = listening.figures.get("address").and_then(Value::as_str).unwrap_or_default().to_owned();
     let (mem, cmdline) = (format!("{}M", options.ram_mib), guest::command_line("redis", Some(&network)));
@@ -198,7 +215,7 @@ fn tell(stage: &Stage, options: &Options, number: u32, audience: &mut dyn Audien
     let commit = if options.matched { "matched" } else { "received" };
     let protect = ["run", "--protect", &standby_address, "--commit", commit];
     let started = Instant::now();
-    let mut primary = Process::start("primary", &[&protect[..], &common, &machine].concat())?;
+    let mut primary = Process::start("primary", &[&protect[..], &common, &machine, &primary_tls].concat())?;
     primary.wait_for("protected", PATIENCE)?;
     primary.wait_for_console(guest::READY, PATIENCE)?;
     let ready_ms = started.elapsed().as_secs_f64() * 1e3;

@@ -2,18 +2,18 @@
 //!
 //! *In*: where the primary stands; what became of attempts. *Out*: connections, and word for people. *Invariant*: the thread that drives the
 //! primary never waits for a connection to be made, and one attempt is under way at a time.
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use serde_json::{Map, json};
 use twinstep_pair::{Healer, Nanos, PrimaryState, Setback};
 
+use crate::channel::Channel;
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
 
 /// Makes a connection to the standby at a place. May take long.
-pub type Connect = Arc<dyn Fn(&str) -> Result<TcpStream> + Send + Sync>;
+pub type Connect = Arc<dyn Fn(&str) -> Result<Channel> + Send + Sync>;
 
 /// What looks for standbys.
 pub struct Standbys {
@@ -28,12 +28,12 @@ pub(super) struct Healing<M> {
     healer: Healer,
     connect: Connect,
     to: Sender<M>,
-    reached: fn(Result<TcpStream>) -> M,
+    reached: fn(Result<Channel>) -> M,
     events: Events,
 }
 
 impl<M: Send + 'static> Healing<M> {
-    pub(super) fn new(standbys: Standbys, to: Sender<M>, reached: fn(Result<TcpStream>) -> M, events: Events) -> Self {
+    pub(super) fn new(standbys: Standbys, to: Sender<M>, reached: fn(Result<Channel>) -> M, events: Events) -> Self {
         let Standbys { healer, connect } = standbys;
         Self { healer, connect, to, reached, events }
     }
@@ -62,7 +62,7 @@ impl<M: Send + 'static> Healing<M> {
     }
 
     /// What became of the attempt: the connection, and what the standby is told of the others.
-    pub(super) fn reached(&mut self, result: Result<TcpStream>) -> Option<(TcpStream, Vec<String>)> {
+    pub(super) fn reached(&mut self, result: Result<Channel>) -> Option<(Channel, Vec<String>)> {
         match result {
             Ok(stream) => {
                 self.healer.connected();

@@ -4,8 +4,7 @@
 //! outputs that may leave, and word to the machine's thread. *Invariant*: an output is handed to the world here and nowhere else, and only when
 //! the pair has released it.
 use std::collections::VecDeque;
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io::Read;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -21,6 +20,7 @@ use super::difference;
 use super::healing::{Healing, Standbys};
 use super::live::{Outlet, ToVm};
 use super::resync::{self, Delta};
+use crate::channel::Channel;
 use crate::error::{Context, Result};
 use crate::events::{Events, now_ns};
 use crate::status::board::Board;
@@ -74,7 +74,7 @@ pub enum ToPair {
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
     /// What became of the attempt to reach a standby.
-    Reached(Result<TcpStream>),
+    Reached(Result<Channel>),
     /// Somebody wants the standby to go live.
     HandOver,
     /// This host has failed: fall silent, so that the secondary takes over. Outputs that were not released never leave.
@@ -116,14 +116,12 @@ const READ_BYTES: usize = 256 << 10;
 impl Connection {
     /// Starts both threads. `bytes` and `closed` make messages of what is read.
     pub(super) fn start<M: Send + 'static>(
-        stream: TcpStream,
+        stream: Channel,
         to: Sender<M>,
         bytes: impl Fn(Vec<u8>) -> M + Send + 'static,
         closed: impl Fn(String) -> M + Send + 'static,
     ) -> Result<Self> {
-        stream.set_nodelay(true).what("cannot set up the connection")?;
-        let mut reading = stream.try_clone().what("cannot share the connection")?;
-        let mut writing = stream.try_clone().what("cannot share the connection")?;
+        let (mut reading, mut writing) = stream.split()?;
         let reader = std::thread::Builder::new()
             .name("channel-read".into())
             .spawn(move || {
@@ -153,12 +151,10 @@ impl Connection {
                 while let Ok(bytes) = queue.recv() {
                     if writing.write_all(&bytes).is_err() {
                         // The reader sees the same failure and says so.
-                        let _ = writing.shutdown(Shutdown::Both);
-                        return;
+                        return writing.cut();
                     }
                 }
-                // All is sent; the other side reads the end of the stream.
-                let _ = writing.shutdown(Shutdown::Write);
+                writing.finish();
             })
             .what("cannot start a thread")?;
         Ok(Self { writer, closing: Closing(vec![reader, write_thread]) })
@@ -212,7 +208,7 @@ pub struct PairWiring {
     /// The protocol.
     pub primary: Primary,
     /// The connection to the standby, if there is one already; then whoever looks for standbys knows which.
-    pub stream: Option<TcpStream>,
+    pub stream: Option<Channel>,
     /// The standbys.
     pub standbys: Standbys,
     /// The arbiter.
@@ -227,7 +223,7 @@ pub struct PairWiring {
     pub board: Board,
 }
 
-fn connection(stream: TcpStream, number: u64, to: &Sender<ToPair>) -> Result<Connection> {
+fn connection(stream: Channel, number: u64, to: &Sender<ToPair>) -> Result<Connection> {
     let bytes = move |bytes| ToPair::Bytes(number, bytes);
     Connection::start(stream, to.clone(), bytes, move |reason| ToPair::Closed(number, reason))
 }
@@ -528,12 +524,12 @@ impl Driver {
     }
 
     /// A standby was reached, or not: the connection is taken over if the VM still has none.
-    fn reached(&mut self, result: Result<TcpStream>) -> Option<Vec<String>> {
+    fn reached(&mut self, result: Result<Channel>) -> Option<Vec<String>> {
         let (stream, standbys) = self.healing.reached(result)?;
         if self.primary.state() != PrimaryState::Unprotected || self.connection.is_some() {
             return None;
         }
-        let peer = stream.peer_addr().ok().map(|address| address.to_string());
+        let peer = stream.peer().map(|address| address.to_string());
         match connection(stream, self.connections + 1, &self.to_self) {
             Ok(connection) => {
                 self.board.set_peer(peer);

@@ -3,13 +3,12 @@
 //! *In*: a spec and options. *Out*: how it ended. *Invariant*: everything that is opened here (cables, terminal, recording) is closed when
 //! the session ends, whatever the end.
 use std::io::{Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, json};
 use twinstep_machine::offload::LargeSegment;
@@ -19,13 +18,14 @@ use twinstep_pair::{
 };
 
 use super::build::DiskExtra;
-use super::healing::Standbys;
+use super::healing::{Connect, Standbys};
 use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
 use super::pairing::{PairThread, PairWiring};
 use super::replay;
 use super::spec::{Cable, DiskSpec, VmSpec};
 use super::standby;
 use crate::arbiter::{self, ArbiterSpec};
+use crate::channel::{self, Channel, Security};
 use crate::control::Control;
 use crate::disk::RawDisk;
 use crate::error::{Context, Error, Result};
@@ -58,6 +58,8 @@ pub struct RunOptions {
     pub from: Option<PathBuf>,
     /// Protect with one of the standbys at these addresses; the first is tried first.
     pub protect: Vec<String>,
+    /// How to be sure of the standby.
+    pub security: Security,
     /// The arbiter.
     pub arbiter: Option<ArbiterSpec>,
     /// Bounds and times of the pair.
@@ -366,7 +368,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             return Err(Error::new("a protected VM needs an arbiter").next(arbiter::SYNTAX));
         }
     };
-    let standby = if options.protect.is_empty() { None } else { Some(connect_to_one(&options.protect, events)?) };
+    let standby = if options.protect.is_empty() { None } else { Some(reach_one(&options.protect, &options.security, events)?) };
     let recording = match &options.record {
         Some(path) => Some(replay::record(&machine, path, digest_interval, &disk_bytes, last_output)?),
         None => None,
@@ -386,11 +388,12 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         Some(((place, stream), arbiter)) => {
             let vm = VmId(identity::random_id());
             control.board().set_vm(vm);
-            control.board().set_peer(stream.peer_addr().ok().map(|address| address.to_string()));
+            control.board().set_peer(stream.peer().map(|address| address.to_string()));
             let primary = Primary::new(PrimarySetup {
                 config: options.pair.clone(),
                 vm: VmIdentity {
                     vm,
+                    name: control.name().to_owned(),
                     cpu_model: machine.config().cpu_model.clone(),
                     ram_bytes: u64::from(machine.config().ram_mib) << 20,
                 },
@@ -406,7 +409,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             Some(PairThread::start(PairWiring {
                 primary,
                 stream: Some(stream),
-                standbys: Standbys { healer, connect: Arc::new(connect) },
+                standbys: Standbys { healer, connect: reaching(&options.security) },
                 arbiter,
                 outlet: outside.outlet(control.board())?,
                 vm: to_vm.clone(),
@@ -449,30 +452,11 @@ pub fn log_figures(stats: &RunStats) -> Map<String, serde_json::Value> {
     figures
 }
 
-/// How long a standby may take to accept a connection. Where nobody answers at all, the system's own patience is minutes.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
-
-fn connect(address: &str) -> Result<TcpStream> {
-    let refuse = |e: std::io::Error| {
-        Error::new(format!("cannot reach the standby at {address}"))
-            .because(e)
-            .next(format!("start it there first: twinstep standby --listen {address} --arbiter ..."))
-    };
-    let mut failure = std::io::Error::other("the name has no address");
-    for candidate in address.to_socket_addrs().map_err(refuse)? {
-        match TcpStream::connect_timeout(&candidate, CONNECT_PATIENCE) {
-            Ok(stream) => return Ok(stream),
-            Err(e) => failure = e,
-        }
-    }
-    Err(refuse(failure))
-}
-
 /// Connects to the first standby of a list that can be reached; says which it is.
-fn connect_to_one(places: &[String], events: &Events) -> Result<(usize, TcpStream)> {
+fn reach_one(places: &[String], security: &Security, events: &Events) -> Result<(usize, Channel)> {
     let mut failure = None;
     for (standby, place) in places.iter().enumerate() {
-        match connect(place) {
+        match channel::reach(place, security) {
             Ok(stream) => return Ok((standby, stream)),
             Err(e) if places.len() == 1 => return Err(e),
             Err(e) => {
@@ -486,6 +470,12 @@ fn connect_to_one(places: &[String], events: &Events) -> Result<(usize, TcpStrea
         Some(last) => all.because(last),
         None => all,
     })
+}
+
+/// How standbys are reached later.
+fn reaching(security: &Security) -> Connect {
+    let security = security.clone();
+    Arc::new(move |place| channel::reach(place, &security))
 }
 
 /// Runs a machine that has just gone live, to its end.
@@ -527,7 +517,7 @@ pub fn run_live(
         Some(arbiter) if healer.places().next().is_some() => Some(PairThread::start(PairWiring {
             primary,
             stream: None,
-            standbys: Standbys { healer, connect: Arc::new(connect) },
+            standbys: Standbys { healer, connect: reaching(&options.security) },
             arbiter: open_arbiter(arbiter, events)?,
             outlet: outside.outlet(control.board())?,
             vm: to_vm.clone(),

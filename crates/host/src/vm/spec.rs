@@ -8,6 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer};
 use twinstep_machine::{Config, DiskConfig};
 
+use crate::channel::ChannelOptions;
 use crate::disk::Access;
 use crate::error::{Context, Error, Result};
 use crate::passt::Forward;
@@ -38,6 +39,9 @@ pub struct VmSpec {
     /// Network cards, in order.
     #[serde(default)]
     pub net: Vec<NetSpec>,
+    /// How the way to a standby is secured.
+    #[serde(default)]
+    pub channel: ChannelOptions,
 }
 
 /// An amount of RAM in MiB: "512M", "2G", or a number of MiB.
@@ -209,6 +213,7 @@ impl VmSpec {
             debug_exit: flags.debug_exit || self.debug_exit,
             cache_groups: flags.cache_groups.or(self.cache_groups),
             disk: if flags.disk.is_empty() { self.disk } else { flags.disk },
+            channel: self.channel.overridden_by(flags.channel),
             net: if flags.net.is_empty() { self.net } else { flags.net },
         }
     }

@@ -2,22 +2,21 @@
 //!
 //! *In*: a connection from a primary. *Out*: how it ended, and, if it went live, the machine with the outputs that the world may not have
 //! seen. *Invariant*: the protocol runs on a thread of its own, so that receipt is acknowledged at once, however busy the replay is.
-use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::time::{Duration, Instant};
 
 use serde_json::{Map, json};
 use twinstep_machine::{Config, Machine, Output};
 use twinstep_pair::{
     Arbiter, Epoch, Healer, Nanos, OutputId, Primary, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq,
-    StopReason, Verdict, wire,
+    StopReason, Verdict,
 };
 
 use super::build::{DiskExtra, Extra};
 use super::follow::{Follower, Replayed, ToReplay};
 use super::pairing::{Asker, Closing, Connection};
 use super::resync::Changes;
+use crate::channel::Channel;
 use crate::control::Control;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
@@ -33,7 +32,7 @@ pub struct StandbyWiring {
     /// Who it is and what it accepts.
     pub setup: SecondarySetup,
     /// The primary's connection.
-    pub stream: TcpStream,
+    pub stream: Channel,
     /// The arbiter.
     pub arbiter: Box<dyn Arbiter + Send>,
     /// Replica disks.
@@ -116,48 +115,11 @@ pub(super) enum ToStandby {
     Shutdown(String),
 }
 
-/// How long who connects may take to say its first word. A primary says it at once.
-const GREETING_PATIENCE: Duration = Duration::from_secs(2);
-
-/// Waits for a primary. Strangers come to any open port: scanners, health checks, people with a wrong address. They are sent away, and the
-/// waiting goes on.
-pub fn accept(listener: &TcpListener, events: &Events) -> Result<TcpStream> {
-    loop {
-        let (stream, from) = listener.accept().what("cannot accept a primary")?;
-        match first_word(&stream) {
-            Ok(()) => {
-                events.say("connected", format!("a primary connected from {from}"));
-                return Ok(stream);
-            }
-            Err(why) => events.say("stranger", format!("{from} is no primary: {why}; waiting on")),
-        }
-    }
-}
-
-/// Looks at how a conversation begins, without taking anything from it.
-fn first_word(stream: &TcpStream) -> std::result::Result<(), String> {
-    let deadline = Instant::now() + GREETING_PATIENCE;
-    let mut word = [0; wire::MAGIC.len()];
-    stream.set_read_timeout(Some(GREETING_PATIENCE)).map_err(|e| e.to_string())?;
-    loop {
-        match stream.peek(&mut word) {
-            Ok(0) => return Err("it closed the connection".into()),
-            Ok(n) if word[..n] != wire::MAGIC[..n] => return Err("it speaks another protocol".into()),
-            Ok(n) if n == word.len() => return stream.set_read_timeout(None).map_err(|e| e.to_string()),
-            // A part of the word: the rest is on its way.
-            Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
-            Ok(_) => return Err("it does not go on".into()),
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Err("it says nothing".into()),
-            Err(e) => return Err(e.to_string()),
-        }
-    }
-}
-
 /// Serves one primary to the end. Blocks.
 pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
     let (sender, inbox) = channel();
     let (replay, replay_inbox) = channel();
-    let peer = wiring.stream.peer_addr().ok().map(|address| address.to_string());
+    let peer = wiring.stream.peer().map(|address| address.to_string());
     let connection = Connection::start(wiring.stream, sender.clone(), ToStandby::Bytes, ToStandby::Closed)?;
     let follower = Follower::new(replay_inbox, sender.clone(), wiring.disks, wiring.cables, wiring.tune);
     std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
@@ -316,11 +278,11 @@ impl Driver {
                 }
                 SecondaryAction::Prepare(hello) => {
                     self.board.set_vm(hello.vm.vm);
-                    let (vm, mib, cpu_model) = (hello.vm.vm, hello.vm.ram_bytes >> 20, hello.vm.cpu_model);
+                    let (vm, name, mib, cpu_model) = (hello.vm.vm, hello.vm.name, hello.vm.ram_bytes >> 20, hello.vm.cpu_model);
                     // Before the image travels: a host that cannot run the model has no use for it.
                     match (Config { cpu_model: cpu_model.clone(), ..Config::default() }).cpu() {
                         Ok(_) => {
-                            let text = format!("following VM {vm} ({mib} MiB, {cpu_model}) in epoch {}", hello.epoch);
+                            let text = format!("following VM {vm} ({name}, {mib} MiB, {cpu_model}) in epoch {}", hello.epoch);
                             self.events.say("accepted", text);
                         }
                         Err(e) => self.take(ToStandby::Failed(format!(

@@ -17,10 +17,21 @@ use crate::types::{Epoch, OwnerId, VmId};
 pub struct VmIdentity {
     /// Which life of which VM.
     pub vm: VmId,
+    /// What people call it: 1 to [`MAX_NAME_BYTES`] letters, digits, `-`, `_` and `.`.
+    pub name: String,
     /// The fixed, named CPU model the guest sees.
     pub cpu_model: String,
     /// Guest RAM.
     pub ram_bytes: u64,
+}
+
+/// The longest name of a VM.
+pub const MAX_NAME_BYTES: usize = 64;
+
+/// Whether this can be the name of a VM: it is shown to people and looked for in lists, so nothing in it is special to anybody.
+pub fn is_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !name.is_empty() && name.len() <= MAX_NAME_BYTES && !name.starts_with('.') && name.chars().all(plain)
 }
 
 /// The host and the program that run, or would replay, the machine.
@@ -41,6 +52,8 @@ pub struct HostIdentity {
 pub struct Expectation {
     /// Only this VM.
     pub vm: Option<VmId>,
+    /// Only VMs with one of these names; any if there are none.
+    pub names: Vec<String>,
     /// Only this CPU model.
     pub cpu_model: Option<String>,
     /// Only this much RAM.
@@ -116,6 +129,9 @@ impl Expectation {
         if let Some(vm) = self.vm.filter(|vm| *vm != offered.vm) {
             found.push(format!("this standby waits for VM {vm}, not for {}", offered.vm));
         }
+        if !self.names.is_empty() && !self.names.contains(&offered.name) {
+            found.push(format!("this standby expects the VM {}, not {:?}", self.names.join(" or "), offered.name));
+        }
         if let Some(model) = self.cpu_model.as_ref().filter(|model| **model != offered.cpu_model) {
             found.push(format!("this standby expects CPU model {model:?}, the VM has {:?}", offered.cpu_model));
         }
@@ -171,6 +187,9 @@ struct WireGreeting {
     /// Only in a hello: 0 is received, 1 is matched.
     #[n(11)]
     commit: Option<u8>,
+    /// Only in a hello.
+    #[n(12)]
+    name: Option<String>,
     /// Only in a hello: 0 believes the primary, 1 stops.
     #[n(14)]
     on_mismatch: Option<u8>,
@@ -230,6 +249,7 @@ impl Hello {
                 Commit::Received => 0,
                 Commit::Matched => 1,
             }),
+            name: Some(self.vm.name.clone()),
             on_mismatch: Some(match self.on_mismatch {
                 OnMismatch::Primary => 0,
                 OnMismatch::Stop => 1,
@@ -247,6 +267,12 @@ impl Hello {
             max_version: greeting.max_version,
             vm: VmIdentity {
                 vm: VmId(greeting.vm),
+                name: match greeting.name {
+                    Some(name) if is_name(&name) => name,
+                    Some(_) => return Err("its VM's name is none"),
+                    // Who has none speaks an older version, and is to be told so.
+                    None => String::new(),
+                },
                 cpu_model: greeting.cpu_model.ok_or("it has no CPU model")?,
                 ram_bytes: greeting.ram_bytes.ok_or("it has no RAM size")?,
             },
@@ -286,6 +312,7 @@ impl HelloReply {
             cpu_model: None,
             ram_bytes: None,
             commit: None,
+            name: None,
             on_mismatch: None,
             standbys: None,
         }

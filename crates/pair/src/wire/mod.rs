@@ -21,7 +21,9 @@ mod tests;
 pub use codec::encode;
 pub use decoder::Decoder;
 pub(crate) use greeting::greeting_version;
-pub use greeting::{Expectation, Hello, HelloReply, HostIdentity, MAX_STANDBY_BYTES, MAX_STANDBYS, VmIdentity};
+pub use greeting::{
+    Expectation, Hello, HelloReply, HostIdentity, MAX_NAME_BYTES, MAX_STANDBY_BYTES, MAX_STANDBYS, VmIdentity, is_name,
+};
 
 use crate::types::{Nanos, OutputId, Record, Seq};
 

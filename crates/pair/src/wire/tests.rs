@@ -19,7 +19,7 @@ fn hello() -> Hello {
     Hello {
         min_version: MIN_VERSION,
         max_version: MAX_VERSION,
-        vm: VmIdentity { vm: VmId([0x11; 16]), cpu_model: "x86-64-v2".to_owned(), ram_bytes: 1 << 28 },
+        vm: VmIdentity { vm: VmId([0x11; 16]), name: "db".to_owned(), cpu_model: "x86-64-v2".to_owned(), ram_bytes: 1 << 28 },
         epoch: Epoch(3),
         commit: Commit::Matched,
         on_mismatch: OnMismatch::Stop,
@@ -234,10 +234,25 @@ fn a_long_reason_is_cut_at_a_character() {
 fn unknown_fields_of_a_newer_greeting_are_ignored() {
     let frame = encode(&Message::Hello(hello()), MAX_VERSION);
     let mut payload = frame[HEADER_BYTES..].to_vec();
-    assert_eq!(payload[0], 0xae, "a map of fourteen fields");
-    payload[0] = 0xaf;
+    assert_eq!(payload[0], 0xaf, "a map of fifteen fields");
+    payload[0] = 0xb0;
     payload.extend([0x18, 0x63, 0x01]); // Field 99 is 1.
     assert_eq!(decode_one(&with_payload(&frame, &payload)), Ok(Some(Message::Hello(hello()))));
+}
+
+#[test]
+fn a_vms_name_is_plain() {
+    let with_name = |name: &str| {
+        let mut hello = hello();
+        hello.vm.name = name.to_owned();
+        decode_one(&encode(&Message::Hello(hello), MAX_VERSION))
+    };
+    assert!(with_name("vm-7_a.b").is_ok());
+    let long = "x".repeat(MAX_NAME_BYTES + 1);
+    for name in ["", ".hidden", "a b", "a/b", "\u{1b}[2J", "ä", &long] {
+        let problem = "its VM's name is none";
+        assert_eq!(with_name(name), Err(WireError::Payload { kind: Kind::Hello, problem }), "{name:?}");
+    }
 }
 
 #[test]
@@ -248,8 +263,17 @@ fn what_does_not_fit_is_named() {
     assert!(found[0].contains("twinstep 0.1.0") && found[0].contains("twinstep 0.2.0"), "{found:?}");
     assert!(found[1].contains("GenuineIntel") && found[1].contains("AuthenticAMD"), "{found:?}");
     assert!(host().differences(&host()).is_empty());
-    let expect = Expectation { ram_bytes: Some(1), cpu_model: Some("v3".to_owned()), vm: Some(VmId([9; 16])) };
-    assert_eq!(expect.differences(&hello().vm).len(), 3);
+    let expect = Expectation {
+        ram_bytes: Some(1),
+        cpu_model: Some("v3".to_owned()),
+        vm: Some(VmId([9; 16])),
+        names: vec!["web".to_owned(), "mail".to_owned()],
+    };
+    let found = expect.differences(&hello().vm);
+    assert_eq!(found.len(), 4);
+    assert!(found[1].contains("web or mail") && found[1].contains("\"db\""), "{found:?}");
+    let names = vec!["web".to_owned(), "db".to_owned()];
+    assert!(Expectation { names, ..Expectation::default() }.differences(&hello().vm).is_empty());
     assert!(Expectation::default().differences(&hello().vm).is_empty());
 }
 

@@ -25,6 +25,9 @@ pub struct Arguments {
     /// When an output may leave (see `run --help`)
     #[arg(long, value_name = "RULE", default_value = "received")]
     commit: CommitRule,
+    /// The two sides speak TLS, with certificates made for the occasion
+    #[arg(long)]
+    tls: bool,
     /// Use the newer kernel of Debian's backports
     #[arg(long)]
     backports: bool,
@@ -50,6 +53,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         kernel: if arguments.backports { KernelLine::Backports } else { KernelLine::Stable },
         pipeline: arguments.pipeline,
         matched: matches!(arguments.commit, CommitRule::Matched),
+        tls: arguments.tls,
         ..Options::default()
     };
     let report = demo::run(&options, &mut People { quiet: arguments.json })?;

@@ -2,6 +2,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::bail;
 use clap::Args;
 use twinstep_host::events::Events;
 use twinstep_host::vm::live::End;
@@ -54,6 +55,7 @@ impl MachineArguments {
             cache_groups: self.cache_groups,
             disk: self.disk,
             net: self.net,
+            ..VmSpec::default()
         };
         Ok(match file {
             Some(path) => VmSpec::from_file(path)?.overridden_by(flags),
@@ -101,6 +103,11 @@ pub struct Arguments {
     /// the next, and so on, while the guest runs
     #[arg(long, value_name = "ADDRESS,...", requires = "arbiter", value_delimiter = ',')]
     protect: Vec<String>,
+    #[command(flatten)]
+    channel: super::channel::ChannelArguments,
+    /// With TLS: the name or address that the standby's certificate must be for [default: the one it is reached by]
+    #[arg(long, value_name = "NAME")]
+    peer_name: Option<String>,
     #[command(flatten)]
     arbiter: super::arbiter::ArbiterArguments,
     /// When an output may leave a protected VM: `received`, as soon as the standby has all that led to it, or `matched`, when the standby has
@@ -167,7 +174,15 @@ impl PairArguments {
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let spec = arguments.machine.spec(arguments.config.as_ref())?;
+    let mut spec = arguments.machine.spec(arguments.config.as_ref())?;
+    let channel = arguments.channel.options(arguments.peer_name);
+    if arguments.protect.is_empty() && !channel.is_empty() {
+        bail!(
+            "--tls, --plaintext and their kind are for the way to a standby, and there is none\n  what to do: give --protect ADDRESS, or leave them away"
+        );
+    }
+    let channel = std::mem::take(&mut spec.channel).overridden_by(channel);
+    let security = if !arguments.protect.is_empty() { channel.open(&[])? } else { Default::default() };
     let v = arguments.visibility;
     let events = Events::new("primary", v.quiet, v.events.as_deref())?;
     let mut options = RunOptions {
@@ -175,6 +190,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         digest_interval: arguments.digest_interval,
         from: arguments.from,
         protect: arguments.protect,
+        security,
         arbiter: arguments.arbiter.spec()?,
         no_input: v.no_input,
         serial: v.serial,

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
+use twinstep_host::channel;
 use twinstep_host::control::Control;
 use twinstep_host::events::Events;
 use twinstep_host::identity;
@@ -11,7 +12,7 @@ use twinstep_host::metrics;
 use twinstep_host::signals::Signals;
 use twinstep_host::vm::session::{self, RunOptions};
 use twinstep_host::vm::standby::{self, Outcome, StandbyWiring};
-use twinstep_pair::{Expectation, OwnerId, SecondarySetup};
+use twinstep_pair::{Expectation, OwnerId, SecondarySetup, wire};
 
 #[derive(Args)]
 #[command(mut_arg("arbiter", |arg| arg.required(true)))]
@@ -19,6 +20,14 @@ pub struct Arguments {
     /// Where to wait for the primary, such as 0.0.0.0:7171
     #[arg(long, value_name = "ADDRESS")]
     listen: String,
+    #[command(flatten)]
+    channel: super::channel::ChannelArguments,
+    /// With TLS: a name or address that the primary's certificate must be for [default: any that the authority vouches for] (several times: one of them)
+    #[arg(long, value_name = "NAME")]
+    expect_peer: Vec<String>,
+    /// The name of a VM that may be protected here [default: any] (several times: one of them)
+    #[arg(long, value_name = "NAME", value_parser = vm_name)]
+    expect_vm: Vec<String>,
     #[command(flatten)]
     arbiter: super::arbiter::ArbiterArguments,
     /// Where the guest's network cards and disks are on this host, and what is expected of the VM (--mem, --cpu); the kernel comes
@@ -40,9 +49,14 @@ pub struct Arguments {
     visibility: super::run::Visibility,
 }
 
+fn vm_name(name: &str) -> Result<String, String> {
+    if wire::is_name(name) { Ok(name.to_owned()) } else { Err("no VM can have this name".into()) }
+}
+
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let spec = arguments.machine.spec(None)?;
     let arbiter = arguments.arbiter.spec()?.context("a standby needs an arbiter: give --arbiter")?;
+    let security = arguments.channel.options(None).open(&arguments.expect_peer)?;
     let cpu_model = session::cpu_model(&spec)?;
     let signals = Signals::take()?;
     let v = arguments.visibility;
@@ -60,11 +74,14 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     let mut listener = listen(&arguments.listen)?;
     // The same for every primary, also if the system has chosen it.
-    let address = listener.local_addr()?.to_string();
+    let address = listener.local_addr()?;
+    security.allows(address.ip())?;
+    let address = address.to_string();
     let options = RunOptions {
         no_input: v.no_input,
         serial: v.serial,
         protect: arguments.protect,
+        security: security.clone(),
         arbiter: Some(arbiter.clone()),
         pair: arguments.pair.config(),
         ..RunOptions::default()
@@ -74,14 +91,19 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         let opened = session::open_arbiter(&arbiter, &events)?;
         let figures = serde_json::Map::from_iter([("address".to_owned(), address.clone().into())]);
         events.say_with("listening", format!("waiting for a primary on {address}"), figures);
-        let stream = standby::accept(&listener, &events)?;
+        let stream = channel::accept(&listener, &security, &events)?;
         // Another primary is told at once that nobody waits for it here.
         drop(listener);
         let disks = spec.disk.clone();
         let outcome = standby::serve(StandbyWiring {
             setup: SecondarySetup {
                 config: arguments.pair.config(),
-                expect: Expectation { vm: None, cpu_model: cpu_model.clone(), ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20) },
+                expect: Expectation {
+                    vm: None,
+                    names: arguments.expect_vm.clone(),
+                    cpu_model: cpu_model.clone(),
+                    ram_bytes: spec.mem.map(|m| u64::from(m.0) << 20),
+                },
                 host: identity::host(),
                 // Another one for each primary: what this process had won for one VM is not another's.
                 owner: OwnerId(identity::random_id()),

@@ -1,0 +1,181 @@
+//! The logging channel's connection: how two hosts reach each other, know each other, and keep others out.
+//!
+//! *In*: an address, and how to be sure of the other side ([`Security`]). *Out*: a [`Channel`], a stream of bytes each way, encrypted or not; what the bytes
+//! say is the business of `twinstep_pair`. *Invariant*: a channel is handed out only when the other side is who it has to be: with TLS it has shown a
+//! certificate of the same authority and a name that was asked for; in the clear both ends lie on this host, or somebody has said `--plaintext`.
+//!
+//! ```text
+//!   Security::open (files, flags)
+//!        ├──▶ reach()   the primary's side ──TCP──▶ ┐
+//!        └──▶ accept()  the standby's side ◀────────┘ many strangers at a time, one primary
+//!                  │
+//!               Channel ── split ──▶ Reading (thread channel-read), Writing (thread channel-write)
+//! ```
+//!
+//! The bytes on the wire before the first frame are in `docs/protocol-pair.md`, "Encryption"; who can do what is in `docs/threat-model.md`.
+mod accept;
+mod reach;
+mod security;
+mod tls;
+
+#[cfg(test)]
+mod tests;
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+pub use accept::accept;
+pub use reach::reach;
+pub use security::{ChannelOptions, Security};
+
+/// What files and names of certificates are called and how they are checked, for who makes them.
+pub(crate) mod names {
+    pub(crate) use super::security::{CA, CERT, KEY, server_name};
+}
+
+use crate::error::{Context, Result};
+use tls::{Opener, Sealer};
+
+/// What a standby says over TLS when it takes the primary: before it, nobody knows whether the standby likes the certificate it was shown.
+const TAKEN: [u8; 8] = *b"TWTAKEN1";
+
+/// How long each step of a beginning may take: the handshake, and then the first word. Whoever means it needs milliseconds.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A connection to the other side.
+#[derive(Debug)]
+pub struct Channel {
+    stream: TcpStream,
+    tls: Option<(Opener, Sealer)>,
+    /// What was read already in order to know who speaks.
+    first: Vec<u8>,
+}
+
+impl Channel {
+    /// The other side's address.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.stream.peer_addr().ok()
+    }
+
+    /// Two halves, for a thread each.
+    ///
+    /// # Errors
+    /// If the system does not want to.
+    pub fn split(self) -> Result<(Reading, Writing)> {
+        // Acknowledgements are small, and outputs wait for them.
+        self.stream.set_nodelay(true).what("cannot set up the connection")?;
+        let reading = self.stream.try_clone().what("cannot share the connection")?;
+        let (opener, sealer) = self.tls.unzip();
+        Ok((Reading { stream: reading, opener, first: self.first }, Writing { stream: self.stream, sealer }))
+    }
+}
+
+/// What comes in. Reading blocks, and holds up nobody who writes.
+#[derive(Debug)]
+pub struct Reading {
+    stream: TcpStream,
+    opener: Option<Opener>,
+    first: Vec<u8>,
+}
+
+impl Read for Reading {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.first.is_empty() {
+            let n = self.first.len().min(buffer.len());
+            buffer[..n].copy_from_slice(&self.first[..n]);
+            self.first.drain(..n);
+            return Ok(n);
+        }
+        match &mut self.opener {
+            Some(opener) => opener.read(&mut self.stream, buffer),
+            None => self.stream.read(buffer),
+        }
+    }
+}
+
+/// What goes out. Writing blocks, and holds up nobody who reads.
+#[derive(Debug)]
+pub struct Writing {
+    stream: TcpStream,
+    sealer: Option<Sealer>,
+}
+
+impl Writing {
+    /// Sends all of it, now.
+    ///
+    /// # Errors
+    /// If the connection is gone.
+    pub fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match &mut self.sealer {
+            Some(sealer) => sealer.write_all(&mut self.stream, bytes),
+            None => self.stream.write_all(bytes),
+        }
+    }
+
+    /// All is sent; the other side reads the end of the stream.
+    pub fn finish(mut self) {
+        if let Some(sealer) = &mut self.sealer {
+            // Who is gone needs no goodbye.
+            let _ = sealer.close(&mut self.stream);
+        }
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// Ends it at once, in both directions.
+    pub fn cut(self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// A stream on which nothing lasts longer than until `deadline`, however slowly the other side drips.
+struct Hurried<'a> {
+    stream: &'a TcpStream,
+    deadline: Instant,
+}
+
+impl<'a> Hurried<'a> {
+    fn new(stream: &'a TcpStream) -> Self {
+        Self { stream, deadline: Instant::now() + PATIENCE }
+    }
+
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(late()) } else { Ok(left) }
+    }
+}
+
+fn late() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("it does not go on within {} s", PATIENCE.as_secs()))
+}
+
+fn lateness(e: io::Error) -> io::Error {
+    if e.kind() == io::ErrorKind::WouldBlock { late() } else { e }
+}
+
+impl Read for Hurried<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        self.stream.read(buffer).map_err(lateness)
+    }
+}
+
+impl Write for Hurried<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        self.stream.write(bytes).map_err(lateness)
+    }
+    fn write_vectored(&mut self, bytes: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        self.stream.write_vectored(bytes).map_err(lateness)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The hurry is over.
+fn take_your_time(stream: &TcpStream) -> io::Result<()> {
+    stream.set_read_timeout(None)?;
+    stream.set_write_timeout(None)
+}
