@@ -34,7 +34,8 @@ pub struct Config {
     pub on_mismatch: OnMismatch,
     /// How often a side lets the other hear from it.
     pub heartbeat_interval: Nanos,
-    /// A peer silent for so long is suspected dead. Silence that a stall of our own explains is not counted.
+    /// A peer silent for so long is suspected dead, or for three times the longest gap it has left lately, if that is more; at most for five times
+    /// of this. Silence that a stall of our own explains is not counted.
     pub peer_timeout: Nanos,
     /// The same until protection starts. Longer, since a wrong suspicion throws the copy away, and waiting costs nothing:
     /// outputs are not held yet.

@@ -1,29 +1,58 @@
 //! Failure detection: when a silent peer becomes a suspect.
 //!
 //! In: when something was heard, when we looked. Out: `Some(silence)` once the peer has been silent for too long.
-//! Invariant: silence that happened while we were not looking ourselves is not held against the peer.
+//! Invariants: silence that happened while we were not looking ourselves is not held against the peer; what counts as too long follows the gaps
+//! that were seen lately, and is never below the timeout that is configured nor beyond [`MAX_STRETCH`] times of it.
 //!
-//! A suspicion decides nothing (the arbiter does), so a wrong one costs redundancy and never correctness. That is why a simple
-//! rule is enough here, and why one that adapts to the measured jitter can take its place.
+//! A suspicion decides nothing (the arbiter does), so a wrong one costs redundancy and never correctness. It costs a copy of the VM, though, on hosts
+//! that are busy already. So the rule adapts: a peer that lets itself be heard every few milliseconds is suspected when the configured timeout is over; where
+//! gaps of a third of it and more have been usual, because a host is overloaded or the network is, it gets [`GAPS`] of such gaps. The longest
+//! gap is kept and forgotten slowly, rather than mean and deviation: what delays heartbeats is no noise around a mean but rare and long, and one such
+//! delay says that the next may come.
 
 use crate::types::Nanos;
+
+/// So many of the longest gap seen lately make a silence.
+const GAPS: u64 = 3;
+
+/// The configured timeout is stretched by this factor at most.
+const MAX_STRETCH: u64 = 5;
+
+/// With each gap the longest one loses one part in so many: at fifty heartbeats a second half of it is forgotten in fourteen seconds.
+const FORGET: u64 = 1024;
 
 /// Watches for silence.
 #[derive(Debug, Clone)]
 pub(crate) struct Detector {
     last_heard: Nanos,
     last_looked: Nanos,
+    /// The longest time lately between two signs of life.
+    longest_gap: Nanos,
 }
 
 impl Detector {
     /// Starts to listen now.
     pub(crate) fn new(now: Nanos) -> Detector {
-        Detector { last_heard: now, last_looked: now }
+        Detector { last_heard: now, last_looked: now, longest_gap: Nanos(0) }
     }
 
     /// The peer gave a sign of life.
     pub(crate) fn heard(&mut self, now: Nanos) {
+        let gap = now.since(self.last_heard);
+        let kept = self.longest_gap.0 - self.longest_gap.0 / FORGET;
+        self.longest_gap = Nanos(kept.max(gap.0));
         self.last_heard = self.last_heard.max(now);
+    }
+
+    /// The peer's work is another one from now on: how late it was so far says nothing.
+    pub(crate) fn forget(&mut self) {
+        self.longest_gap = Nanos(0);
+    }
+
+    /// What counts as too long now, where `timeout` is configured.
+    pub(crate) fn patience(&self, timeout: Nanos) -> Nanos {
+        let stretched = self.longest_gap.0.saturating_mul(GAPS).min(timeout.0.saturating_mul(MAX_STRETCH));
+        Nanos(stretched.max(timeout.0))
     }
 
     /// Tells how long the peer has been silent, if that is too long.
@@ -31,18 +60,19 @@ impl Detector {
     /// If we were stalled ourselves (stopped, swapped out) the peer's words may be waiting in the socket, unread. Then the
     /// peer gets half a timeout more, in which the host will read them.
     pub(crate) fn look(&mut self, now: Nanos, timeout: Nanos) -> Option<Nanos> {
+        let patience = self.patience(timeout);
         let half = Nanos(timeout.0 / 2);
         if now.since(self.last_looked) > half {
-            self.last_heard = self.last_heard.max(Nanos(now.0.saturating_sub(half.0)));
+            self.last_heard = self.last_heard.max(Nanos(now.0.saturating_sub(patience.0 - half.0)));
         }
         self.last_looked = self.last_looked.max(now);
         let silence = now.since(self.last_heard);
-        (silence >= timeout).then_some(silence)
+        (silence >= patience).then_some(silence)
     }
 
     /// When to look next at the latest.
     pub(crate) fn deadline(&self, timeout: Nanos) -> Nanos {
-        self.last_heard.plus(timeout)
+        self.last_heard.plus(self.patience(timeout))
     }
 }
 
@@ -68,5 +98,37 @@ mod tests {
         assert_eq!(detector.deadline(TIMEOUT), Nanos(1_050));
         assert_eq!(detector.look(Nanos(1_049), TIMEOUT), None);
         assert_eq!(detector.look(Nanos(1_050), TIMEOUT), Some(TIMEOUT));
+    }
+
+    /// Hears the peer in gaps of these lengths; gives the time then.
+    fn hear(detector: &mut Detector, from: u64, gaps: impl IntoIterator<Item = u64>) -> u64 {
+        gaps.into_iter().fold(from, |now, gap| {
+            detector.heard(Nanos(now + gap));
+            now + gap
+        })
+    }
+
+    #[test]
+    fn who_is_always_late_is_waited_for() {
+        let mut detector = Detector::new(Nanos(0));
+        hear(&mut detector, 0, [6; 50]);
+        assert_eq!(detector.patience(TIMEOUT), TIMEOUT, "a peer that is in time gets no more than is configured");
+        hear(&mut detector, 300, [70]);
+        assert_eq!(detector.patience(TIMEOUT), Nanos(210));
+        hear(&mut detector, 370, [95_000]);
+        assert_eq!(detector.patience(TIMEOUT), Nanos(500), "for ever is nobody waited for");
+    }
+
+    #[test]
+    fn what_was_late_once_is_forgotten() {
+        const MS: u64 = 1_000_000;
+        let timeout = Nanos(300 * MS);
+        let mut detector = Detector::new(Nanos(0));
+        let now = hear(&mut detector, 0, [250 * MS]);
+        assert_eq!(detector.patience(timeout), Nanos(750 * MS));
+        let now = hear(&mut detector, now, [20 * MS; 400]);
+        assert!(detector.patience(timeout) > timeout);
+        hear(&mut detector, now, [20 * MS; 1_000]);
+        assert_eq!(detector.patience(timeout), timeout);
     }
 }

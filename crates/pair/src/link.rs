@@ -63,6 +63,11 @@ impl Link {
         due
     }
 
+    /// The copy is over, during which the peer had better things to do than to answer.
+    pub(crate) fn is_protected(&mut self) {
+        self.detector.forget();
+    }
+
     /// How long the peer has been silent, if that is too long.
     pub(crate) fn silence(&mut self, now: Nanos, timeout: Nanos) -> Option<Nanos> {
         self.detector.look(now, timeout)

@@ -426,6 +426,9 @@ impl Primary {
         self.send(&Message::ProtectionStart { last_seq });
         self.holding = false;
         self.last_progress = now;
+        if let Some(link) = &mut self.link {
+            link.is_protected();
+        }
         self.enter(PrimaryState::Protected, "the standby has the whole machine");
         self.release_what_may();
     }

@@ -391,6 +391,9 @@ impl Secondary {
         }
         self.entitled = true;
         self.ack_due = true;
+        if let Some(link) = &mut self.link {
+            link.is_protected();
+        }
         self.enter(SecondaryState::Following, "protection has started");
     }
 

@@ -158,7 +158,7 @@ enum MismatchPolicy {
 /// What both sides of a pair can be told.
 #[derive(Args, Clone)]
 pub struct PairArguments {
-    /// A peer that is silent for so many milliseconds is suspected dead
+    /// A peer that is silent for so many milliseconds is suspected dead; one that has been late lately gets up to five times as many
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(80..=30_000))]
     peer_timeout: u64,
     /// Let `twinstep debug` break this VM on purpose
