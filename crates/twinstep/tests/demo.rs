@@ -33,6 +33,19 @@ fn two_kills_and_nothing_lost() {
     }
 }
 
+/// Three hosts, two of which die: one client on one connection, over TLS.
+#[test]
+fn two_hosts_die_and_nothing_is_lost() {
+    let _turn = turn(2);
+    let report = twinstep(&["demo", "--json", "--story", "heal", "--tls"]).with(0).json();
+    assert_eq!(report["passed"], Value::Bool(true), "{report:#}");
+    let round = &report["rounds"][0];
+    for figure in ["/healing/protected_again_ms", "/healing/gap_ms", "/healing/time_line/first_reply_ms", "/client/keys_verified"] {
+        let value = round.pointer(figure).and_then(Value::as_f64);
+        assert!(value.is_some_and(|value| value > 0.0), "{figure} of {round:#}");
+    }
+}
+
 #[test]
 fn an_end_in_the_middle_leaves_nothing_behind() {
     let _turn = turn(2);

@@ -87,7 +87,8 @@ impl Process {
         Ok(())
     }
 
-    fn wait_until<T>(&mut self, what: &str, patience: Duration, found: impl Fn(&Self) -> Option<T>) -> Result<T> {
+    /// Waits until `found` finds something in what it has said; `what` it is, for people.
+    pub fn wait_until<T>(&mut self, what: &str, patience: Duration, found: impl Fn(&Self) -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + patience;
         loop {
             if let Some(found) = found(self) {

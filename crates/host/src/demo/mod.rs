@@ -23,9 +23,20 @@ use crate::redis_check;
 use crate::signals::{STOPPED, Signals};
 use child::Process;
 
+/// What the demo tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Story {
+    /// The primary is killed, and the standby goes on.
+    Failover,
+    /// There are two standbys: when the primary is killed the one goes on, protects the VM with the other, and is killed as well.
+    Heal,
+}
+
 /// How the demo is told.
 #[derive(Debug, Clone)]
 pub struct Options {
+    /// What happens.
+    pub story: Story,
     /// How often.
     pub kills: u32,
     /// The guest's RAM in MiB.
@@ -45,6 +56,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            story: Story::Failover,
             kills: 1,
             ram_mib: 256,
             kernel: KernelLine::Stable,
@@ -71,6 +83,17 @@ pub struct TimeLine {
     pub first_reply_ms: f64,
 }
 
+/// How the VM got another host, and lost it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Healing {
+    /// From the first kill until the VM was protected again, in milliseconds.
+    pub protected_again_ms: f64,
+    /// What happened when after the second kill.
+    pub time_line: TimeLine,
+    /// The longest time the client was without a reply around it.
+    pub gap_ms: f64,
+}
+
 /// One telling.
 #[derive(Debug, Clone, Serialize)]
 pub struct Round {
@@ -84,6 +107,8 @@ pub struct Round {
     pub time_line: TimeLine,
     /// The longest time the client was without a reply around the kill.
     pub gap_ms: f64,
+    /// The second half of [`Story::Heal`].
+    pub healing: Option<Healing>,
     /// What the client found.
     pub client: redis_check::Report,
     /// The pair's figures at the last look before the kill: lag, log by kind, how long outputs were held.
@@ -204,16 +229,31 @@ fn tell(stage: &Stage, options: &Options, number: u32, audience: &mut dyn Audien
     let net = format!("switch={}", text(&socket)?);
     let common = ["--arbiter", &arbiter, "--net", &net, "--no-input", "--quiet", "--events", "/dev/stderr"];
     let [primary_tls, standby_tls] = match &stage.tls {
-        Some([primary, standby]) => [vec!["--tls", text(primary)?], vec!["--tls", text(standby)?, "--expect-peer", "primary"]],
+        // A standby is a primary later.
+        Some([primary, standby]) => {
+            let expected = ["--expect-peer", "primary", "--expect-peer", "standby"];
+            [vec!["--tls", text(primary)?], [&["--tls", text(standby)?][..], &expected].concat()]
+        }
         None => [vec![], vec![]],
     };
-    let mut standby = Process::start("standby", &[&["standby", "--listen", "127.0.0.1:0"][..], &common, &standby_tls].concat())?;
-    let listening = standby.wait_for("listening", PATIENCE)?;
-    let standby_address = listening.figures.get("address").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let names: &[_] = match options.story {
+        Story::Failover => &["standby"],
+        Story::Heal => &["standby", "third host"],
+    };
+    let mut standbys = Vec::new();
+    let mut addresses = Vec::new();
+    for name in names {
+        let listen = ["standby", "--listen", "127.0.0.1:0"];
+        let mut standby = Process::start(name, &[&listen[..], &common, &standby_tls].concat())?;
+        let listening = standby.wait_for("listening", PATIENCE)?;
+        addresses.push(listening.figures.get("address").and_then(Value::as_str).unwrap_or_default().to_owned());
+        standbys.push(standby);
+    }
     let (mem, cmdline) = (format!("{}M", options.ram_mib), guest::command_line("redis", Some(&network)));
     let machine = ["--kernel", text(&stage.kernel)?, "--initrd", text(&stage.initrd)?, "--mem", &mem, "--cmdline", &cmdline];
     let commit = if options.matched { "matched" } else { "received" };
-    let protect = ["run", "--protect", &standby_address, "--commit", commit];
+    let addresses = addresses.join(",");
+    let protect = ["run", "--protect", &addresses, "--commit", commit];
     let started = Instant::now();
     let mut primary = Process::start("primary", &[&protect[..], &common, &machine, &primary_tls].concat())?;
     primary.wait_for("protected", PATIENCE)?;
@@ -223,46 +263,82 @@ fn tell(stage: &Stage, options: &Options, number: u32, audience: &mut dyn Audien
 
     let client =
         redis_check::Running::start(redis_check::Options { pipeline: options.pipeline, ..redis_check::Options::new(address) })?;
-    std::thread::sleep(random_span(options.load));
-    primary.catch_up();
-    let (killed, killed_ns) = (Instant::now(), now_ns());
-    client.mark(killed);
-    primary.kill()?;
-    primary.catch_up();
-    let live = standby.wait_for("live", PATIENCE);
-    if live.is_ok() {
-        std::thread::sleep(AFTERWARDS);
-    }
+    let story = play(&mut primary, &mut standbys, options, &client);
     let client = client.finish()?;
-    let since = |event: Option<&Event>| event.map_or(f64::NAN, |e| (e.at_ns as f64 - killed_ns as f64) / 1e6);
-    let interruption = client.interruptions.first();
-    let won = standby.events.iter().find(|e| e.what == "arbiter" && e.text.contains("Won"));
-    let time_line = TimeLine {
-        detected_ms: since(standby.event("peer-lost")),
-        arbiter_won_ms: since(won),
-        log_consumed_ms: since(standby.event("consumed")),
-        live_ms: since(standby.event("live")),
-        first_reply_ms: interruption.map_or(f64::NAN, |i| i.first_reply_after_ms),
+    let (failure, kills) = match (&client.failure, story) {
+        (Some(failure), story) => (Some(failure.clone()), story.unwrap_or_default()),
+        (None, Err(e)) => (Some(e.to_string()), Vec::new()),
+        (None, Ok(kills)) => ((!client.passed()).then(|| "the client is not content".into()), kills),
     };
-    let failure = match (&client.failure, live) {
-        (Some(failure), _) => Some(failure.clone()),
-        (None, Err(e)) => Some(e.to_string()),
-        (None, Ok(_)) if !client.passed() => Some("the client is not content".into()),
-        (None, Ok(_)) => None,
-    };
+    let mut told = kills.iter().zip(&standbys).enumerate().map(|(n, (kill, standby))| {
+        let seen = client.interruptions.get(n);
+        (kill.time_line(standby, seen), seen.map_or(f64::NAN, |i| i.longest_gap_ms))
+    });
+    let (time_line, gap_ms) = told.next().unwrap_or((TimeLine::default(), f64::NAN));
+    let healing = told.next().map(|(time_line, gap_ms)| {
+        let protected_again_ms = kills[0].until(protection(&standbys[1]));
+        Healing { protected_again_ms, time_line, gap_ms }
+    });
     let pair = primary.events.iter().rfind(|e| e.what == "status").map(|e| Value::Object(e.figures.clone()));
-    standby.end(PATIENCE)?;
-    let round = Round {
-        round: number,
-        failure,
-        ready_ms,
-        gap_ms: interruption.map_or(f64::NAN, |i| i.longest_gap_ms),
-        time_line,
-        client,
-        pair: pair.unwrap_or_default(),
-    };
+    if let Some(last) = standbys.last_mut() {
+        last.end(PATIENCE)?;
+    }
+    let round = Round { round: number, failure, ready_ms, gap_ms, time_line, healing, client, pair: pair.unwrap_or_default() };
     show(&round, audience);
     Ok(round)
+}
+
+/// A kill that happened.
+struct Kill {
+    at_ns: u64,
+}
+
+impl Kill {
+    fn of(victim: &mut Process, client: &redis_check::Running) -> Result<Self> {
+        victim.catch_up();
+        let at_ns = now_ns();
+        client.mark(Instant::now());
+        victim.kill()?;
+        victim.catch_up();
+        Ok(Self { at_ns })
+    }
+
+    /// Milliseconds until then.
+    fn until(&self, event: Option<&Event>) -> f64 {
+        event.map_or(f64::NAN, |e| (e.at_ns as f64 - self.at_ns as f64) / 1e6)
+    }
+
+    /// What the survivor said, and what the client saw.
+    fn time_line(&self, survivor: &Process, seen: Option<&redis_check::Interruption>) -> TimeLine {
+        let won = survivor.events.iter().find(|e| e.what == "arbiter" && e.text.contains("Won"));
+        TimeLine {
+            detected_ms: self.until(survivor.event("peer-lost")),
+            arbiter_won_ms: self.until(won),
+            log_consumed_ms: self.until(survivor.event("consumed")),
+            live_ms: self.until(survivor.event("live")),
+            first_reply_ms: seen.map_or(f64::NAN, |i| i.first_reply_after_ms),
+        }
+    }
+}
+
+/// What a standby says when it may go live from now on.
+fn protection(standby: &Process) -> Option<&Event> {
+    standby.events.iter().find(|e| e.what == "notice" && e.text.contains("protection has started"))
+}
+
+/// Kills one host after the other, until the last standby runs the VM.
+fn play(primary: &mut Process, standbys: &mut [Process], options: &Options, client: &redis_check::Running) -> Result<Vec<Kill>> {
+    let mut kills = Vec::new();
+    for n in 0..standbys.len() {
+        let (before, after) = standbys.split_at_mut(n);
+        let victim = before.last_mut().unwrap_or(primary);
+        after[0].wait_until("protection", PATIENCE, |standby| protection(standby).map(|_| ()))?;
+        std::thread::sleep(random_span(options.load));
+        kills.push(Kill::of(victim, client)?);
+        after[0].wait_for("live", PATIENCE)?;
+    }
+    std::thread::sleep(AFTERWARDS);
+    Ok(kills)
 }
 
 /// A switch that listens has made its socket. It has nothing else to say, so the file is what is waited for.
@@ -278,17 +354,27 @@ fn wait_for_socket(path: &Path) -> Result<()> {
 }
 
 fn show(round: &Round, audience: &mut dyn Audience) {
-    let t = &round.time_line;
-    let steps = [
-        (0.0, "primary killed (SIGKILL)"),
-        (t.detected_ms, "standby: peer lost"),
-        (t.arbiter_won_ms, "standby: arbiter won"),
-        (t.log_consumed_ms, "standby: log consumed"),
-        (t.live_ms, "standby: live"),
-        (t.first_reply_ms, "client: first reply"),
-    ];
-    for (at, what) in steps {
-        audience.line(&format!("  {at:9.2} ms  {what}"));
+    let mut kill = |t: &TimeLine, killed: &str, survivor: &str| {
+        let steps = [
+            (0.0, killed, "killed (SIGKILL)"),
+            (t.detected_ms, survivor, "peer lost"),
+            (t.arbiter_won_ms, survivor, "arbiter won"),
+            (t.log_consumed_ms, survivor, "log consumed"),
+            (t.live_ms, survivor, "live"),
+            (t.first_reply_ms, "client", "first reply"),
+        ];
+        for (at, who, what) in steps {
+            audience.line(&format!("  {at:9.2} ms  {who}: {what}"));
+        }
+    };
+    kill(&round.time_line, "primary", "standby");
+    if let Some(healing) = &round.healing {
+        kill(&healing.time_line, "the former standby", "third host");
+        let ms = healing.protected_again_ms;
+        audience.line(&format!(
+            "  healed: the third host protected the VM {ms:.0} ms after the first kill; gap at the second {:.1} ms",
+            healing.gap_ms
+        ));
     }
     let c = &round.client;
     audience.line(&format!(
@@ -326,7 +412,8 @@ fn pair_line(pair: &Value) -> Option<String> {
 
 fn summary(rounds: Vec<Round>) -> Report {
     let passed_rounds = rounds.iter().filter(|r| r.failure.is_none()).count() as u32;
-    let mut gaps: Vec<f64> = rounds.iter().map(|r| r.gap_ms).filter(|g| g.is_finite()).collect();
+    let all = rounds.iter().flat_map(|r| [Some(r.gap_ms), r.healing.as_ref().map(|h| h.gap_ms)]);
+    let mut gaps: Vec<f64> = all.flatten().filter(|g| g.is_finite()).collect();
     gaps.sort_by(f64::total_cmp);
     let median = match gaps.len() {
         0 => f64::NAN,

@@ -2,7 +2,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use twinstep_host::demo::{self, Audience, Options};
+use twinstep_host::demo::{self, Audience, Options, Story};
 use twinstep_host::packages::{KernelLine, Progress, tell_on_stderr};
 use twinstep_host::vm::spec::Memory;
 
@@ -10,6 +10,9 @@ use super::run::CommitRule;
 
 #[derive(Args)]
 pub struct Arguments {
+    /// `failover`: the primary is killed and the standby goes on; `heal`: the VM then finds itself a third host, and the second is killed as well
+    #[arg(long, value_name = "STORY", default_value = "failover")]
+    story: StoryName,
     /// Tell the whole story so many times
     #[arg(long, default_value_t = 1)]
     kills: u32,
@@ -33,6 +36,12 @@ pub struct Arguments {
     backports: bool,
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum StoryName {
+    Failover,
+    Heal,
+}
+
 struct People {
     quiet: bool,
 }
@@ -48,6 +57,10 @@ impl Audience for People {
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let options = Options {
+        story: match arguments.story {
+            StoryName::Failover => Story::Failover,
+            StoryName::Heal => Story::Heal,
+        },
         kills: arguments.kills,
         ram_mib: arguments.mem.0,
         kernel: if arguments.backports { KernelLine::Backports } else { KernelLine::Stable },
