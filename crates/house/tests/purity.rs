@@ -6,7 +6,7 @@ use std::process::Command;
 use serde_json::Value;
 use twinstep_house::{root, shown, source};
 
-const PURE: [&str; 4] = ["x86", "machine", "log", "pair"];
+const PURE: [&str; 5] = ["x86", "machine", "log", "pair", "migrate"];
 
 /// Everything a pure crate may depend on, directly or not, with what it is there for. A package that is missing here is looked at before it is added:
 /// does it read a clock, open a socket or a file, start a thread, or draw random numbers in what we call? Then it does not belong here.

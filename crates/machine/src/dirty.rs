@@ -26,12 +26,38 @@ impl PageSet {
     pub fn none(pages: usize) -> Self {
         Self(vec![0; pages.div_ceil(64)])
     }
+    /// All of `pages` pages.
+    pub fn all(pages: usize) -> Self {
+        let mut words = vec![u64::MAX; pages.div_ceil(64)];
+        if let Some(last) = words.last_mut().filter(|_| !pages.is_multiple_of(64)) {
+            *last = (1 << (pages % 64)) - 1;
+        }
+        Self(words)
+    }
     /// Adds one.
     ///
     /// # Panics
     /// If there is no such page.
     pub fn insert(&mut self, page: usize) {
         self.0[page / 64] |= 1 << (page % 64);
+    }
+    /// Takes one away.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    pub fn remove(&mut self, page: usize) {
+        self.0[page / 64] &= !(1 << (page % 64));
+    }
+    /// The first that is `page` or behind it.
+    pub fn first_from(&self, page: usize) -> Option<usize> {
+        let mut mask = u64::MAX << (page % 64);
+        for (i, word) in self.0.iter().enumerate().skip(page / 64) {
+            match word & mask {
+                0 => mask = u64::MAX,
+                found => return Some(i * 64 + found.trailing_zeros() as usize),
+            }
+        }
+        None
     }
     /// Whether it is there.
     ///
@@ -89,10 +115,10 @@ impl DirtyTracker {
     pub(crate) fn register(&mut self, name: &'static str, start: Start) -> ConsumerId {
         let id = ConsumerId(self.next);
         self.next += 1;
-        let mut pages = PageSet::none(self.pages);
-        if start == Start::Everything {
-            (0..self.pages).for_each(|page| pages.insert(page));
-        }
+        let pages = match start {
+            Start::Nothing => PageSet::none(self.pages),
+            Start::Everything => PageSet::all(self.pages),
+        };
         self.consumers.push(Consumer { id, name, pages });
         id
     }
@@ -127,6 +153,25 @@ impl DirtyTracker {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_set_is_walked_and_emptied() {
+        for pages in [0, 1, 63, 64, 65, 200] {
+            let mut set = PageSet::all(pages);
+            assert_eq!(set.len(), pages);
+            let mut at = 0;
+            while let Some(page) = set.first_from(at) {
+                assert_eq!(page, at, "of {pages}");
+                set.remove(page);
+                at = page + 1;
+            }
+            assert!(set.is_empty() && at == pages);
+        }
+        let mut set = PageSet::none(300);
+        [5, 64, 299].iter().for_each(|&page| set.insert(page));
+        assert_eq!([0, 5, 6, 65, 299].map(|from| set.first_from(from)), [5, 5, 64, 299, 299].map(Some));
+        assert_eq!([300, 1000].map(|from| set.first_from(from)), [None; 2]);
+    }
 
     #[test]
     fn every_consumer_sees_every_page_once() {
