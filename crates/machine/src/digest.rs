@@ -91,10 +91,15 @@ impl RamDigest {
 
     /// The hash of one page.
     pub(crate) fn hash(page: usize, bytes: &[u8; PAGE_SIZE as usize]) -> u128 {
-        if bytes.iter().all(|&b| b == 0) {
+        if Self::is_zero(bytes) {
             return 0;
         }
         xxh3_128_with_seed(bytes, page as u64)
+    }
+
+    /// Whether a page is all zero.
+    pub(crate) fn is_zero(bytes: &[u8; PAGE_SIZE as usize]) -> bool {
+        bytes.as_chunks::<64>().0.iter().all(|chunk| *chunk == [0; 64])
     }
 
     /// A page changed.

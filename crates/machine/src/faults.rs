@@ -35,7 +35,7 @@ impl Machine {
         }
     }
 
-    /// Looks through all RAM that is not zero for pages that are not what they were when they were digested last, although nobody wrote to them: memory that
+    /// Looks through all RAM for pages that are not what they were when they were digested last, although nobody wrote to them: memory that
     /// has gone bad. From then on they count as they are. The digest is brought up to date first.
     pub fn scrub(&mut self) -> Vec<usize> {
         self.digest();
@@ -62,7 +62,11 @@ mod tests {
         assert_eq!(machine.digest().differences(&before), ["ram"]);
         assert!(machine.scrub().is_empty());
         assert!(machine.flip(Bit::Ram(5 * 4096 + 9, 3)));
-        assert_eq!(machine.scrub(), [5]);
+        assert!(machine.flip(Bit::Ram(6 * 4096, 0)), "a page of zeroes");
+        assert_eq!(machine.scrub(), [5, 6]);
+        assert_eq!(machine.digest().differences(&before), ["ram"]);
+        assert!(machine.flip(Bit::Ram(6 * 4096, 0)));
+        assert_eq!(machine.scrub(), [6]);
         assert!(machine.digest().differences(&before).is_empty());
     }
 

@@ -464,18 +464,20 @@ impl Machine {
 
     /// The digest of the whole state but the disks. Costs time in proportion to the pages changed since the last one.
     pub fn digest(&mut self) -> Digest {
-        for page in self.take_dirty(self.digest_pages).iter() {
-            self.ram_digest.update(page, self.cpu.0.ram().page_bytes(page));
-        }
+        self.digest_ram();
         Digest::new(&self.ram_digest, self.cpu.0.state(), &self.save())
     }
 
-    /// Hashes all pages that were not zero again; those whose hash has changed.
+    /// Brings RAM's part of the digest up to date, so that there is less to do at the next [`Machine::digest`].
+    pub fn digest_ram(&mut self) {
+        for page in self.take_dirty(self.digest_pages).iter() {
+            self.ram_digest.update(page, self.cpu.0.ram().page_bytes(page));
+        }
+    }
+
+    /// Looks at all pages again; those that are not what their hash says.
     pub(crate) fn rehash(&mut self) -> Vec<usize> {
-        let changed = |&page: &usize| {
-            let known = self.ram_digest.pages()[page];
-            known != 0 && known != RamDigest::hash(page, self.cpu.0.ram().page_bytes(page))
-        };
+        let changed = |&page: &usize| self.ram_digest.pages()[page] != RamDigest::hash(page, self.cpu.0.ram().page_bytes(page));
         let pages: Vec<usize> = (0..self.ram_digest.pages().len()).filter(changed).collect();
         for &page in &pages {
             self.ram_digest.update(page, self.cpu.0.ram().page_bytes(page));

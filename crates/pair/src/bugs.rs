@@ -48,11 +48,13 @@ pub enum Bug {
     HealOnce,
     /// A secondary that goes live forgets where its VM's other standbys are.
     ForgetStandbys,
+    /// The secondary acknowledges an image's bytes when they come, and not when its host has used them up.
+    AckImageBeforeTaken,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 21] = [
+    pub const ALL: [Bug; 22] = [
         Bug::ReleaseBeforeAck,
         Bug::LiveWithoutArbiter,
         Bug::ForgetReissue,
@@ -74,6 +76,7 @@ impl Bug {
         Bug::MatchTheMismatch,
         Bug::HealOnce,
         Bug::ForgetStandbys,
+        Bug::AckImageBeforeTaken,
     ];
 }
 

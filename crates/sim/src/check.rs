@@ -116,6 +116,12 @@ impl Checker {
         Ok(())
     }
 
+    /// A standby's host never holds more of an image than the window.
+    pub(crate) fn check_untaken(&self, side: &Side, config: &Config) -> Result<(), String> {
+        let (held, window) = (side.untaken, config.image_window_bytes);
+        if held > window { Err(format!("a standby holds {held} bytes of an image; the window is {window}")) } else { Ok(()) }
+    }
+
     /// A side stops only for a reason that is true.
     pub(crate) fn check_stop(&self, side: usize, reason: &StopReason, table: &TableArbiter) -> Result<(), String> {
         let (StopReason::LostArbitration { epoch } | StopReason::HandedOver { epoch }) = reason else {

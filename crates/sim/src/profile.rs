@@ -43,6 +43,10 @@ pub(crate) struct Profile {
     /// Padding of inputs, at most: the weight of the log.
     pub(crate) input_padding_max: u64,
     pub(crate) image_padding: u64,
+    /// Bytes of the image that are sent while the guest runs, before the cut: the rounds of a pre-copy.
+    pub(crate) rounds_bytes: u64,
+    /// The host of a standby needs so long for a piece of an image, at most.
+    pub(crate) take_delay_max_ns: u64,
     /// The guest does not run while the image is copied.
     pub(crate) pause_during_copy: bool,
     /// A released output takes so long to leave the host, at most.
@@ -135,6 +139,9 @@ impl Profile {
             // What enters must fit through the network: a log that can't be sent holds the guest back for good.
             input_padding_max: random.pick(&[0, 30, if ns_per_byte >= 2_000 { 30 } else { 400 }]),
             image_padding: random.pick(&[0, 100, 2_000]),
+            // A second copy must be over before the world is, also through the smallest window.
+            rounds_bytes: random.pick(&[0, 200, if slow_network { 200 } else { 5_000 }]),
+            take_delay_max_ns: random.pick(&[10_000, 300_000, 2_000_000]),
             pause_during_copy: random.percent(30),
             leave_delay_max_ns: random.pick(&[1_000, 200_000, 3_000_000]),
             clients: random.between(1, 4),

@@ -64,7 +64,11 @@ pub(crate) struct Side {
     /// What is left to feed of the image; as a secondary, what came so far.
     pub(crate) image: Vec<u8>,
     pub(crate) image_wanted: u64,
+    /// The rounds are on their way; the image is cut when all of them are sent.
+    pub(crate) cut_due: bool,
     // As a secondary:
+    /// Bytes of an image that came and are not used up.
+    pub(crate) untaken: u64,
     /// Outputs that the machine had made when the image was cut.
     pub(crate) image_outputs: u64,
     pub(crate) replay: VecDeque<Record>,
@@ -124,6 +128,8 @@ impl Side {
             inputs: VecDeque::new(),
             image: Vec::new(),
             image_wanted: 0,
+            cut_due: false,
+            untaken: 0,
             image_outputs: 0,
             replay: VecDeque::new(),
             replayed: 0,

@@ -43,6 +43,8 @@ pub(crate) enum Happening {
     Input(usize, u64),
     /// The host feeds the image.
     Feed(usize),
+    /// The host uses a piece of the image up.
+    Take(usize),
     /// The image is restored.
     Restored(usize),
     /// A primary looks for a standby.
@@ -66,6 +68,7 @@ impl Happening {
             | Happening::Answer(side, ..)
             | Happening::Input(side, _)
             | Happening::Feed(side)
+            | Happening::Take(side)
             | Happening::Restored(side)
             | Happening::Heal(side)
             | Happening::Reach(side, _) => Some(side),
@@ -209,6 +212,7 @@ impl World {
                 Ok(())
             }
             Happening::Feed(side) => self.feed_image(side),
+            Happening::Take(side) => self.take_image(side),
             Happening::Restored(side) => self.restored(side),
             Happening::Heal(side) => {
                 self.heal(side);
@@ -303,17 +307,20 @@ impl World {
             PrimaryAction::Send(bytes) => self.send(side, bytes),
             PrimaryAction::Disconnect => self.disconnect(side),
             PrimaryAction::StartImage => {
-                let position = self.sides[side].machine.position;
-                self.sides[side].image = self.sides[side].machine.to_image(self.profile.image_padding as usize);
+                let rounds = self.profile.rounds_bytes as usize;
+                self.sides[side].image = vec![0xc3; rounds];
                 self.sides[side].image_wanted = 0;
-                self.sides[side].paused = self.profile.pause_during_copy;
-                self.give_primary(side, PrimaryEvent::ImageCut { position });
+                self.sides[side].cut_due = true;
+                if rounds == 0 {
+                    self.cut_image(side);
+                }
             }
             PrimaryAction::StartResync { .. } => {
                 let padding = self.profile.image_padding as usize;
                 let state = &mut self.sides[side];
                 let outputs: Vec<_> = state.outputs.values().cloned().collect();
                 state.image = state.machine.to_resync(&outputs, padding);
+                state.cut_due = false;
                 state.image_wanted = 0;
                 state.paused = true;
                 let position = state.machine.position;
@@ -349,6 +356,10 @@ impl World {
             }
             PrimaryAction::Throttle(on) => self.sides[side].throttled = on,
             PrimaryAction::Notice(notice) => {
+                // From that moment on it held nothing back, even if it has ended before the host does what it asked for.
+                if matches!(notice, Notice::State { to: "unprotected", .. }) {
+                    self.sides[side].made_freely = self.sides[side].machine.outputs;
+                }
                 self.announce(side, &notice);
             }
         }
@@ -360,7 +371,13 @@ impl World {
             SecondaryAction::Send(bytes) => self.send(side, bytes),
             SecondaryAction::Disconnect => self.disconnect(side),
             SecondaryAction::Prepare(_) => self.sides[side].image.clear(),
-            SecondaryAction::ImageChunk(bytes) => self.sides[side].image.extend(bytes),
+            SecondaryAction::ImageChunk(bytes) => {
+                self.sides[side].untaken += bytes.len() as u64;
+                self.checker.check_untaken(&self.sides[side], &self.profile.config)?;
+                self.sides[side].image.extend(bytes);
+                let delay = self.random.between(0, self.profile.take_delay_max_ns);
+                self.plan(delay, Happening::Take(side));
+            }
             SecondaryAction::Restore { .. } => {
                 let delay = self.random.between(0, 5_000_000);
                 self.plan(delay, Happening::Restored(side));
@@ -563,6 +580,26 @@ impl World {
         self.tell_secondary(side, SecondaryEvent::Output { id })
     }
 
+    /// The image holds the machine as it is now, behind the rounds.
+    fn cut_image(&mut self, side: usize) {
+        let padding = self.profile.image_padding as usize;
+        let state = &mut self.sides[side];
+        state.cut_due = false;
+        state.image.extend(state.machine.to_image(padding));
+        state.paused = self.profile.pause_during_copy;
+        let position = state.machine.position;
+        self.give_primary(side, PrimaryEvent::ImageCut { position });
+    }
+
+    /// The host uses up what came of an image.
+    fn take_image(&mut self, side: usize) -> Result<(), String> {
+        let bytes = std::mem::take(&mut self.sides[side].untaken);
+        if bytes == 0 || self.sides[side].stopped.is_some() || matches!(self.sides[side].role, Role::Primary(_)) {
+            return Ok(());
+        }
+        self.tell_secondary(side, SecondaryEvent::ImageTaken { bytes })
+    }
+
     fn feed_image(&mut self, side: usize) -> Result<(), String> {
         let state = &mut self.sides[side];
         let copying = matches!(state.primary_state(), Some(PrimaryState::Copying | PrimaryState::Resyncing));
@@ -575,8 +612,15 @@ impl World {
         }
         state.image_wanted -= length as u64;
         let chunk: Vec<u8> = state.image.drain(..length).collect();
-        let complete = state.image.is_empty();
+        let sent = state.image.is_empty();
+        let complete = sent && !state.cut_due;
         self.tell_primary(side, PrimaryEvent::ImageChunk(chunk))?;
+        let copying = matches!(self.sides[side].primary_state(), Some(PrimaryState::Copying));
+        if sent && copying && self.sides[side].cut_due {
+            self.cut_image(side);
+            let delay = self.random.between(0, 100_000);
+            self.plan(delay, Happening::Feed(side));
+        }
         if complete {
             self.tell_primary(side, PrimaryEvent::ImageEnd)?;
         }
@@ -587,6 +631,8 @@ impl World {
         if self.sides[side].stopped.is_some() {
             return Ok(());
         }
+        self.take_image(side)?;
+        let rounds = self.profile.rounds_bytes as usize;
         let state = &mut self.sides[side];
         if state.restored {
             let (machine, outputs) = Machine::from_resync(&state.image);
@@ -598,7 +644,7 @@ impl World {
             state.still = false;
             self.checker.resyncs += 1;
         } else {
-            state.machine = Machine::from_image(&state.image);
+            state.machine = Machine::from_image(&state.image[rounds..]);
             state.restored = true;
             state.image_outputs = state.machine.outputs;
             self.plan(0, Happening::Replay(side));

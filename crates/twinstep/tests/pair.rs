@@ -124,6 +124,48 @@ fn a_vm_is_handed_over_when_somebody_asks() {
     user.ask("failover", &["db"]).refused(&["no VM called 'db' runs here"]);
 }
 
+/// Writes 16 MiB of memory in the background, over and over and with other bytes each time, until there is a file `stop`; then copies a file of as many, compares, and
+/// prints the file's sum.
+const WRITES: &str = "cd /tmp; yes ABCDEFGHIJKLMNOPQRSTUVWXYZ | head -c 65536 > a; cat a a a a a a a a a a a a a a a a > b; : > f; i=0; \
+     while [ $i -lt 16 ]; do echo $i >> f; cat b >> f; i=$((i + 1)); done; cat f > g; echo before: $(md5sum < f); \
+     { i=0; while [ ! -e stop ]; do dd if=f of=g bs=65521 skip=$((i % 7)) conv=notrunc 2> /dev/null; i=$((i + 1)); done; \
+     cat f > g; cmp f g && echo after: $(md5sum < g); poweroff -f; } & echo it writes: $((40 + 2))";
+
+/// A sum that the guest has printed.
+#[track_caller]
+fn printed(console: &str, name: &str) -> String {
+    let sums = console.split(name).skip(1).filter_map(|rest| rest.split_whitespace().next());
+    sums.filter(|sum| sum.len() == 32).last().unwrap_or_else(|| panic!("no sum {name}: {console}")).to_owned()
+}
+
+/// The guest writes memory all the time while it is copied, so what was sent is sent again, until the copy is complete; then its host dies.
+#[test]
+fn a_guest_that_writes_memory_all_the_time_is_copied_while_it_runs() {
+    let _turn = turn(2);
+    let folder = folder();
+    let (mut standby, address) = standby(folder.path(), &[]);
+    let pair = words(&["--protect", &address, "--arbiter", &text(folder.path())]);
+    let mut primary = Twinstep::run(&[&boot("128M", "shell"), &pair]);
+    // Asleep, so that the copy waits until the guest is busy.
+    standby.wait_said("following VM ");
+    standby.signal(Signal::STOP);
+    primary.wait_console("# ");
+    primary.type_line(WRITES);
+    primary.wait_console("it writes: 42");
+    assert!(!primary.has_said("protected: "), "the standby was asleep");
+    standby.signal(Signal::CONT);
+    let copied = primary.wait_said("the machine is copied: ");
+    let rounds: u64 = copied.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(rounds >= 2, "what was written meanwhile was sent again: {copied}");
+    primary.wait_said("protected: ");
+    let before = printed(&primary.console(), "before: ");
+    primary.kill();
+    standby.wait_said("live: live in epoch 2");
+    standby.type_line("touch /tmp/stop");
+    let ended = standby.end().with(0).says(&["the guest switched itself off"]);
+    assert_eq!(printed(&ended.console, "after: "), before);
+}
+
 #[test]
 fn the_standby_dies_and_the_primary_goes_on_alone() {
     let _turn = turn(2);

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use twinstep_log::EntryKind;
+use twinstep_migrate::Progress;
 
-use super::{Commit, Counts, Lag, LogRate, Status};
+use super::{Commit, CopyProgress, Counts, Lag, LogRate, Status};
 use crate::events::{now_ns, unix_ms};
 use crate::vm::live::Outlet;
 
@@ -67,6 +68,7 @@ impl Figures {
 struct Slot {
     vm: Option<String>,
     peer: Option<String>,
+    copy: Option<Progress>,
     figures: Figures,
 }
 
@@ -87,7 +89,7 @@ impl Board {
     /// A VM that stands like this, and has nobody on the other side so far.
     pub fn new(state: &'static str) -> Self {
         Self(Arc::new(Shared {
-            slot: Mutex::new(Slot { vm: None, peer: None, figures: Figures::alone(state, None) }),
+            slot: Mutex::new(Slot { vm: None, peer: None, copy: None, figures: Figures::alone(state, None) }),
             released: AtomicU64::new(0),
             failovers: AtomicU64::new(0),
             resyncs: AtomicU64::new(0),
@@ -105,6 +107,10 @@ impl Board {
     /// Where the other side is, or that there is none.
     pub fn set_peer(&self, peer: Option<String>) {
         self.slot().peer = peer;
+    }
+    /// How far the copy to a standby is, while there is one.
+    pub fn set_copy(&self, copy: Option<Progress>) {
+        self.slot().copy = copy;
     }
     /// Replaces the figures.
     pub fn publish(&self, figures: Figures) {
@@ -142,9 +148,9 @@ impl Board {
 
     /// What is to be said now of the VM with this name, on this side.
     pub fn report(&self, name: &str, side: &str) -> Status {
-        let (vm, peer, f) = {
+        let (vm, peer, copy, f) = {
             let slot = self.slot();
-            (slot.vm.clone(), slot.peer.clone(), slot.figures)
+            (slot.vm.clone(), slot.peer.clone(), slot.copy, slot.figures)
         };
         let now = now_ns();
         let age = |since: Option<u64>| since.map_or(0, |since| now.saturating_sub(since));
@@ -169,6 +175,7 @@ impl Board {
                 unreplayed_bytes: f.unreplayed_bytes,
             },
             log: kinds.zip(f.log).filter(|(_, rate)| rate.entries > 0).map(|(kind, rate)| (kind.to_owned(), rate)).collect(),
+            copy: copy.map(CopyProgress::from),
             held: f.held,
             commit: f.commit,
             counts: Counts {

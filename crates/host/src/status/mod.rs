@@ -22,6 +22,7 @@ pub mod words;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use twinstep_migrate::Progress;
 
 pub use board::Board;
 
@@ -49,6 +50,8 @@ pub struct Status {
     pub throttled: bool,
     /// Why, if it is.
     pub throttle_reason: Option<String>,
+    /// How far the copy to a standby is, while there is one.
+    pub copy: Option<CopyProgress>,
     /// How far behind the secondary is.
     pub lag: Lag,
     /// What was logged, by kind of entry: on a primary since power-on, on a standby what has arrived.
@@ -63,6 +66,34 @@ pub struct Status {
     pub at_ns: u64,
     /// Wall-clock time, in milliseconds since 1970.
     pub unix_ms: u64,
+}
+
+/// How far the copy of a running machine is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CopyProgress {
+    /// The round, from 1.
+    pub round: u64,
+    /// Bytes of RAM that this round has still to look at.
+    pub remaining_bytes: u64,
+    /// Bytes sent so far.
+    pub sent_bytes: u64,
+    /// Bytes of RAM a second that are sent; 0: not known yet.
+    pub bytes_per_s: u64,
+    /// Bytes of RAM a second that the guest wrote in the last round.
+    pub dirty_bytes_per_s: u64,
+    /// From the cut until the standby has it all, if the cut were made now.
+    pub expected_pause_ns: u64,
+    /// How much of its time the guest loses, in hundredths.
+    pub slowed_percent: u8,
+}
+
+impl From<Progress> for CopyProgress {
+    fn from(p: Progress) -> Self {
+        let Progress { round, remaining_bytes, sent_bytes, bytes_per_s, dirty_bytes_per_s, expected_pause_ns, slowed_percent } =
+            p;
+        Self { round, remaining_bytes, sent_bytes, bytes_per_s, dirty_bytes_per_s, expected_pause_ns, slowed_percent }
+    }
 }
 
 /// How far behind the secondary is, as this side knows it.

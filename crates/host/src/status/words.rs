@@ -76,6 +76,14 @@ pub fn rows(s: &Status) -> Vec<(&'static str, String)> {
             rows.push(("", format!("{}, {} to acknowledge", span(l.received_ns), bytes(l.unreceived_bytes as f64))));
         }
     }
+    if let Some(copy) = &s.copy {
+        let (left, sent) = (bytes(copy.remaining_bytes as f64), bytes(copy.sent_bytes as f64));
+        let (rate, dirty) = (bytes(copy.bytes_per_s as f64), bytes(copy.dirty_bytes_per_s as f64));
+        rows.push(("copy", format!("round {}, {left} left, {sent} sent at {rate}/s, the guest writes {dirty}/s", copy.round)));
+        if copy.slowed_percent > 0 {
+            rows.push(("", format!("the guest loses {} % of its time", copy.slowed_percent)));
+        }
+    }
     let guest = s.throttle_reason.as_ref().map_or("runs freely".into(), |why| format!("held back: {why}"));
     rows.push(("guest", guest));
     let moving = s.log.iter().filter(|(_, rate)| rate.entries_per_s > 0.0);

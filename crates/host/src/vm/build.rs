@@ -78,6 +78,13 @@ pub fn image_metadata(machine: &Machine) -> ImageMetadata {
 
 /// The machine's payloads, with what only the host knows.
 pub fn image_payloads(machine: &Machine, disk_bytes: &[u64], last_output: u64, log_digest: Option<u64>) -> Vec<ImagePayload> {
+    let own = extra_payload(machine, disk_bytes, last_output, log_digest);
+    let payloads = machine.save().into_iter();
+    std::iter::once(own).chain(payloads.map(|p| ImagePayload { kind: p.kind, version: p.version, bytes: p.bytes })).collect()
+}
+
+/// What only the host knows of a machine.
+pub fn extra_payload(machine: &Machine, disk_bytes: &[u64], last_output: u64, log_digest: Option<u64>) -> ImagePayload {
     let config = machine.config();
     let extra = Extra {
         last_output,
@@ -92,9 +99,7 @@ pub fn image_payloads(machine: &Machine, disk_bytes: &[u64], last_output: u64, l
         log_digest,
     };
     let extra = minicbor::to_vec(&extra).expect("encoding into memory cannot fail");
-    let own = ImagePayload { kind: EXTRA_KIND.into(), version: EXTRA_VERSION, bytes: extra };
-    let payloads = machine.save().into_iter();
-    std::iter::once(own).chain(payloads.map(|p| ImagePayload { kind: p.kind, version: p.version, bytes: p.bytes })).collect()
+    ImagePayload { kind: EXTRA_KIND.into(), version: EXTRA_VERSION, bytes: extra }
 }
 
 /// Writes an image of the machine. The machine must stand still meanwhile.
@@ -174,7 +179,7 @@ pub fn take_extra(payloads: &mut Vec<ImagePayload>) -> Result<Extra> {
 }
 
 /// The machine of an image before its state: takes the host's own payload out of `payloads`.
-fn blank(
+pub(super) fn blank(
     metadata: &ImageMetadata,
     payloads: &mut Vec<ImagePayload>,
     disks: DiskMaker,

@@ -8,17 +8,18 @@ use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use twinstep_log::{Comparer, Entry, Event, ImageReader, Mismatch, OutputNote, Replayable, RunOutcome};
+use twinstep_log::{Comparer, Entry, Event, Mismatch, OutputNote, Replayable, RunOutcome};
 use twinstep_machine::{Activity, Config, Machine, Output};
 use twinstep_pair::{OutputId, Record, Seq};
 
-use super::build::{self, Extra};
+use super::arrival::Arrival;
+use super::build::Extra;
 use super::live::entry_of;
 use super::replay::Vm;
 use super::resync::{self, Baseline};
 use super::standby::{Disks, ToStandby};
 use crate::control::Ask;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::events::now_ns;
 
 /// What the replay's thread is told.
@@ -59,10 +60,10 @@ const UNEVEN_PATIENCE: Duration = Duration::from_millis(50);
 pub(super) struct Follower {
     inbox: Receiver<ToReplay>,
     to: Sender<ToStandby>,
-    disks: Disks,
-    cables: usize,
-    tune: fn(&mut Config),
-    image: Vec<u8>,
+    /// The machine on its way, until it is here.
+    arrival: Option<Arrival>,
+    /// What makes it the primary's again.
+    delta: Vec<u8>,
     /// Records that wait: for the first image, or while the machine stands still.
     waiting: VecDeque<(Seq, Record)>,
     running: Option<Running>,
@@ -91,8 +92,9 @@ impl Follower {
         cables: usize,
         tune: fn(&mut Config),
     ) -> Self {
-        let (image, waiting, held) = (Vec::new(), VecDeque::new(), VecDeque::new());
-        Self { inbox, to, disks, cables, tune, image, waiting, running: None, held, last_output: 0 }
+        let arrival = Some(Arrival::new(disks, cables, tune));
+        let (delta, waiting, held) = (Vec::new(), VecDeque::new(), VecDeque::new());
+        Self { inbox, to, arrival, delta, waiting, running: None, held, last_output: 0 }
     }
 
     pub(super) fn run(mut self) {
@@ -100,10 +102,7 @@ impl Follower {
             let result = match self.next() {
                 Err(RecvTimeoutError::Timeout) => self.look_at_uneven(),
                 Err(RecvTimeoutError::Disconnected) => return,
-                Ok(ToReplay::Chunk(bytes)) => {
-                    self.image.extend(bytes);
-                    Ok(())
-                }
+                Ok(ToReplay::Chunk(bytes)) => self.take_in(&bytes),
                 Ok(ToReplay::Restore { position }) => match self.running {
                     None => self.restore(position),
                     Some(_) => self.resync(position),
@@ -162,20 +161,20 @@ impl Follower {
         message
     }
 
+    /// More of the copy, or of a delta.
+    fn take_in(&mut self, bytes: &[u8]) -> Result<()> {
+        match &mut self.arrival {
+            Some(arrival) => arrival.push(bytes)?,
+            None => self.delta.extend(bytes),
+        }
+        self.tell(ToStandby::Taken(bytes.len() as u64));
+        Ok(())
+    }
+
     fn restore(&mut self, position: u64) -> Result<()> {
         let started = now_ns();
-        let image = std::mem::take(&mut self.image);
-        let mut reader = ImageReader::open(image.as_slice()).what("the primary's image cannot be read")?;
-        let tune = self.tune;
-        let (mut machine, extra) = build::from_image(&mut reader, &mut *self.disks, &tune)?;
-        // Now, and not when it goes live: then it would be too late.
-        if extra.nics.len() > self.cables {
-            let what = format!("the machine has {} network cards, the standby was given {}", extra.nics.len(), self.cables);
-            return Err(Error::new(what).next("start the standby with --net once for each card"));
-        }
-        if machine.position() != position {
-            return Err(Error::new(format!("the image is of position {}, not {position}", machine.position())));
-        }
+        let arrival = self.arrival.take().ok_or_else(|| Error::new("the primary's machine has not arrived"))?;
+        let (mut machine, extra) = arrival.finish(position)?;
         self.last_output = extra.last_output;
         let baseline = Baseline::new(&mut machine);
         let comparer = Some(Comparer::new(self.last_output));
@@ -188,7 +187,7 @@ impl Follower {
     /// The primary has sent what the machine lacks: it stands for all that was received.
     fn resync(&mut self, position: u64) -> Result<()> {
         let started = now_ns();
-        let delta = std::mem::take(&mut self.image);
+        let delta = std::mem::take(&mut self.delta);
         let (outputs, image) = resync::split(&delta)?;
         let running = self.running.as_mut().expect("checked by the caller");
         let (extra, pages) = resync::apply(&mut running.vm.0, image)?;
@@ -354,7 +353,7 @@ impl Follower {
         }
         // The next one, whatever it is that the comparison stumbled upon.
         let (output, position) = (self.last_output + 1, running.vm.position());
-        self.image.clear();
+        self.delta.clear();
         self.tell(ToStandby::Mismatch { text, output, position, detail, changes });
         Ok(())
     }

@@ -12,9 +12,9 @@ use twinstep_log::{EndReason, Entry, LogStats, Recorder, encode_into};
 use twinstep_machine::{Activity, Input, Machine, Output, Pause};
 use twinstep_pair::Record;
 
-use super::build;
 use super::pace::{Pace, cpu_ns};
 use super::pairing::ToPair;
+use super::precopy::{self, Copier, CopyAsk, Surroundings};
 use super::resync::{self, Baseline};
 use crate::control::Ask;
 use crate::error::{Error, Result};
@@ -28,12 +28,14 @@ pub enum ToVm {
     Input(Input),
     /// The guest must not run while this is on.
     Throttle(bool),
-    /// Make an image for the pair, and go on.
-    MakeImage,
+    /// Something for a copy of the machine.
+    Copy(CopyAsk),
     /// Make the delta for a standby that has changed these pages ([`resync`]), and stand still until no longer throttled.
     MakeDelta {
         /// The standby's list.
         changed: Vec<u8>,
+        /// Look for memory of this side that is bad.
+        scrub: bool,
     },
     /// The standby was equal to the machine at this position.
     Agreed {
@@ -141,6 +143,9 @@ pub struct Wiring {
     pub perf_map: Option<PerfMap>,
 }
 
+/// So long a slowed guest waits at most at a time.
+const LOST_NS: u64 = 25_000_000;
+
 /// A machine in the real world.
 struct Live {
     machine: Machine,
@@ -150,6 +155,8 @@ struct Live {
     logging: bool,
     pace: Pace,
     throttled: bool,
+    /// The copy to a standby that is under way.
+    copier: Option<Copier>,
     /// What has changed since the standby was last known to be equal.
     baseline: Option<Baseline>,
     end: Option<End>,
@@ -170,6 +177,7 @@ pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
         wiring,
         logging,
         throttled: false,
+        copier: None,
         baseline: None,
         end: None,
     };
@@ -188,7 +196,7 @@ impl Live {
                 self.finish(&end);
                 return end;
             }
-            if self.throttled {
+            if self.stands_still() {
                 self.wait(None);
                 self.pace.stood_still(now_ns(), cpu_ns(), self.machine.position());
                 continue;
@@ -197,8 +205,25 @@ impl Live {
         }
     }
 
+    /// Whether the guest must not run.
+    fn stands_still(&self) -> bool {
+        self.throttled || precopy::slowed(self.copier.as_ref()) >= 100
+    }
+
+    /// A guest that writes faster than can be copied loses so many hundredths of its time: after a slice it waits.
+    fn lose_time(&mut self, percent: u8, slice_ns: u64) {
+        let until = now_ns() + (slice_ns * u64::from(percent) / u64::from(100 - percent)).min(LOST_NS);
+        while self.end.is_none()
+            && !self.stands_still()
+            && let Some(left) = until.checked_sub(now_ns()).filter(|left| *left > 0)
+        {
+            self.wait(Some(Duration::from_nanos(left)));
+        }
+    }
+
     /// Runs a slice, or sleeps with the guest.
     fn step(&mut self) {
+        let started = now_ns();
         let mut until = self.machine.position() + self.pace.slice();
         if let Some(digest) = self.recorder.next_digest() {
             until = until.min(digest);
@@ -212,6 +237,10 @@ impl Live {
                 if self.pace.tick_due(now) {
                     self.tick(now);
                     self.progress();
+                }
+                let percent = precopy::slowed(self.copier.as_ref());
+                if (1..100).contains(&percent) {
+                    self.lose_time(percent, now - started);
                 }
             }
             Pause::Idle { wake_ns } => {
@@ -245,7 +274,7 @@ impl Live {
     /// Waits for a message and takes it; false if none came in time. An input to a sleeping guest comes with the time.
     fn wait(&mut self, timeout: Option<Duration>) -> bool {
         let activity = self.machine.activity();
-        activity.set(if self.throttled { Activity::Waiting } else { Activity::Halted });
+        activity.set(if self.stands_still() { Activity::Waiting } else { Activity::Halted });
         let message = match timeout {
             Some(timeout) => match self.wiring.inbox.recv_timeout(timeout) {
                 Ok(message) => message,
@@ -276,8 +305,8 @@ impl Live {
             ToVm::Throttle(on) => self.throttled = on,
             ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
             ToVm::Fail(why) => self.end = Some(End::HostFailure(why)),
-            ToVm::MakeImage => self.make_image(),
-            ToVm::MakeDelta { changed } => self.make_delta(&changed),
+            ToVm::Copy(ask) => self.copy(ask),
+            ToVm::MakeDelta { changed, scrub } => self.make_delta(&changed, scrub),
             ToVm::Agreed { position } => {
                 if let Some(baseline) = &mut self.baseline {
                     baseline.agreed(position);
@@ -388,29 +417,11 @@ impl Live {
         }
     }
 
-    /// Makes an image of the machine as it is now and hands it to the pair. The guest stands still meanwhile.
-    fn make_image(&mut self) {
-        let Some(pair) = self.wiring.pair.clone() else { return };
-        let started = now_ns();
-        let written = build::write_image(
-            &self.machine,
-            &self.wiring.disk_bytes,
-            self.wiring.last_output,
-            None,
-            Vec::new(),
-            twinstep_log::Compression::Lz4,
-        );
-        match written {
-            Ok((bytes, _)) => {
-                self.forget_baseline();
-                self.baseline = Some(Baseline::new(&mut self.machine));
-                let position = self.machine.position();
-                let pause_ns = now_ns() - started;
-                self.tell_pair(pair, ToPair::Image { position, bytes, pause_ns });
-            }
-            Err(e) => self.end = Some(End::HostFailure(format!("cannot make an image: {e}"))),
-        }
-        self.pace.stood_still(now_ns(), cpu_ns(), self.machine.position());
+    /// Does what a copy asks for, between two slices.
+    fn copy(&mut self, ask: CopyAsk) {
+        let Some(pair) = &self.wiring.pair else { return };
+        let around = Surroundings { disk_bytes: &self.wiring.disk_bytes, last_output: self.wiring.last_output, pair };
+        precopy::serve(&mut self.copier, &mut self.baseline, &mut self.machine, ask, &around);
     }
 
     /// The standby that it was made for is gone.
@@ -421,13 +432,13 @@ impl Live {
     }
 
     /// Makes the delta and hands it to the pair, which has throttled the guest already.
-    fn make_delta(&mut self, changed: &[u8]) {
+    fn make_delta(&mut self, changed: &[u8], scrub: bool) {
         let Some(pair) = self.wiring.pair.clone() else { return };
         let Some(baseline) = &mut self.baseline else {
             return self.tell_pair(pair, ToPair::NoDelta("nothing is known of what the standby has".into()));
         };
         let started = now_ns();
-        match resync::delta(&mut self.machine, baseline, changed, &self.wiring.disk_bytes, self.wiring.last_output) {
+        match resync::delta(&mut self.machine, baseline, changed, &self.wiring.disk_bytes, self.wiring.last_output, scrub) {
             Ok(delta) => {
                 let (position, took_ns) = (self.machine.position(), now_ns() - started);
                 self.tell_pair(pair, ToPair::Delta { position, delta, took_ns });

@@ -6,6 +6,8 @@
 //! | [`build`] | a machine from a spec, an image or a recording |
 //! | [`pace`] | guest time pulled toward real time |
 //! | [`live`] | run and record: real I/O to inputs, outputs to real I/O |
+//! | `precopy` | the copy of a running machine to a standby |
+//! | `arrival` | the machine that comes of it there |
 //! | [`pairing`] | the primary's end of the logging channel |
 //! | [`standby`] | the secondary: replay from the network, go live |
 //! | `follow` | the standby's thread that owns the machine: replay, comparison |
@@ -15,6 +17,7 @@
 //! | [`replay`] | a recording replayed and checked |
 //!
 //! *Invariant*: a machine is driven by one thread; everything else reaches it as a message.
+mod arrival;
 pub mod build;
 pub mod difference;
 mod follow;
@@ -22,6 +25,7 @@ mod healing;
 pub mod live;
 pub mod pace;
 pub mod pairing;
+pub mod precopy;
 pub mod replay;
 pub mod resync;
 pub mod session;

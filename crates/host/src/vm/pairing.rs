@@ -19,6 +19,7 @@ use twinstep_pair::{
 use super::difference;
 use super::healing::{Healing, Standbys};
 use super::live::{Outlet, ToVm};
+use super::precopy::{self, CopyId, CopyNews, Copying};
 use super::resync::{self, Delta};
 use crate::channel::Channel;
 use crate::error::{Context, Result};
@@ -47,15 +48,8 @@ pub enum ToPair {
         /// Its position.
         position: u64,
     },
-    /// The image that was asked for, of the machine at this position.
-    Image {
-        /// The position.
-        position: u64,
-        /// The image.
-        bytes: Vec<u8>,
-        /// How long the guest stood still for it.
-        pause_ns: u64,
-    },
+    /// What a copy has to say.
+    Copy(CopyId, CopyNews),
     /// The delta that was asked for, of the machine at this position.
     Delta {
         /// The position.
@@ -221,6 +215,8 @@ pub struct PairWiring {
     pub events: Events,
     /// Where people see how it goes.
     pub board: Board,
+    /// Bounds of the first copy.
+    pub copy: twinstep_migrate::Config,
 }
 
 fn connection(stream: Channel, number: u64, to: &Sender<ToPair>) -> Result<Connection> {
@@ -257,6 +253,9 @@ impl PairThread {
             asker: Asker::new(wiring.arbiter, sender.clone(), ToPair::Verdict),
             healing: Healing::new(wiring.standbys, sender.clone(), ToPair::Reached, wiring.events.clone()),
             to_self: sender.clone(),
+            copy: wiring.copy,
+            copying: None,
+            copies: 0,
             primary: wiring.primary,
             inbox,
             connection,
@@ -271,7 +270,7 @@ impl PairThread {
             resync_ns: 0,
             image: None,
             image_wanted: 0,
-            images_awaited: 0,
+            deltas_awaited: 0,
             report: PairReport::default(),
             last_state: PrimaryState::Unprotected,
             logged: Default::default(),
@@ -334,6 +333,10 @@ fn cost(output: &Output) -> usize {
 }
 
 struct Driver {
+    copy: twinstep_migrate::Config,
+    /// The copy to the standby, while it is under way.
+    copying: Option<Copying>,
+    copies: CopyId,
     primary: Primary,
     healing: Healing<ToPair>,
     /// For threads of connections to come.
@@ -358,8 +361,8 @@ struct Driver {
     resync_ns: u64,
     image: Option<(Vec<u8>, usize)>,
     image_wanted: u64,
-    /// Images asked for that have not come.
-    images_awaited: u32,
+    /// Deltas asked for that have not come.
+    deltas_awaited: u32,
     report: PairReport,
     last_state: PrimaryState,
     /// What was logged since the last status: entries and bytes by kind.
@@ -442,18 +445,19 @@ impl Driver {
                 PrimaryEvent::Output { id, note }
             }
             ToPair::Progress { position } => PrimaryEvent::Progress { position },
-            ToPair::Image { .. } | ToPair::Delta { .. } | ToPair::NoDelta(_) if !self.is_newest_image() => return,
-            ToPair::Image { position, bytes, pause_ns } => {
-                let mut figures = Map::new();
-                figures.insert("image_bytes".into(), json!(bytes.len()));
-                figures.insert("pause_ns".into(), json!(pause_ns));
-                let text =
-                    format!("image of {} KiB made; the guest paused for {:.1} ms", bytes.len() >> 10, pause_ns as f64 / 1e6);
-                self.events.say_with("image", text, figures);
-                self.image = Some((bytes, 0));
-                self.primary.handle(now(), PrimaryEvent::ImageCut { position });
-                self.feed_image();
-                return;
+            ToPair::Delta { .. } | ToPair::NoDelta(_) if !self.is_newest_delta() => return,
+            // Of a copy that was given up, nothing is wanted.
+            ToPair::Copy(id, _) if self.copying.as_ref().is_none_or(|copying| copying.id() != id) => return,
+            ToPair::Copy(_, CopyNews::Bytes(bytes)) => PrimaryEvent::ImageChunk(bytes),
+            ToPair::Copy(_, CopyNews::Cut(position)) => PrimaryEvent::ImageCut { position },
+            ToPair::Copy(_, CopyNews::Done(report)) => {
+                self.copying = None;
+                precopy::say_done(&self.events, &report);
+                PrimaryEvent::ImageEnd
+            }
+            ToPair::Copy(_, CopyNews::Failed(reason)) => {
+                self.disconnect();
+                PrimaryEvent::PeerClosed { reason: format!("the machine cannot be copied: {reason}") }
             }
             ToPair::Delta { position, delta, took_ns } => {
                 self.say_damaged("primary", &delta.damaged);
@@ -544,18 +548,25 @@ impl Driver {
         }
     }
 
-    /// Has the machine's thread make an image, or a delta, of which nothing is wanted or fed yet.
-    fn ask_for_image(&mut self, question: ToVm) {
+    fn start_copy(&mut self) {
+        self.copies += 1;
+        let (vm, to_self) = (self.vm.clone(), self.to_self.clone());
+        let (events, board) = (self.events.clone(), self.board.clone());
+        self.copying = Some(Copying::start(self.copies, self.copy, vm, to_self, events, board));
+    }
+
+    /// Has the machine's thread make a delta, of which nothing is wanted or fed yet.
+    fn ask_for_delta(&mut self, question: ToVm) {
         self.image = None;
         self.image_wanted = 0;
-        self.images_awaited += 1;
+        self.deltas_awaited += 1;
         self.tell_vm(question);
     }
 
-    /// An image that was asked for is here. Says whether it is wanted: not if the standby it is for was lost, and another one asked for.
-    fn is_newest_image(&mut self) -> bool {
-        self.images_awaited -= 1;
-        self.images_awaited == 0
+    /// A delta that was asked for is here. Says whether it is wanted: not if the standby it is for was lost.
+    fn is_newest_delta(&mut self) -> bool {
+        self.deltas_awaited -= 1;
+        self.deltas_awaited == 0 && self.primary.state() == PrimaryState::Resyncing
     }
 
     /// Feeds as much of the image as is wanted.
@@ -591,18 +602,21 @@ impl Driver {
                     }
                 }
                 PrimaryAction::Disconnect => self.disconnect(),
-                PrimaryAction::StartImage => self.ask_for_image(ToVm::MakeImage),
+                PrimaryAction::StartImage => self.start_copy(),
                 PrimaryAction::StartResync { output, position, damaged, detail, changed } => {
                     self.standby_damaged = damaged;
                     self.resync_ns = now_ns();
                     self.say_mismatch(output, position, &detail);
-                    self.ask_for_image(ToVm::MakeDelta { changed });
+                    self.ask_for_delta(ToVm::MakeDelta { changed, scrub: damaged == 0 });
                 }
                 PrimaryAction::Agreed { position } => self.tell_vm(ToVm::Agreed { position }),
-                PrimaryAction::WantImage { bytes } => {
-                    self.image_wanted += bytes;
-                    self.feed_image();
-                }
+                PrimaryAction::WantImage { bytes } => match &self.copying {
+                    Some(copying) => copying.room(bytes),
+                    None => {
+                        self.image_wanted += bytes;
+                        self.feed_image();
+                    }
+                },
                 PrimaryAction::Release { up_to } => self.release(up_to),
                 PrimaryAction::AskArbiter(claim) => {
                     self.events.say("arbiter", format!("claiming epoch {}", claim.epoch));
@@ -648,6 +662,7 @@ impl Driver {
                 self.unmatched = Unmatched::default();
                 self.image = None;
                 self.tell_vm(ToVm::Unprotected);
+                self.copying = None;
             }
             if state == PrimaryState::Unprotected && matches!(before, PrimaryState::Greeting | PrimaryState::Copying) {
                 self.events.say("unprotected", "the guest runs on without protection");

@@ -6,12 +6,12 @@
 //!
 //! A delta is the data of outputs (their section's length first), then an image ([`twinstep_log::image`]) that holds the pages to replace, with a payload
 //! of its own that lists them, for a page of zeroes has no place in an image. `docs/protocol-pair.md` has the layout.
-use std::collections::{BTreeMap, VecDeque};
 use std::io::Read;
 
 use minicbor::{Decode, Encode};
 use twinstep_log::{Compression, ImageItem, ImagePayload, ImageReader, ImageWriter};
 use twinstep_machine::{ConsumerId, Digest, Machine, Output, PAGE_SIZE, PageSet, Payload, Start};
+use twinstep_migrate::{Eras, changes as lists};
 use twinstep_pair::OutputId;
 
 use super::build::{self, Extra};
@@ -20,23 +20,22 @@ use crate::error::{Context, Error, Result};
 /// Kind of the payload that lists the delta's pages.
 const KIND: &str = "resync";
 const VERSION: u16 = 1;
-/// Bytes of a page's entry in the list for the wire: number, hash.
-const ENTRY_BYTES: usize = 4 + 16;
-/// Eras that are told apart; older ones are one.
-const MAX_ERAS: usize = 32;
 
 /// Which pages have changed since the other side was last known to be equal.
 #[derive(Debug)]
 pub struct Baseline {
     consumer: ConsumerId,
-    /// What changed up to a position, since the one before.
-    eras: VecDeque<(u64, PageSet)>,
+    eras: Eras,
 }
 
 impl Baseline {
     /// They are equal now.
     pub fn new(machine: &mut Machine) -> Self {
-        Self { consumer: machine.track_dirty("resync", Start::Nothing), eras: VecDeque::new() }
+        Self::adopt(machine.track_dirty("resync", Start::Nothing))
+    }
+    /// They were equal when this consumer was last asked.
+    pub fn adopt(consumer: ConsumerId) -> Self {
+        Self { consumer, eras: Eras::default() }
     }
     /// Nobody is to be compared with any more.
     pub fn end(self, machine: &mut Machine) {
@@ -44,20 +43,11 @@ impl Baseline {
     }
     /// What changes from here on is told apart from what has changed so far: the other side will say whether it was equal here.
     pub fn mark(&mut self, machine: &mut Machine) {
-        let era = machine.take_dirty(self.consumer);
-        self.eras.push_back((machine.position(), era));
-        if self.eras.len() > MAX_ERAS
-            && let Some((_, oldest)) = self.eras.pop_front()
-            && let Some((_, next)) = self.eras.front_mut()
-        {
-            next.join(&oldest);
-        }
+        self.eras.mark(machine.position(), machine.take_dirty(self.consumer));
     }
     /// The other side was equal at `position`.
     pub fn agreed(&mut self, position: u64) {
-        while self.eras.front().is_some_and(|(end, _)| *end <= position) {
-            self.eras.pop_front();
-        }
+        self.eras.agreed(position);
     }
     /// They are equal where the machine stands.
     pub fn equal(&mut self, machine: &mut Machine) {
@@ -66,9 +56,7 @@ impl Baseline {
     }
     /// All that has changed.
     fn changed(&mut self, machine: &mut Machine) -> PageSet {
-        let mut all = machine.take_dirty(self.consumer);
-        self.eras.iter().for_each(|(_, era)| all.join(era));
-        all
+        self.eras.all(machine.take_dirty(self.consumer))
     }
 }
 
@@ -82,8 +70,9 @@ pub struct Changes {
 }
 
 /// The pages in which a machine may differ from the other: those that were written to, and those that changed by themselves, which are told apart.
-fn suspects(machine: &mut Machine, baseline: &mut Baseline) -> (PageSet, Vec<usize>) {
-    let damaged = machine.scrub();
+/// All of RAM is read for the latter, unless `scrub` is false.
+fn suspects(machine: &mut Machine, baseline: &mut Baseline, scrub: bool) -> (PageSet, Vec<usize>) {
+    let damaged = if scrub { machine.scrub() } else { Vec::new() };
     let mut pages = baseline.changed(machine);
     damaged.iter().for_each(|&page| pages.insert(page));
     (pages, damaged)
@@ -91,28 +80,8 @@ fn suspects(machine: &mut Machine, baseline: &mut Baseline) -> (PageSet, Vec<usi
 
 /// Looks what has changed in a machine that stands still.
 pub fn changes(machine: &mut Machine, baseline: &mut Baseline) -> Changes {
-    let (pages, damaged) = suspects(machine, baseline);
-    let hashes = machine.page_hashes();
-    let mut list = Vec::new();
-    for page in pages.iter() {
-        list.extend((page as u32).to_le_bytes());
-        list.extend(hashes[page].to_le_bytes());
-    }
-    Changes { list, damaged }
-}
-
-fn parse_list(list: &[u8], pages: usize) -> Result<BTreeMap<usize, u128>> {
-    let (entries, rest) = list.as_chunks::<ENTRY_BYTES>();
-    if !rest.is_empty() {
-        return Err(Error::new("the standby's list of changed pages is cut off"));
-    }
-    let number = |entry: &[u8; ENTRY_BYTES]| u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]) as usize;
-    let hash = |entry: &[u8; ENTRY_BYTES]| u128::from_le_bytes(std::array::from_fn(|i| entry[4 + i]));
-    let all: BTreeMap<_, _> = entries.iter().map(|entry| (number(entry), hash(entry))).collect();
-    match all.keys().find(|page| **page >= pages) {
-        Some(page) => Err(Error::new(format!("the standby says that page {page} has changed; there are {pages}"))),
-        None => Ok(all),
-    }
+    let (pages, damaged) = suspects(machine, baseline, true);
+    Changes { list: lists::list(&pages, machine.page_hashes()), damaged }
 }
 
 #[derive(Encode, Decode)]
@@ -139,22 +108,22 @@ pub struct Delta {
 }
 
 /// Makes the delta from a machine that stands still to one that has sent `theirs`. Afterwards both count as equal.
+///
+/// `scrub`: whether to look for pages of this side that changed though nobody wrote to them. If the other side has found some of its own, it is
+/// known who is wrong, and the guest need not stand still for so long.
 pub fn delta(
     machine: &mut Machine,
     baseline: &mut Baseline,
     theirs: &[u8],
     disk_bytes: &[u64],
     last_output: u64,
+    scrub: bool,
 ) -> Result<Delta> {
     let total = machine.ram().flags().pages();
-    let theirs = parse_list(theirs, total)?;
-    let (ours, damaged) = suspects(machine, baseline);
+    let theirs = lists::parse(theirs, total).what("what the standby says cannot be used")?;
+    let (ours, damaged) = suspects(machine, baseline, scrub);
     let digest = machine.digest();
-    let mut wanted = PageSet::none(total);
-    let hashes = machine.page_hashes();
-    // A page that only one side has changed is another on the other.
-    ours.iter().filter(|page| theirs.get(page) != Some(&hashes[*page])).for_each(|page| wanted.insert(page));
-    theirs.iter().filter(|(page, hash)| hashes[**page] != **hash).for_each(|(&page, _)| wanted.insert(page));
+    let wanted = lists::differing(&ours, machine.page_hashes(), &theirs);
     let pages: Vec<usize> = wanted.iter().collect();
 
     let own = Own { pages: pages.iter().flat_map(|&page| (page as u32).to_le_bytes()).collect(), digest };
@@ -312,7 +281,7 @@ mod tests {
     fn resync(pair: &mut [(Machine, Baseline); 2]) -> (Delta, usize) {
         let [(primary, ours), (secondary, theirs)] = pair;
         let list = changes(secondary, theirs).list;
-        let delta = delta(primary, ours, &list, &[], 5).unwrap();
+        let delta = delta(primary, ours, &list, &[], 5, true).unwrap();
         let (extra, pages) = apply(secondary, &delta.image[..]).unwrap();
         theirs.equal(secondary);
         assert_eq!(extra.last_output, 5);
@@ -342,7 +311,7 @@ mod tests {
         let mut pair = pair();
         assert!(pair[1].0.flip(Bit::Ram(9 * 4096, 0)));
         let found = changes(&mut pair[1].0, &mut Baseline::new(&mut machine()));
-        assert_eq!((found.damaged, found.list.len()), (vec![9], ENTRY_BYTES));
+        assert_eq!((found.damaged, found.list.len()), (vec![9], lists::ENTRY_BYTES));
         let mut pair = self::pair();
         assert!(pair[0].0.flip(Bit::Ram(9 * 4096, 0)) && pair[1].0.flip(Bit::Ram(10 * 4096, 0)));
         let (delta, pages) = resync(&mut pair);
@@ -359,12 +328,6 @@ mod tests {
         machine.write_ram_page(4, &[1; 4096]);
         baseline.agreed(machine.position());
         assert_eq!(baseline.changed(&mut machine).iter().collect::<Vec<_>>(), [4]);
-        for page in 0..3 * MAX_ERAS {
-            machine.write_ram_page(page, &[1; 4096]);
-            baseline.mark(&mut machine);
-        }
-        assert_eq!(baseline.eras.len(), MAX_ERAS);
-        assert_eq!(baseline.changed(&mut machine).iter().count(), 3 * MAX_ERAS);
     }
 
     #[test]
@@ -393,12 +356,12 @@ mod tests {
         let [(mut primary, mut ours), (mut secondary, _)] = pair();
         let mut list = u32::MAX.to_le_bytes().to_vec();
         list.extend([0; 16]);
-        let refused = delta(&mut primary, &mut ours, &list, &[], 0).unwrap_err().to_string();
+        let refused = delta(&mut primary, &mut ours, &list, &[], 0, true).unwrap_err().to_string();
         assert!(refused.contains("has changed; there are 16384"), "{refused}");
-        assert!(delta(&mut primary, &mut ours, &list[..19], &[], 0).unwrap_err().to_string().contains("cut off"));
+        assert!(delta(&mut primary, &mut ours, &list[..19], &[], 0, true).unwrap_err().to_string().contains("cut off"));
         // Something nobody told of differs: the digest finds it.
         secondary.write_ram_page(77, &[3; 4096]);
-        let delta = delta(&mut primary, &mut ours, &[], &[], 0).unwrap();
+        let delta = delta(&mut primary, &mut ours, &[], &[], 0, true).unwrap();
         let refused = apply(&mut secondary, &delta.image[..]).unwrap_err().to_string();
         assert!(refused.contains("still differs in ram"), "{refused}");
         let mut other = Machine::new(Config { ram_mib: 128, ..Config::default() }, Vec::new()).unwrap();

@@ -64,6 +64,8 @@ pub struct RunOptions {
     pub arbiter: Option<ArbiterSpec>,
     /// Bounds and times of the pair.
     pub pair: PairConfig,
+    /// Bounds of the copy to the standby.
+    pub copy: twinstep_migrate::Config,
     /// No terminal: the serial port's output goes to standard output, nothing is read.
     pub no_input: bool,
     /// Serial output goes to this file instead of standard output.
@@ -415,6 +417,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                 vm: to_vm.clone(),
                 events: events.clone(),
                 board: control.board().clone(),
+                copy: options.copy,
             })?)
         }
     };
@@ -523,6 +526,7 @@ pub fn run_live(
             vm: to_vm.clone(),
             events: events.clone(),
             board: control.board().clone(),
+            copy: options.copy,
         })?),
         _ => {
             events.say("unprotected", "this VM has no other standby: it runs on without protection");

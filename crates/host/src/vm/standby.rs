@@ -79,6 +79,8 @@ pub(super) enum ToStandby {
     Bytes(Vec<u8>),
     Closed(String),
     Verdict(Epoch, Verdict),
+    /// So many bytes more of an image are used up.
+    Taken(u64),
     Restored {
         position: u64,
         last_output: OutputId,
@@ -219,6 +221,7 @@ impl Driver {
                 self.events.say_with("restored", text, figures);
                 SecondaryEvent::ImageRestored { position, last_output }
             }
+            ToStandby::Taken(bytes) => SecondaryEvent::ImageTaken { bytes },
             ToStandby::Output(id) => SecondaryEvent::Output { id },
             ToStandby::Agreed(position) => SecondaryEvent::Agreed { position },
             ToStandby::StateDiffers(position, text) => {

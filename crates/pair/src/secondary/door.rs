@@ -22,6 +22,12 @@ pub enum SecondaryEvent {
         /// What the socket said.
         reason: String,
     },
+    /// So many further bytes of the image are used up, and the host has room for as many. The primary sends no more than its window ahead of this, so the
+    /// host keeps no more of an image than that.
+    ImageTaken {
+        /// In addition to earlier ones.
+        bytes: u64,
+    },
     /// The machine is restored from the image; replay can begin.
     ImageRestored {
         /// The position of the machine.

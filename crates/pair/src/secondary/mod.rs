@@ -51,6 +51,8 @@ pub struct Secondary {
     won: Option<Epoch>,
     entitled: bool,
     image_bytes: u64,
+    /// Bytes of it that the host has used up.
+    image_taken: u64,
     /// The cut, once the image is complete.
     image_position: Option<u64>,
     received_seq: Seq,
@@ -94,6 +96,7 @@ impl Secondary {
             won: None,
             entitled: false,
             image_bytes: 0,
+            image_taken: 0,
             image_position: None,
             received_seq: 0,
             replayed_seq: 0,
@@ -167,6 +170,7 @@ impl Secondary {
             SecondaryEvent::PeerConnected => self.on_connected(now),
             SecondaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
             SecondaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
+            SecondaryEvent::ImageTaken { bytes } => self.on_image_taken(bytes),
             SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
             SecondaryEvent::Output { id } => self.on_output(id),
             SecondaryEvent::Agreed { position } => self.agreed_position = self.agreed_position.max(position),
@@ -300,8 +304,20 @@ impl Secondary {
             return self.lose_peer(now, "the image goes on after its end");
         }
         self.image_bytes += bytes.len() as u64;
-        self.ack_due = true;
+        if self.bugs.has(Bug::AckImageBeforeTaken) {
+            self.image_taken = self.image_bytes;
+            self.ack_due = true;
+        }
         self.actions.push_back(SecondaryAction::ImageChunk(bytes));
+    }
+
+    fn on_image_taken(&mut self, bytes: u64) {
+        if self.bugs.has(Bug::AckImageBeforeTaken) {
+            return;
+        }
+        self.image_taken += bytes;
+        assert!(self.image_taken <= self.image_bytes, "the host takes only what came");
+        self.ack_due |= self.link.is_some();
     }
 
     fn on_image_end(&mut self, now: Nanos, position: u64, total_bytes: u64) {
@@ -334,6 +350,7 @@ impl Secondary {
             self.send(&Message::Changed(piece.to_vec()));
         }
         self.image_bytes = 0;
+        self.image_taken = 0;
         self.image_position = None;
         self.send(&Message::Mismatch { output, position, damaged, detail });
         self.enter(SecondaryState::Resyncing, &format!("output {output} is not the primary's"));
@@ -466,7 +483,7 @@ impl Secondary {
             received_seq: self.received_seq,
             replayed_seq: self.replayed_seq,
             replayed_position: self.replayed_position,
-            image_bytes: self.image_bytes,
+            image_bytes: self.image_taken,
             matched: self.produced,
             agreed_position: self.agreed_position,
         };

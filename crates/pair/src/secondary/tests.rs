@@ -61,6 +61,8 @@ impl Bench {
         let mut bench = Bench::copying();
         let done = bench.hear(Message::ImageChunk(vec![1, 2, 3]));
         assert_eq!(done.actions, [SecondaryAction::ImageChunk(vec![1, 2, 3])]);
+        assert_eq!(done.sent, [], "there is no room for more yet");
+        let done = bench.tell(SecondaryEvent::ImageTaken { bytes: 3 });
         assert_eq!(done.sent, [Message::Ack(Ack { image_bytes: 3, ..Ack::default() })]);
         let done = bench.hear(Message::ImageEnd { position: 10, total_bytes: 3 });
         assert_eq!(done.actions, [SecondaryAction::Restore { position: 10 }]);
@@ -330,6 +332,7 @@ fn an_output_that_differs_waits_for_the_primarys_machine() {
     assert_eq!(bench.log(4, &[14]).actions.len(), 1);
     let done = bench.hear(Message::ImageChunk(vec![5; 9]));
     assert_eq!(done.actions, [SecondaryAction::ImageChunk(vec![5; 9])]);
+    let done = bench.tell(SecondaryEvent::ImageTaken { bytes: 9 });
     assert!(matches!(done.sent[..], [Message::Ack(Ack { image_bytes: 9, received_seq: 4, matched: 7, .. })]), "{done:?}");
     let done = bench.hear(Message::ImageEnd { position: 15, total_bytes: 9 });
     assert_eq!(done.actions, [SecondaryAction::Restore { position: 15 }]);

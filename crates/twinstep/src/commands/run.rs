@@ -8,6 +8,7 @@ use twinstep_host::events::Events;
 use twinstep_host::vm::live::End;
 use twinstep_host::vm::session::{self, RunOptions};
 use twinstep_host::vm::spec::{DiskSpec, Memory, NetSpec, VmSpec};
+use twinstep_migrate::NotConverging;
 use twinstep_pair::{Commit, Config, Nanos, OnMismatch};
 
 /// The machine, as flags.
@@ -120,6 +121,13 @@ pub struct Arguments {
     /// Hold the guest back when the standby is more instructions than this behind
     #[arg(long, value_name = "N")]
     max_lag: Option<u64>,
+    /// Bring the standby's copy of the running guest so near that it is complete so many milliseconds after the cut; the guest stands still for a part of that
+    #[arg(long, value_name = "MS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    copy_pause: u64,
+    /// What to do with a guest that writes faster than can be copied: `slow` takes time from it until it does not, `stop` lets it stand still for as long as
+    /// the rest takes
+    #[arg(long, value_name = "POLICY", default_value = "slow")]
+    copy_policy: CopyPolicy,
     /// The VM's name for `twinstep status` and others [default: vm-PID]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -152,6 +160,13 @@ impl From<CommitRule> for Commit {
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum MismatchPolicy {
     Primary,
+    Stop,
+}
+
+/// [`NotConverging`], as a word.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum CopyPolicy {
+    Slow,
     Stop,
 }
 
@@ -192,6 +207,14 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         protect: arguments.protect,
         security,
         arbiter: arguments.arbiter.spec()?,
+        copy: twinstep_migrate::Config {
+            target_ns: arguments.copy_pause * 1_000_000,
+            not_converging: match arguments.copy_policy {
+                CopyPolicy::Slow => NotConverging::Slow,
+                CopyPolicy::Stop => NotConverging::Stop,
+            },
+            ..Default::default()
+        },
         no_input: v.no_input,
         serial: v.serial,
         pair: arguments.pair.config(),

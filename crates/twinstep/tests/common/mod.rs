@@ -317,6 +317,11 @@ impl Twinstep {
         String::from_utf8_lossy(&self.printed().streams[Stream::Out as usize]).contains(text)
     }
 
+    /// What its guest has shown so far.
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&self.printed().streams[Stream::Out as usize]).into_owned()
+    }
+
     /// Types a line on the guest's console.
     pub fn type_line(&mut self, line: &str) {
         let input = self.input.as_mut().expect("its input is open");
