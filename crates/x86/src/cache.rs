@@ -12,7 +12,7 @@ use crate::mmu::FixedHasher;
 use crate::ram::PAGE_SIZE;
 use crate::sites::{Site, Sites};
 use crate::stats::CacheStats;
-use crate::translate::{Mode, Owing, Point, Translation};
+use crate::translate::{Manner, Mode, Owing, Point, Translation};
 use iced_x86::Instruction;
 use std::collections::{HashMap, HashSet};
 
@@ -101,6 +101,8 @@ pub struct Cache {
     end: usize,
     /// Instructions (guest-physical addresses) that access many pages in turn.
     restless: HashSet<u64, FixedHasher>,
+    /// Instructions that led a group of accesses which crossed pages too often.
+    loners: HashSet<u64, FixedHasher>,
     /// Blocks that ran often: they are translated as traces.
     hot: HashSet<Key, FixedHasher>,
     blocks: Vec<Block>,
@@ -133,6 +135,7 @@ impl Cache {
             next_cold: middle,
             end,
             restless: HashSet::default(),
+            loners: HashSet::default(),
             hot: HashSet::default(),
             blocks: Vec::new(),
             entries: Vec::new(),
@@ -158,9 +161,9 @@ impl Cache {
     pub fn is_full(&self) -> bool {
         self.middle - self.next < 64 << 10 || self.end - self.next_cold < 64 << 10
     }
-    /// Whether the instruction at this guest-physical address accesses so many pages in turn that a site does not help.
-    pub fn is_restless(&self, gpa: u64) -> bool {
-        self.restless.contains(&gpa)
+    /// How the instruction at this guest-physical address is to check its accesses.
+    pub fn manner(&self, gpa: u64) -> Manner {
+        Manner { restless: self.restless.contains(&gpa), loner: self.loners.contains(&gpa) }
     }
     /// Whether what is translated under this key is to be a trace.
     pub fn is_hot(&self, key: Key) -> bool {
@@ -184,12 +187,12 @@ impl Cache {
         self.kill(id);
     }
     /// The site of instruction `k` of the block whose hot code holds `pc` is of no use, nor are the block's other restless ones: they will be
-    /// translated anew without. The block is dropped.
-    pub fn give_up_sites(&mut self, pc: usize, k: usize, sites: &Sites) {
+    /// translated anew without. `group`: it is of use, but not for a group. The block is dropped.
+    pub fn give_up_sites(&mut self, pc: usize, k: usize, group: bool, sites: &Sites) {
         let Some(id) = self.id_at(pc) else { return };
         let block = &self.blocks[id as usize];
         let gpa = |k: usize| block.key.gpa & !(PAGE_SIZE - 1) | block.points[k].guest as u64;
-        self.restless.insert(gpa(k));
+        if group { &mut self.loners } else { &mut self.restless }.insert(gpa(k));
         for i in 0..block.sites.1 {
             let site = block.sites.0 + i * size_of::<Site>() as u32;
             if sites.is_restless(site) {
@@ -414,6 +417,7 @@ impl Cache {
         self.next = self.start;
         self.next_cold = self.middle;
         self.restless.clear();
+        self.loners.clear();
         self.hot.clear();
     }
 }

@@ -234,7 +234,10 @@ impl Emit {
     }
     /// Loads a constant; no flags.
     pub fn imm(&mut self, to: u8, value: u64) {
-        if is_imm32(value) {
+        if let Ok(short) = u32::try_from(value) {
+            // The upper half becomes 0.
+            dynasm!(self.ops ; .arch x64 ; mov Rd(to), DWORD short as i32);
+        } else if is_imm32(value) {
             dynasm!(self.ops ; .arch x64 ; mov Rq(to), DWORD value as i32);
         } else {
             dynasm!(self.ops ; .arch x64 ; mov Rq(to), QWORD value as i64);
@@ -285,6 +288,7 @@ impl Emit {
     /// lea to, [base + disp]
     pub fn lea(&mut self, to: u8, base: u8, disp: i32) {
         match disp {
+            0 if to == base => {}
             0 => self.mov(to, base),
             _ => self.reg_mem(&[0x8d], true, to, base, None, disp),
         }
@@ -332,6 +336,11 @@ impl Emit {
         let flags = self.at.flags();
         // CF is bit 0 of AH.
         dynasm!(self.ops ; .arch x64 ; bt WORD [flags], 8);
+    }
+
+    /// CF = bit 0 of a register.
+    pub fn carry_from_bit_0(&mut self, reg: u8) {
+        dynasm!(self.ops ; .arch x64 ; bt Rd(reg), 0);
     }
 
     /// add or sub of a constant, `bytes` wide.

@@ -17,6 +17,9 @@ pub struct Bounce(pub [u8; 768]);
 #[derive(Clone, Copy)]
 pub struct Vectors(pub [[u8; 32]; 16]);
 
+/// Groups of accesses with an index in a trace at most.
+pub const BASES: usize = 16;
+
 /// What translated code shares with Rust.
 #[repr(C, align(64))]
 pub struct Frame {
@@ -43,6 +46,8 @@ pub struct Frame {
     pub tmp: [u64; 4],
     /// Operands kept to make flags again; two, for one more may be kept while the last one is still asked for; and what INC or DEC left in memory.
     pub kept: [u64; 3],
+    /// Host addresses that groups of accesses with an index go out from.
+    pub bases: [u64; BASES],
     /// Registers of the routine that fills sites.
     pub save: [u64; 3],
     /// The site that a failed check belongs to, or 0.
@@ -171,6 +176,9 @@ impl FrameAt {
     }
     pub fn kept(self, n: usize) -> i32 {
         field!(self.0, kept) + 8 * n as i32
+    }
+    pub fn base(self, n: usize) -> i32 {
+        field!(self.0, bases) + 8 * n as i32
     }
     pub fn owed(self) -> i32 {
         field!(self.0, owed)

@@ -15,7 +15,7 @@ use crate::ram::PAGE_SIZE;
 /// where address spaces change that often, filling costs more than looking.
 pub const PATIENCE: u8 = 100;
 /// Instructions after which a site has all its [`PATIENCE`] again: what counts is how often it misses, not how long it lives.
-pub const PERIOD: u64 = 1 << 23;
+pub const PERIOD: u64 = 1 << 20;
 /// What it costs a site that its group's bytes cannot be accessed as one (they cross a page, or not all may be written): its instruction ran alone.
 const GROUP_FAILED: u8 = 8;
 
@@ -233,7 +233,11 @@ impl Sites {
     }
     /// The bytes of the group that this site is for cannot be accessed as one, now. Says whether that has happened too often.
     pub fn group_failed(&self, address: u64) -> bool {
+        let period = self.period as u8;
         let site = self.at(address as u32);
+        if site.period != period {
+            (site.period, site.misses) = (period, PATIENCE);
+        }
         site.misses = site.misses.saturating_sub(GROUP_FAILED);
         site.misses == 0
     }

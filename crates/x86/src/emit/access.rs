@@ -14,6 +14,8 @@ pub enum At {
     Sum(u8, i32),
     /// At r10.
     Host,
+    /// So many bytes from r10.
+    Beyond(i32),
 }
 
 const TAG: i32 = offset_of!(Site, tag) as i32;
@@ -73,6 +75,7 @@ impl Emit {
         match at {
             At::Sum(base, disp) => self.reg_mem(opcode, wide, reg, base, Some((10, 1)), disp),
             At::Host => self.reg_mem(opcode, wide, reg, 10, None, 0),
+            At::Beyond(disp) => self.reg_mem(opcode, wide, reg, 10, None, disp),
         }
     }
     /// to = the 64 bits there.
@@ -111,6 +114,11 @@ impl Emit {
         self.there(&[0x89], false, from, at);
     }
 
+    /// Tells a helper which site a check belongs to.
+    pub fn note_site(&mut self, site: i32) {
+        let slot = self.at.site();
+        dynasm!(self.ops ; .arch x64 ; mov QWORD [slot], site);
+    }
     /// Goes to the routine that fills `site`, for the address in r11.
     pub fn site_miss(&mut self, site: i32, write: bool, constant: bool) {
         let slot = self.at.site();

@@ -3,7 +3,7 @@
 //! **In:** the frame, with the argument and the address that the code left there. **Out:** 0 = go on in translated code, 1 = leave, with `exit` set.
 //! Invariant: a helper that makes the code leave has made RIP and the budget exact.
 use super::onward::Onward;
-use super::{Bounce, Core, Stop};
+use super::{Bounce, Core, GiveUp, Stop};
 use crate::PAGE_SIZE;
 use crate::activity::Activity;
 use crate::frame::{Frame, exit};
@@ -38,7 +38,7 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
     // SAFETY: as above.
     let (site, hard) = unsafe { ((*frame).site, std::mem::take(&mut (*frame).hard) != 0) };
     if hard && core.mmu.sites().misses_left(site) == 0 {
-        core.give_up.push((ret, k));
+        core.give_up.push(GiveUp { code: ret, instruction: k, group: false });
     } else if ea % PAGE_SIZE + size <= PAGE_SIZE {
         // SAFETY: the state is not part of the MMU.
         let st = unsafe { &(*frame).st };
@@ -61,7 +61,7 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
         }
     }
     if group && core.mmu.sites().group_failed(site) {
-        core.give_up.push((ret, k));
+        core.give_up.push(GiveUp { code: ret, instruction: k, group: true });
     }
     let block = core.cache.block_at(ret).expect("called from a block");
     let (rip, unused) = (block.rip_of(k), block.len() - k as u64);

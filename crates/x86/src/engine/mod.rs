@@ -181,6 +181,17 @@ struct Bounce {
     active: bool,
 }
 
+/// An access that is to be translated in another way.
+#[derive(Debug, Clone, Copy)]
+struct GiveUp {
+    /// Host address of its check.
+    code: usize,
+    /// Which instruction of its block it is.
+    instruction: usize,
+    /// It led a group whose bytes could not be accessed as one, rather than having missed.
+    group: bool,
+}
+
 /// The engine proper. Translated code knows its address through the frame.
 pub struct Core {
     frame: *mut Frame,
@@ -202,8 +213,8 @@ pub struct Core {
     /// The exception that ended an instruction run alone.
     fault: Option<Exception>,
     bounce: Bounce,
-    /// Accesses (host address of the check, instruction of its block) whose sites miss too often.
-    give_up: Vec<(usize, usize)>,
+    /// Accesses whose sites miss too often, or whose groups cannot be accessed as one.
+    give_up: Vec<GiveUp>,
     /// Instructions that ran alone not long ago.
     alone: Box<[Option<Alone>; ALONE_KEPT]>,
     code: (usize, usize),
@@ -394,9 +405,9 @@ impl Core {
     /// Acts upon what the last instruction, or a device, changed under the caches.
     fn settle(&mut self) {
         self.mmu.sweep_device_writes();
-        while let Some((pc, k)) = self.give_up.pop() {
+        while let Some(access) = self.give_up.pop() {
             self.stats.engine.sites_given_up += 1;
-            self.cache.give_up_sites(pc, k, self.mmu.sites());
+            self.cache.give_up_sites(access.code, access.instruction, access.group, self.mmu.sites());
         }
         if self.mmu.take_upper_forgotten() {
             self.cache.unlink_far();
@@ -619,7 +630,7 @@ impl Core {
                 let (gpa, rip) = (key.gpa & !(PAGE_SIZE - 1) | offset, key.rip & !(PAGE_SIZE - 1) | offset);
                 cache.runs(Key { gpa, rip, mode: key.mode }, self.trace_after, sites)
             },
-            restless: &|offset| cache.is_restless(key.gpa & !(PAGE_SIZE - 1) | offset as u64),
+            manner: &|offset| cache.manner(key.gpa & !(PAGE_SIZE - 1) | offset as u64),
         };
         let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared, &mut self.workshop);
         for &site in &translation.sites {

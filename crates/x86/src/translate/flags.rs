@@ -6,10 +6,11 @@
 //! ([`Translator::keeping`]). Only when neither the frame nor a recipe has them are the flags saved.
 //!
 //! Invariant: at every point where code can be left, at least one of host, frame and recipe has the flags.
+use super::forms::{carries, general_form, register_form};
 use super::{T0, T1, Translator, full_number, in_frame, is_high_byte, same_width};
 use crate::emit::At;
 use crate::undefined::Independent;
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 pub(super) const STATUS: u32 =
     RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
@@ -44,6 +45,8 @@ pub(super) enum Recipe {
     Memory(Instruction, usize),
     /// Run this instruction, on a register and perhaps a constant, on the kept word `slot`.
     Old(Instruction, usize),
+    /// This ADC or SBB of a register or constant was made of the kept word `slot`. What it left there says what the carry was; with that, run it again.
+    Carried(Instruction, usize),
 }
 
 /// What was added or subtracted.
@@ -58,7 +61,7 @@ impl Recipe {
     /// The guest registers it needs, a bit each.
     pub(super) fn inputs(&self) -> u16 {
         match *self {
-            Self::Again(insn) | Self::Memory(insn, _) => (0..insn.op_count())
+            Self::Again(insn) | Self::Memory(insn, _) | Self::Carried(insn, _) => (0..insn.op_count())
                 .filter(|&i| insn.op_kind(i) == OpKind::Register)
                 .filter_map(|i| full_number(insn.op_register(i)))
                 .fold(0, |mask, n| mask | 1 << n),
@@ -270,7 +273,34 @@ impl Translator<'_> {
                 Self::rename(&mut out, n, T0);
                 assert!(self.emit.raw(&out), "cannot encode {out:?}");
             }
+            Recipe::Carried(insn, slot) => self.carry_again(&insn, slot),
         }
+    }
+
+    /// [`Recipe::Carried`].
+    fn carry_again(&mut self, insn: &Instruction, slot: usize) {
+        let dest = insn.op0_register();
+        let (n, bytes) = (full_number(dest).expect("general register"), dest.size());
+        let kept = self.at.kept(slot);
+        if insn.mnemonic() == Mnemonic::Adc {
+            self.emit.load(T0, n.into());
+            self.emit.arith_word(false, T0, kept, bytes);
+        } else {
+            self.emit.load_word(T0, kept);
+            self.emit.arith_guest(false, T0, n.into(), bytes);
+        }
+        match insn.op1_kind() {
+            OpKind::Register => {
+                let other = full_number(insn.op1_register()).expect("general register");
+                self.emit.arith_guest(false, T0, other.into(), bytes);
+            }
+            _ => self.emit.arith_imm(false, T0, insn.immediate(1) as i32, bytes),
+        }
+        self.emit.carry_from_bit_0(T0);
+        self.emit.load_word(T0, kept);
+        let mut out = *insn;
+        Self::rename(&mut out, n, T0);
+        assert!(self.emit.raw(&out), "cannot encode {out:?}");
     }
 
     /// Undoes an addition (or subtraction) in r11, and does it again.
@@ -506,6 +536,7 @@ impl Translator<'_> {
             Shl | Sal | Shr | Sar => true,
             Neg => true,
             Add => insn.op1_kind() == OpKind::Register && insn.op0_register() == insn.op1_register(),
+            Adc | Sbb => carries(insn),
             _ => false,
         };
         if effect != Effect::Full || !fits || !self.keeping() || is_high_byte(insn.op0_register()) {
@@ -520,7 +551,8 @@ impl Translator<'_> {
             n
         };
         self.emit.store_word(self.at.kept(slot), host);
-        Some(Recipe::Old(*insn, slot))
+        let carried = matches!(insn.mnemonic(), Adc | Sbb);
+        Some(if carried { Recipe::Carried(*insn, slot) } else { Recipe::Old(*insn, slot) })
     }
     /// For a silicon instruction with a memory operand, whose bytes are at `at`: if it can be done on a register loaded with them, and
     /// the operand be kept, does so. Says whether it did.
@@ -546,6 +578,7 @@ impl Translator<'_> {
         // r10 has served its turn.
         let host = n.map(|n| {
             if in_frame(n) {
+                self.held = None;
                 self.emit.load(T1, n as usize);
                 T1
             } else {
@@ -630,8 +663,9 @@ impl Translator<'_> {
 }
 
 /// For each instruction of a trace: whether its flags, if it sets any, are clobbered by a check before they are overwritten or saved for good.
+/// Where a trace ends they are best owed, too.
 pub(super) fn clobbered(all: &mut Vec<bool>, steps: impl DoubleEndedIterator<Item = Next>) {
-    let mut after = false;
+    let mut after = true;
     all.clear();
     all.extend(steps.rev().map(|next| {
         let here = after;
@@ -654,66 +688,6 @@ pub(super) enum Next {
     Ends,
     /// Nothing.
     Passes,
-}
-
-/// The form of ADD, SUB, CMP or TEST whose memory operand is a register.
-fn register_form(code: Code) -> Option<Code> {
-    use Code::*;
-    // Operands r/m may be either; the direction stays.
-    matches!(
-        code,
-        Add_r8_rm8
-            | Add_r16_rm16
-            | Add_r32_rm32
-            | Add_r64_rm64
-            | Sub_r8_rm8
-            | Sub_r16_rm16
-            | Sub_r32_rm32
-            | Sub_r64_rm64
-            | Cmp_r8_rm8
-            | Cmp_r16_rm16
-            | Cmp_r32_rm32
-            | Cmp_r64_rm64
-            | Cmp_rm8_r8
-            | Cmp_rm16_r16
-            | Cmp_rm32_r32
-            | Cmp_rm64_r64
-            | Cmp_rm8_imm8
-            | Cmp_rm16_imm16
-            | Cmp_rm32_imm32
-            | Cmp_rm64_imm32
-            | Cmp_rm16_imm8
-            | Cmp_rm32_imm8
-            | Cmp_rm64_imm8
-            | Test_rm8_r8
-            | Test_rm16_r16
-            | Test_rm32_r32
-            | Test_rm64_r64
-            | Test_rm8_imm8
-            | Test_rm16_imm16
-            | Test_rm32_imm32
-            | Test_rm64_imm32
-            | Test_rm8_imm8_F6r1
-            | Test_rm16_imm16_F7r1
-            | Test_rm32_imm32_F7r1
-            | Test_rm64_imm32_F7r1
-    )
-    .then_some(code)
-}
-
-/// The form of a comparison of the accumulator with a constant that takes any register.
-fn general_form(code: Code) -> Code {
-    match code {
-        Code::Cmp_AL_imm8 => Code::Cmp_rm8_imm8,
-        Code::Cmp_AX_imm16 => Code::Cmp_rm16_imm16,
-        Code::Cmp_EAX_imm32 => Code::Cmp_rm32_imm32,
-        Code::Cmp_RAX_imm32 => Code::Cmp_rm64_imm32,
-        Code::Test_AL_imm8 => Code::Test_rm8_imm8,
-        Code::Test_AX_imm16 => Code::Test_rm16_imm16,
-        Code::Test_EAX_imm32 => Code::Test_rm32_imm32,
-        Code::Test_RAX_imm32 => Code::Test_rm64_imm32,
-        other => other,
-    }
 }
 
 /// r10 or r11, so many bytes wide.

@@ -5,14 +5,16 @@
 //!
 //! A register's value is known relative to an *origin*: the value it had when it was last loaded with something unknown. PUSH, POP, CALL, LEA
 //! and additions of constants move it, copies share its origin. Accesses at known distances from one origin make a group; the first of them
-//! checks the bytes of all, as far as they lie close together, with permission to write if any of them writes.
+//! checks the bytes of all, as far as they lie close together, with permission to write if any of them writes. The same goes for a register and an
+//! index times a scale; there the host address that the check found is kept in the frame.
 //!
 //! Invariant: what a check covers stays accessible until the trace is left: while a trace runs nothing empties a site but helpers, and
 //! those do not go back to a trace after they did ([`crate::engine`]). Whether a group's check fails decides only *how* its instruction is
 //! executed: it then runs alone, and only what it accesses itself is accessed.
 use super::trace::Step;
-use super::{full_number, in_frame, writes};
+use super::{Manner, full_number, in_frame, writes};
 use crate::classify::Kind;
+use crate::frame::BASES;
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 /// Bytes from the first to the last of a group at most. What is far apart is likely to lie on two pages.
@@ -32,11 +34,47 @@ struct Value {
     offset: i32,
 }
 
+/// An address as an instruction names it: a register, and perhaps one more times 1, 2, 4 or 8, plus a displacement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    pub base: u8,
+    pub index: Option<(u8, u8)>,
+    pub disp: i32,
+}
+
+impl Place {
+    /// A register plus a displacement.
+    pub(super) fn plain(base: u8, disp: i32) -> Self {
+        Self { base, index: None, disp }
+    }
+    /// The memory operand, if its registers hold themselves and it is not relative to FS or GS.
+    pub(super) fn of(insn: &Instruction) -> Option<Self> {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let held = |reg: Register| (reg.is_gpr64() && !in_frame(reg.number() as u8)).then_some(reg.number() as u8);
+        if matches!(insn.memory_segment(), Register::FS | Register::GS) {
+            return None;
+        }
+        let index = match index {
+            Register::None => None,
+            _ => Some((held(index)?, insn.memory_index_scale() as u8)),
+        };
+        Some(Self { base: held(base)?, index, disp: insn.memory_displacement64() as i32 })
+    }
+}
+
+/// What the addresses of a group have in common: the origins of base and index, and the scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Origin {
+    base: u16,
+    index: Option<(u16, u8)>,
+}
+
 /// An access at a known distance from an origin.
 #[derive(Debug, Clone, Copy)]
 struct Access {
     step: usize,
-    origin: u16,
+    place: Place,
+    origin: Origin,
     /// Of its first byte.
     offset: i32,
     size: i32,
@@ -46,12 +84,23 @@ struct Access {
 /// Bytes that have been checked.
 #[derive(Debug, Clone, Copy)]
 struct Checked {
-    origin: u16,
+    origin: Origin,
     start: i32,
     end: i32,
     write: bool,
-    /// The site that holds the addend.
-    site: i32,
+    /// What leads to them.
+    by: By,
+}
+
+/// What leads to bytes that have been checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum By {
+    /// The addend in this site.
+    Addend(i32),
+    /// The addend, in this word of [`crate::frame::Frame::bases`].
+    Kept(usize),
+    /// The host address of the first of them, in this word of [`crate::frame::Frame::bases`].
+    Base(usize),
 }
 
 /// What a new check should cover, relative to the register now.
@@ -68,8 +117,8 @@ pub(super) struct Cover {
 /// How an access is to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plan {
-    /// Its bytes are checked; the addend is in this site.
-    Checked(i32),
+    /// Its bytes are checked: they begin so far behind the first that was.
+    Checked(By, i32),
     /// It needs a check, which may cover more.
     Check(Cover),
 }
@@ -88,6 +137,19 @@ impl Registers {
     fn forget(&mut self, register: usize) {
         self.values[register] = Value { origin: self.next, offset: 0 };
         self.next += 1;
+    }
+    /// The origin of an address, and how far from it it is.
+    fn resolve(&self, place: Place) -> Option<(Origin, i32)> {
+        let base = self.values[place.base as usize];
+        let (index, beyond) = match place.index {
+            Some((index, scale)) => {
+                let value = self.values[index as usize];
+                (Some((value.origin, scale)), value.offset.checked_mul(scale.into())?)
+            }
+            None => (None, 0),
+        };
+        let offset = base.offset.checked_add(beyond)?.checked_add(place.disp)?;
+        NEAR.contains(&offset).then_some((Origin { base: base.origin, index }, offset))
     }
     fn forget_all(&mut self) {
         (0..16).for_each(|register| self.forget(register));
@@ -203,31 +265,30 @@ impl Groups {
 
     fn note(&mut self, step: usize, what: &Step, registers: &Registers, info: &mut InstructionInfoFactory) {
         let insn = &what.insn;
-        let mut add = |register: usize, disp: i32, size: usize, write: bool| {
-            let value = registers.values[register];
+        let mut at = |place: Place, size: usize, write: bool| {
             if size <= SIZE
-                && let Some(offset) = value.offset.checked_add(disp).filter(|o| NEAR.contains(o))
+                && let Some((origin, offset)) = registers.resolve(place)
             {
-                self.accesses.push(Access { step, origin: value.origin, offset, size: size as i32, write });
+                self.accesses.push(Access { step, place, origin, offset, size: size as i32, write });
             }
         };
         match what.kind {
             Kind::Sys => match insn.code() {
-                Code::Pushfq => add(RSP, -8, 8, true),
-                Code::Popfq => add(RSP, 0, 8, false),
+                Code::Pushfq => at(Place::plain(RSP as u8, -8), 8, true),
+                Code::Popfq => at(Place::plain(RSP as u8, 0), 8, false),
                 _ => {}
             },
             Kind::Silicon | Kind::Branch => {
                 let operand = (0..insn.op_count()).find(|&i| insn.op_kind(i) == OpKind::Memory);
                 if let Some(i) = operand
-                    && super::is_simple(insn)
                     && !matches!(insn.mnemonic(), Mnemonic::Lea | Mnemonic::Pop)
                     && !is_bit_string(insn)
-                    && let Some((register, disp)) = base(insn)
+                    && let Some(place) = Place::of(insn)
                 {
                     let write = writes(info.info(insn).op_access(i));
-                    add(register, disp, insn.memory_size().size(), write);
+                    at(place, insn.memory_size().size(), write);
                 }
+                let mut add = |register: usize, disp, size, write| at(Place::plain(register as u8, disp), size, write);
                 match insn.mnemonic() {
                     Mnemonic::Push => {
                         let by = insn.stack_pointer_increment();
@@ -244,21 +305,24 @@ impl Groups {
         }
     }
 
-    /// How instruction `step` should access `size` bytes at a register's value plus `disp`.
-    pub(super) fn plan(&self, step: usize, register: u8, disp: i32, size: usize, write: bool) -> Plan {
-        let value = self.now.values[register as usize];
-        let alone = Plan::Check(Cover { start: disp, size, write, many: false });
-        let start = value.offset.checked_add(disp).filter(|o| size <= SIZE && NEAR.contains(o));
-        let Some(start) = start else { return alone };
+    /// How instruction `step` should access `size` bytes at an address.
+    pub(super) fn plan(&self, step: usize, place: Place, size: usize, write: bool, manner: Manner) -> Plan {
+        let alone = Plan::Check(Cover { start: place.disp, size, write, many: false });
+        let Some((origin, start)) = self.now.resolve(place).filter(|_| size <= SIZE) else { return alone };
         let end = start + size as i32;
-        let covers = |c: &&Checked| c.origin == value.origin && c.start <= start && end <= c.end && c.write >= write;
+        let covers = |c: &&Checked| c.origin == origin && c.start <= start && end <= c.end && c.write >= write;
         if let Some(checked) = self.checked.iter().rev().find(covers) {
-            return Plan::Checked(checked.site);
+            return Plan::Checked(checked.by, start - checked.start);
         }
-        let span = if value.origin == self.now.values[RSP].origin { STACK_SPAN } else { SPAN };
+        let needs_word = origin.index.is_some() || manner.restless;
+        if manner.loner || needs_word && self.bases() == BASES {
+            return alone;
+        }
+        let stack = origin.index.is_none() && origin.base == self.now.values[RSP].origin;
+        let span = if stack { STACK_SPAN } else { SPAN };
         let (mut from, mut to, mut writes, mut many) = (start, end, write, false);
         let after = self.accesses.partition_point(|a| a.step < step);
-        for a in self.accesses[after..].iter().filter(|a| a.origin == value.origin) {
+        for a in self.accesses[after..].iter().filter(|a| a.origin == origin) {
             let (low, high) = (from.min(a.offset), to.max(a.offset + a.size));
             if high - low <= span {
                 many |= a.step > step;
@@ -268,13 +332,17 @@ impl Groups {
         if !many {
             return alone;
         }
-        Plan::Check(Cover { start: disp - (start - from), size: (to - from) as usize, write: writes, many })
+        Plan::Check(Cover { start: place.disp - (start - from), size: (to - from) as usize, write: writes, many })
     }
-    /// For each instruction of a trace whether all it accesses is covered by checks before it. `restless`: it has no site.
+    /// How many words of [`crate::frame::Frame::bases`] are taken.
+    pub(super) fn bases(&self) -> usize {
+        self.checked.iter().filter(|c| matches!(c.by, By::Base(_) | By::Kept(_))).count()
+    }
+    /// For each instruction of a trace whether all it accesses is covered by checks before it. `manner`: how it checks.
     pub(super) fn quiet(
         &self,
         steps: &[Step],
-        restless: &dyn Fn(&Step) -> bool,
+        manner: &dyn Fn(&Step) -> Manner,
         info: &mut InstructionInfoFactory,
         quiet: &mut Vec<bool>,
     ) {
@@ -284,29 +352,27 @@ impl Groups {
             // What the engine does of system instructions is its own affair.
             let mut all = step.kind != Kind::Sys && to - from == count(step);
             for access in &self.accesses[from..to] {
-                // Any register with that origin does.
-                let Some(register) = trial.now.values.iter().position(|v| v.origin == access.origin) else {
-                    all = false;
-                    continue;
-                };
-                let disp = access.offset - trial.now.values[register].offset;
-                let plan = trial.plan(k, register as u8, disp, access.size as usize, access.write);
+                let plan = trial.plan(k, access.place, access.size as usize, access.write, manner(step));
                 if let Plan::Check(cover) = plan {
                     all = false;
-                    if !restless(step) {
-                        trial.check(register as u8, cover, 0);
-                    }
+                    trial.check(access.place, cover, 0, manner(step));
                 }
             }
             quiet.push(all);
             trial.step(step, info);
         }
     }
-    /// That check is made, with its addend in `site`. Registers are as they were in `plan`.
-    pub(super) fn check(&mut self, register: u8, cover: Cover, site: i32) {
-        let value = self.now.values[register as usize];
-        let Some(start) = value.offset.checked_add(cover.start).filter(|o| NEAR.contains(o)) else { return };
-        self.checked.push(Checked { origin: value.origin, start, end: start + cover.size as i32, write: cover.write, site });
+    /// That check is made, at `site` if it has one; says what leads to the bytes from now on. Registers are as they were in `plan`.
+    pub(super) fn check(&mut self, place: Place, cover: Cover, site: i32, manner: Manner) -> Option<By> {
+        let (origin, start) = self.now.resolve(Place { disp: cover.start, ..place })?;
+        let by = match place.index {
+            None if !manner.restless => By::Addend(site),
+            None if cover.many => By::Kept(self.bases()),
+            Some(_) if cover.many => By::Base(self.bases()),
+            _ => return None,
+        };
+        self.checked.push(Checked { origin, start, end: start + cover.size as i32, write: cover.write, by });
+        Some(by)
     }
     /// An instruction is translated.
     pub(super) fn step(&mut self, step: &Step, info: &mut InstructionInfoFactory) {
@@ -327,8 +393,3 @@ fn is_bit_string(insn: &Instruction) -> bool {
 }
 
 const _: () = assert!(SPAN <= 2048 && STACK_SPAN <= 2048, "a group's bytes should fit a page");
-
-/// Whether a register's accesses can be in groups: it must be in the host's.
-pub(super) fn can_lead(register: u8) -> bool {
-    !in_frame(register)
-}

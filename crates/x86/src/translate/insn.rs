@@ -3,6 +3,7 @@
 //! **In:** a decoded instruction. **Out:** the same instruction on the host, its memory operand through the soft TLB, guest registers that
 //! live in the frame through scratch registers. Invariant: what can fault comes before anything that changes guest state.
 use super::flags::{Effect, effect};
+use super::forms::other_direction;
 use super::{Ea, T0, T1, Translator, can_fault, full_number, in_frame, is_high_byte, same_width, writes};
 use crate::emit::At;
 use iced_x86::{Code, Instruction, Mnemonic, OpAccess, OpKind, Register};
@@ -130,10 +131,23 @@ impl Translator<'_> {
         let effect = effect(insn, &self.silicon);
         self.flags_before(insn, effect);
         let kept = self.keep_old(insn, effect);
+        if let [(n, _, stores)] = spilled[..]
+            && let Some(out) = self.on_frame(insn, n, stores)
+            && self.emit.raw(&out)
+        {
+            self.flags_after(insn, effect);
+            if kept.is_some() {
+                self.flags.set_recipe(kept);
+            }
+            return;
+        }
         for (i, &(n, loads, _)) in spilled.iter().enumerate() {
             if loads {
                 self.emit.load(hosts[i], n as usize);
             }
+        }
+        if hosts[..spilled.len()].contains(&T1) {
+            self.held = None;
         }
         // Rename in two steps is not needed: r10 and r11 keep their names, only r15 changes.
         for (i, &(n, ..)) in spilled.iter().enumerate() {
@@ -156,6 +170,74 @@ impl Translator<'_> {
         if kept.is_some() {
             self.flags.set_recipe(kept);
         }
+    }
+
+    /// The instruction with its operand in the frame, which is guest register `n`, as a memory operand. It may turn out to have no such encoding. None
+    /// if it would mean something else.
+    fn on_frame(&self, insn: &Instruction, n: u8, stores: bool) -> Option<Instruction> {
+        use Mnemonic::*;
+        let fits = matches!(
+            insn.mnemonic(),
+            Mov | Add
+                | Sub
+                | Adc
+                | Sbb
+                | And
+                | Or
+                | Xor
+                | Cmp
+                | Test
+                | Neg
+                | Not
+                | Movzx
+                | Movsx
+                | Movsxd
+                | Mul
+                | Imul
+                | Shl
+                | Sal
+                | Shr
+                | Sar
+                | Rol
+                | Ror
+                | Cmova
+                | Cmovae
+                | Cmovb
+                | Cmovbe
+                | Cmove
+                | Cmovg
+                | Cmovge
+                | Cmovl
+                | Cmovle
+                | Cmovne
+                | Cmovno
+                | Cmovnp
+                | Cmovns
+                | Cmovo
+                | Cmovp
+                | Cmovs
+        );
+        let named = |i: &u32| insn.op_kind(*i) == OpKind::Register && full_number(insn.op_register(*i)) == Some(n);
+        let mut operands = (0..insn.op_count()).filter(named);
+        let (Some(mut operand), None) = (operands.next(), operands.next()) else { return None };
+        let memory = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory);
+        // A result of 32 bits clears the upper half, which memory does not.
+        if !fits || memory || stores && insn.op_register(operand).size() == 4 {
+            return None;
+        }
+        let mut out = *insn;
+        if let Some((code, to_memory)) = other_direction(insn.code())
+            && to_memory == (operand == 0)
+        {
+            out.set_code(code);
+        } else if insn.mnemonic() == Test && operand == 1 && insn.op0_kind() == OpKind::Register {
+            out.set_op0_register(insn.op1_register());
+            out.set_op1_register(insn.op0_register());
+            operand = 0;
+        }
+        out.set_op_kind(operand, OpKind::Memory);
+        Self::set_memory(&mut out, Register::None, Register::None, self.at.gpr(n.into()));
+        Some(out)
     }
 
     fn with_memory(&mut self, insn: &Instruction) {
@@ -181,6 +263,7 @@ impl Translator<'_> {
         match at {
             At::Sum(_, disp) => Self::set_memory(&mut out, insn.memory_base(), Register::R10, disp),
             At::Host => Self::set_memory(&mut out, Register::R10, Register::None, 0),
+            At::Beyond(disp) => Self::set_memory(&mut out, Register::R10, Register::None, disp),
         }
         if !write && self.with_kept_operand(insn, at) || write && self.with_kept_result(insn, at) {
             return;
@@ -258,18 +341,42 @@ impl Translator<'_> {
         } else {
             self.protect(1 << n);
         }
+        if self.lea_in_place(insn, n) {
+            return;
+        }
         self.operand_address(insn, false);
         match dest.size() {
             8 => {}
             4 => self.emit.zero_extend(T0),
             _ => {
                 // The upper bits of the destination stay.
+                self.held = None;
                 self.emit.load(T1, n as usize);
                 self.emit.mov16(T1, T0);
                 self.emit.mov(T0, T1);
             }
         }
         self.set_guest(n, T0);
+    }
+
+    /// LEA into guest register `n`, where the host can do as the guest says. Says whether it did.
+    fn lea_in_place(&mut self, insn: &Instruction, n: u8) -> bool {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let elsewhere = |reg: Register| full_number(reg).is_some_and(in_frame);
+        if self.code_32() || in_frame(n) || elsewhere(base) || elsewhere(index) {
+            return false;
+        }
+        if base != Register::RIP && base != Register::EIP {
+            self.emit.copy(self.src.bytes_of(insn));
+            return true;
+        }
+        let address = insn.memory_displacement64();
+        match insn.op0_register().size() {
+            8 if base == Register::RIP => self.emit.imm(n, address),
+            4 => self.emit.imm(n, address & 0xffff_ffff),
+            _ => return false,
+        }
+        true
     }
 
     /// Guest register = host register.
@@ -335,9 +442,15 @@ impl Translator<'_> {
                 self.protect_moved(4, size);
             }
             self.protect(1 << n);
+            if size == 8 && !in_frame(n) && n != 4 {
+                self.emit.load_at(n, at);
+                self.emit.lea(4, 4, size);
+                return;
+            }
             self.load_r11(at, size as usize);
             self.emit.lea(4, 4, size);
             if size == 2 {
+                self.held = None;
                 self.emit.load(T1, n as usize);
                 self.emit.mov16(T1, T0);
                 self.emit.mov(T0, T1);
@@ -375,6 +488,7 @@ impl Translator<'_> {
         let reg = insn.op1_register();
         let n = full_number(reg).expect("general register") as usize;
         let bits = reg.size() as u32 * 8;
+        self.held = None;
         self.clobber_flags();
         // The sum wraps at the address size; the segment's base comes after that.
         self.operand_address(insn, false);

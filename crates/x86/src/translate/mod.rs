@@ -10,8 +10,10 @@
 //!
 //! Invariant: at every point where code can be left, general registers, flags, RIP and the number of retired instructions are exact, or
 //! can be made so from what is there ([`flags`]). At block borders the frame's copy of the flags is valid, or owed ([`owed`]).
+mod access;
 mod branch;
 mod flags;
+mod forms;
 mod groups;
 mod insn;
 mod legacy;
@@ -22,12 +24,12 @@ mod vex;
 
 use crate::Features;
 use crate::classify::{Kind, Unit, unit};
-use crate::emit::{At, Emit, Shared};
+use crate::emit::{Emit, Shared};
 use crate::frame::{FrameAt, exit};
 use crate::sites::Site;
 use crate::undefined::{Independent, independent};
 use flags::{Flags, Next, STATUS, clobbered, effect, liveness};
-use groups::{Cover, Groups, Plan};
+use groups::{By, Groups, Place};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 pub use owed::Owing;
 use trace::{Follow, Step, gather};
@@ -112,6 +114,15 @@ pub struct Translation {
     pub guest: (u16, u16),
 }
 
+/// How an instruction is to check its accesses, as was learnt when it ran.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Manner {
+    /// It accesses so many pages in turn that a site does not help: by the soft TLB.
+    pub restless: bool,
+    /// By itself: those of a group it led too often crossed into another page.
+    pub loner: bool,
+}
+
 /// What a block is to be made of.
 pub struct Source<'a> {
     /// The guest bytes of the page of `rip`; or, if it straddles or runs alone, from the instruction on.
@@ -142,8 +153,8 @@ pub struct Source<'a> {
     pub hot: bool,
     /// How often, then.
     pub trace_after: u32,
-    /// Whether the instruction at an offset of the page accesses so many pages in turn that a site does not help.
-    pub restless: &'a dyn Fn(u16) -> bool,
+    /// How the instruction at an offset of the page is to check its accesses.
+    pub manner: &'a dyn Fn(u16) -> Manner,
     /// How often the block at an offset of the page has run, as far as is known.
     pub runs: &'a dyn Fn(u16) -> u64,
 }
@@ -209,12 +220,24 @@ enum Ea {
     Plain32(u8, i32),
     /// Kept in a scratch word of the frame; the memory operand of the instruction.
     Kept(Instruction),
+    /// What a group's check begins at.
+    Place(Place),
 }
 
 /// Code to be put apart, and where the jumps to it are (offsets of displacements in the hot code).
 enum Cold {
     /// A check failed, of `arg`'s bytes at `ea`.
-    Slow { from: usize, site: Option<(i32, bool)>, ea: Ea, write: bool, arg: i32, retry: usize, flags: Flags },
+    /// `counter`: the site that notes how often a group fails which is checked by the soft TLB.
+    Slow {
+        from: usize,
+        site: Option<(i32, bool)>,
+        counter: Option<i32>,
+        ea: Ea,
+        write: bool,
+        arg: i32,
+        retry: usize,
+        flags: Flags,
+    },
     /// Unlinked direct jump from hot code.
     Stub { from: usize, link: usize },
     /// A conditional jump leaves the trace, which was paid for `rest` instructions more.
@@ -302,6 +325,8 @@ struct Translator<'a> {
     slot: usize,
     /// Accesses that share checks.
     groups: Groups,
+    /// What r10 still holds from an access before, if anything.
+    held: Option<By>,
     /// For each instruction, whether all it accesses was checked before.
     quiet: &'a mut Vec<bool>,
     /// See [`Translation`].
@@ -358,6 +383,15 @@ fn leaves(step: &Step, quiet: bool) -> bool {
     }
 }
 
+/// Whether the code for an instruction leaves r10 alone, but for what it says itself ([`Translator::held`]).
+fn keeps_r10(step: &Step) -> bool {
+    match step.kind {
+        Kind::Nop | Kind::Silicon => true,
+        Kind::Branch => step.follow != Follow::No,
+        _ => false,
+    }
+}
+
 /// Whether an instruction that the silicon executes accesses memory.
 fn checks(insn: &Instruction) -> bool {
     let memory = (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Memory) && insn.mnemonic() != Mnemonic::Lea;
@@ -397,6 +431,7 @@ pub fn translate(src: &Source, at: FrameAt, shared: Shared, workshop: &mut Works
         clobbered: &mut workshop.clobbered,
         slot: 0,
         groups: Groups::none(),
+        held: None,
         quiet: &mut workshop.quiet,
         entry: src.host,
         published: src.host,
@@ -429,8 +464,8 @@ impl Translator<'_> {
         self.quiet.clear();
         if grouped {
             self.groups = Groups::new(steps, self.info);
-            let restless = |step: &Step| (self.src.restless)((step.insn.ip() & 0xfff) as u16);
-            self.groups.quiet(steps, &restless, self.info, self.quiet);
+            let manner = |step: &Step| (self.src.manner)((step.insn.ip() & 0xfff) as u16);
+            self.groups.quiet(steps, &manner, self.info, self.quiet);
         } else {
             self.quiet.resize(steps.len(), false);
         }
@@ -445,7 +480,11 @@ impl Translator<'_> {
             Kind::Branch if s.insn.is_jcc_short_or_near() && s.follow != Follow::No => Next::Passes,
             Kind::Branch if s.insn.is_jmp_short_or_near() && s.follow != Follow::No => Next::Passes,
             Kind::Silicon if checks(&s.insn) && !quiet => Next::Check,
+            // Their accesses are checked, and they end the trace.
+            Kind::Branch => Next::Check,
             Kind::Silicon if effect(&s.insn, &self.silicon) == flags::Effect::None => Next::Passes,
+            // They leave CF, for which the rest is asked for.
+            Kind::Silicon if matches!(s.insn.mnemonic(), Mnemonic::Inc | Mnemonic::Dec) => Next::Passes,
             _ => Next::Ends,
         });
         clobbered(self.clobbered, of);
@@ -465,6 +504,9 @@ impl Translator<'_> {
         for (k, step) in steps.iter().enumerate() {
             let insn = &step.insn;
             self.current = k;
+            if !keeps_r10(step) {
+                self.held = None;
+            }
             self.points.push(Point {
                 host: self.emit.here() as u32,
                 guest: (insn.ip() & 0xfff) as u16,
@@ -483,6 +525,9 @@ impl Translator<'_> {
                 Kind::Branch => self.branch(insn, step.follow),
                 Kind::Silicon => self.silicon(insn),
                 Kind::Invalid | Kind::NoFpu => unreachable!("never put into a block"),
+            }
+            if !keeps_r10(step) {
+                self.held = None;
             }
             if grouped {
                 self.groups.step(step, self.info);
@@ -523,7 +568,7 @@ impl Translator<'_> {
         while i < self.cold.len() {
             let mut here = self.emit.here();
             let from = match self.cold[i] {
-                Cold::Slow { from, site, ea, write, arg, retry, flags } => {
+                Cold::Slow { from, site, counter, ea, write, arg, retry, flags } => {
                     if let Some((address, constant)) = site {
                         self.checked_address(ea, arg as usize & 0xffff);
                         self.emit.site_miss(address, write, constant);
@@ -536,6 +581,9 @@ impl Translator<'_> {
                     } else {
                         self.settle_flags();
                         self.checked_address(ea, arg as usize & 0xffff);
+                    }
+                    if let Some(counter) = counter {
+                        self.emit.note_site(counter);
                     }
                     self.emit.call_mem(arg, retry as i32);
                     Some(from)
@@ -611,175 +659,4 @@ impl Translator<'_> {
         self.emit.take(&mut cold);
         (hot, cold)
     }
-
-    // ---- addresses ----
-
-    /// r11 = the address. May clobber r10 and flags.
-    fn address(&mut self, ea: Ea) {
-        match ea {
-            Ea::Operand(insn) => self.operand_address(&insn, true),
-            Ea::Plain(reg, disp) => self.emit.lea(T0, reg, disp),
-            Ea::Plain32(reg, disp) => self.emit.lea32(T0, reg, disp),
-            Ea::Kept(_) => self.emit.load_word(T0, self.at.tmp(1)),
-        }
-    }
-
-    fn operand_address(&mut self, insn: &Instruction, segment: bool) {
-        let base = insn.memory_base();
-        let index = insn.memory_index();
-        let disp = insn.memory_displacement64();
-        let disp32 = disp as i32;
-        let host = |t: &mut Self, reg: Register, scratch: u8| {
-            let n = full_number(reg).expect("general register in an address");
-            if in_frame(n) {
-                t.emit.load(scratch, n as usize);
-                scratch
-            } else {
-                n
-            }
-        };
-        if base == Register::RIP || base == Register::EIP || base == Register::None && index == Register::None {
-            self.emit.imm(T0, disp);
-        } else if index == Register::None {
-            let b = host(self, base, T0);
-            self.emit.lea(T0, b, disp32);
-        } else if base == Register::None {
-            let i = host(self, index, T1);
-            self.emit.lea_scaled(T0, i, insn.memory_index_scale(), disp32);
-        } else {
-            let b = host(self, base, T0);
-            let i = host(self, index, T1);
-            self.emit.lea_index(T0, b, i, insn.memory_index_scale(), disp32);
-        }
-        self.wrap_address(insn);
-        if segment {
-            self.add_segment(insn);
-        }
-    }
-
-    /// Cuts r11 off at the width of the operand's address.
-    fn wrap_address(&mut self, insn: &Instruction) {
-        if self.code_32() {
-            self.wrap_address_32(insn);
-        } else if is_narrow(insn) {
-            self.emit.zero_extend(T0);
-        }
-    }
-
-    /// r11 += the base of the operand's segment.
-    fn add_segment(&mut self, insn: &Instruction) {
-        if self.code_32() {
-            return self.add_segment_32(insn);
-        }
-        match insn.memory_segment() {
-            Register::FS => self.emit.add_word(T0, self.at.seg_base(crate::state::seg::FS)),
-            Register::GS => self.emit.add_word(T0, self.at.seg_base(crate::state::seg::GS)),
-            _ => {}
-        }
-    }
-
-    /// Makes `size` bytes at `ea` accessible, for the current instruction, before it changes anything: says how to get at them from r10. r11 is
-    /// free; the host's flags are gone, unless no check was needed.
-    fn access(&mut self, ea: Ea, size: usize, write: bool) -> At {
-        if self.alone() {
-            self.clobber_flags();
-            let arg = size as i32 | (write as i32) << 16 | self.checked_segment(ea);
-            self.checked_address(ea, size);
-            self.emit.call_helper_here(self.shared.mem_alone, arg);
-            self.emit.add_no_flags(T1, T0);
-            self.note_flags();
-            return At::Host;
-        }
-        let simple = match ea {
-            Ea::Plain(reg, disp) => Some((reg, disp)),
-            Ea::Operand(insn) if is_simple(&insn) => {
-                Some((insn.memory_base().number() as u8, insn.memory_displacement64() as i32))
-            }
-            _ => None,
-        };
-        let at = simple.map_or(At::Host, |(reg, disp)| At::Sum(reg, disp));
-        let restless = !self.src.hot || (self.src.restless)(self.points[self.current].guest);
-        if let Some((reg, disp)) = simple.filter(|&(reg, _)| !self.code_32() && groups::can_lead(reg)) {
-            match self.groups.plan(self.current, reg, disp, size, write) {
-                Plan::Checked(site) => {
-                    self.emit.load_addend(site);
-                    self.note_flags();
-                    return at;
-                }
-                Plan::Check(_) if self.quiet[self.current] => {
-                    unreachable!("an access is checked that liveness counts on not being: {ea:?}")
-                }
-                Plan::Check(cover) if cover.many && !restless => {
-                    self.check_group(reg, cover, at);
-                    return at;
-                }
-                Plan::Check(_) => {}
-            }
-        }
-        self.clobber_flags();
-        let arg = size as i32 | (write as i32) << 16 | self.checked_segment(ea);
-        let retry = self.emit.here();
-        let constant = matches!(ea, Ea::Operand(insn) if is_constant(&insn));
-        let (from, site) = if restless {
-            self.checked_address(ea, size);
-            (self.emit.tlb_check(size, write, at), None)
-        } else {
-            let bits = if constant { Site::CONSTANT } else { 0 } | if write { Site::WRITE } else { 0 };
-            let address = self.new_site(retry, size, bits);
-            let from = if constant {
-                self.emit.site_check_constant(address)
-            } else {
-                self.checked_address(ea, size);
-                self.emit.site_check(address, size, at)
-            };
-            if let Some((reg, disp)) = simple {
-                self.groups.check(reg, Cover { start: disp, size, write, many: false }, address);
-            }
-            (from, Some((address, constant)))
-        };
-        let arg = arg | (self.current as i32) << 20;
-        self.cold.push(Cold::Slow { from, site, ea, write, arg, retry, flags: self.flags });
-        self.note_flags();
-        at
-    }
-
-    /// Checks all of a group's bytes. The current instruction accesses some of them; where the check fails for good it runs alone.
-    fn check_group(&mut self, reg: u8, cover: Cover, at: At) {
-        self.clobber_flags();
-        let retry = self.emit.here();
-        let bits = if cover.write { Site::WRITE } else { 0 };
-        let address = self.new_site(retry, cover.size, bits);
-        let ea = Ea::Plain(reg, cover.start);
-        self.checked_address(ea, cover.size);
-        let from = self.emit.site_check(address, cover.size, at);
-        self.groups.check(reg, cover, address);
-        let arg = cover.size as i32 | (cover.write as i32) << 16 | helper_arg::GROUP | (self.current as i32) << 20;
-        self.cold.push(Cold::Slow { from, site: Some((address, false)), ea, write: cover.write, arg, retry, flags: self.flags });
-        self.note_flags();
-    }
-
-    /// After a store in a block of one instruction: takes the bytes to where they belong.
-    fn stored(&mut self) {
-        if self.alone() {
-            self.settle_flags();
-            self.emit.call_helper_here(self.shared.write_back, 0);
-            self.flags = Flags::FRAME;
-        }
-    }
-}
-
-/// Whether the address of the memory operand is a register that holds itself plus a constant.
-fn is_simple(insn: &Instruction) -> bool {
-    let base = insn.memory_base();
-    insn.memory_index() == Register::None
-        && !matches!(insn.memory_segment(), Register::FS | Register::GS)
-        && base.is_gpr64()
-        && !in_frame(base.number() as u8)
-}
-
-/// Whether the linear address of the memory operand is a constant.
-fn is_constant(insn: &Instruction) -> bool {
-    let base = insn.memory_base();
-    (base == Register::RIP || base == Register::EIP || base == Register::None && insn.memory_index() == Register::None)
-        && !matches!(insn.memory_segment(), Register::FS | Register::GS)
 }

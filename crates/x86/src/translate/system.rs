@@ -104,7 +104,7 @@ impl Translator<'_> {
         match at {
             At::Sum(base, 0) if base == reg => {}
             At::Host => self.emit.take_off(T1, reg),
-            At::Sum(..) => unreachable!("the address of another register"),
+            At::Sum(..) | At::Beyond(_) => unreachable!("the address of another register"),
         }
     }
 

@@ -13,6 +13,7 @@ impl Translator<'_> {
     /// r10, r11 and r15 all at once: each stands for itself, and the budget waits in the frame.
     pub(super) fn three_registers(&mut self, insn: &Instruction, spilled: &[(u8, bool, bool)]) {
         assert!(spilled.len() == 3, "{insn:?} names too many registers");
+        self.held = None;
         let effect = effect(insn, &self.silicon);
         self.flags_before(insn, effect);
         self.emit.store_word(self.at.tmp(2), BUDGET);

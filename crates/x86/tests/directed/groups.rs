@@ -21,10 +21,39 @@ fn program() -> Vec<u8> {
     ])
 }
 
+/// A loop of accesses with a base and an index, on registers that live in the frame, with carries that are asked for behind a check.
+fn indexed() -> Vec<u8> {
+    join(&[
+        // top: mov rax, [rbx+rsi*8]; add r10, rax; mov r11, rdx; adc r11, 0x0
+        &[0x48, 0x8b, 0x04, 0xf3, 0x49, 0x01, 0xc2, 0x49, 0x89, 0xd3, 0x49, 0x83, 0xd3, 0x00],
+        // mul [rbx+rsi*8+0x8]; add [rbx+rsi*8+0x10], rax; adc rdx, 0x0; mov r8, [rbx+rsi*8+0x18]
+        &[0x48, 0xf7, 0x64, 0xf3, 0x08, 0x48, 0x01, 0x44, 0xf3, 0x10, 0x48, 0x83, 0xd2, 0x00, 0x4c, 0x8b, 0x44, 0xf3, 0x18],
+        // sbb r8, rdx; sbb edx, 0x1234567; mov [rbx+rsi*8+0x20], r8; adc r8w, cx
+        &[0x49, 0x19, 0xd0, 0x81, 0xda, 0x67, 0x45, 0x23, 0x01, 0x4c, 0x89, 0x44, 0xf3, 0x20, 0x66, 0x41, 0x11, 0xc8],
+        // mov rdi, [rbx+rsi*8+0x18]; cmp r10b, al; cmovb r9, r10; movzx edi, r11b
+        &[0x48, 0x8b, 0x7c, 0xf3, 0x18, 0x41, 0x38, 0xc2, 0x4d, 0x0f, 0x42, 0xca, 0x41, 0x0f, 0xb6, 0xfb],
+        // test r15, rdx; pushfq; pop rdi; mov [rbx+rsi*8+0x28], rdi
+        &[0x49, 0x85, 0xd7, 0x9c, 0x5f, 0x48, 0x89, 0x7c, 0xf3, 0x28],
+        // lea r15, [rsi+rcx*2+0x5]; lea edi, [r15+rsi]; lea r12, [rip+top]; xor [rbx+rcx*1], r15b
+        &[0x4c, 0x8d, 0x7c, 0x4e, 0x05, 0x41, 0x8d, 0x3c, 0x37, 0x4c, 0x8d, 0x25, 0xa3, 0xff, 0xff, 0xff, 0x44, 0x30, 0x3c, 0x0b],
+        // cmp dil, [rbx+rsi*8+0x3]; inc rsi; inc rdi; mov al, [rbx+rsi*8]
+        &[0x40, 0x3a, 0x7c, 0xf3, 0x03, 0x48, 0xff, 0xc6, 0x48, 0xff, 0xc7, 0x8a, 0x04, 0xf3],
+        // sbb r9, 0x3; mov [rbx+rsi*8-0x8], r9; add r11d, r10d; adc rdi, r12
+        &[0x49, 0x83, 0xd9, 0x03, 0x4c, 0x89, 0x4c, 0xf3, 0xf8, 0x45, 0x01, 0xd3, 0x4c, 0x11, 0xe7],
+        // push r15; mov r13, [rbx+rsi*8-0x8]; pop r14; imul r10, r14
+        &[0x41, 0x57, 0x4c, 0x8b, 0x6c, 0xf3, 0xf8, 0x41, 0x5e, 0x4d, 0x0f, 0xaf, 0xd6],
+        // neg r15; cmp [rbx+rsi*8+0x8], 0x4d; and esi, 0x3f; dec rcx
+        &[0x49, 0xf7, 0xdf, 0x48, 0x83, 0x7c, 0xf3, 0x08, 0x4d, 0x83, 0xe6, 0x3f, 0x48, 0xff, 0xc9],
+        // jnz top; hlt
+        &[0x0f, 0x85, 0x60, 0xff, 0xff, 0xff, 0xf4],
+    ])
+}
+
 /// `at`: where the data is. Close to the end of a page, its groups lie across pages, too.
-fn world(max: u32, at: u64) -> World {
-    World::new(max, &program()).with(|st| {
+fn world(program: &[u8], max: u32, at: u64) -> World {
+    World::new(max, program).with(|st| {
         st.gpr[gpr::RCX] = 150;
+        st.gpr[gpr::RSI] = 3;
         st.gpr[gpr::RDX] = 7;
         st.gpr[gpr::RBX] = at;
     })
@@ -32,17 +61,22 @@ fn world(max: u32, at: u64) -> World {
 
 const PLACES: [u64; 3] = [DATA, DATA + 4096 - 36, DATA + 4096 - 20];
 
+/// Each program at each place.
+fn cases() -> impl Iterator<Item = (Vec<u8>, u64)> {
+    [program(), indexed()].into_iter().flat_map(|program| PLACES.map(|at| (program.clone(), at)))
+}
+
 #[test]
 fn slices_blocks_and_cold_caches_are_invisible() {
-    for at in PLACES {
-        let mut reference = world(1, at);
+    for (program, at) in cases() {
+        let mut reference = world(&program, 1, at);
         reference.halt();
         let end = reference.everything();
         assert!(end.1 > 3000, "it ran to {}", end.1);
         for max in BLOCKS {
             for slice in [1, 3, 64, 1000] {
                 for cold in [false, true] {
-                    let mut w = world(max, at);
+                    let mut w = world(&program, max, at);
                     while w.run(w.cpu.position() + slice) == Exit::Position {
                         if cold {
                             w.cpu.drop_caches();
@@ -64,8 +98,8 @@ fn slices_blocks_and_cold_caches_are_invisible() {
 
 #[test]
 fn flags_that_are_owed_are_there_at_every_stop() {
-    for at in PLACES {
-        let (mut alone, mut traces) = (world(1, at), world(64, at));
+    for (program, at) in cases() {
+        let (mut alone, mut traces) = (world(&program, 1, at), world(&program, 64, at));
         // Warm: traces, linked.
         traces.run(1500);
         alone.run(1500);
@@ -79,7 +113,7 @@ fn flags_that_are_owed_are_there_at_every_stop() {
 #[test]
 fn a_page_that_is_taken_away_under_a_group_faults_where_it_is_used() {
     for max in BLOCKS {
-        let mut w = world(max, DATA);
+        let mut w = world(&program(), max, DATA);
         assert_eq!(w.run(1500), Exit::Position);
         let entry = w.entry(DATA);
         let old = u64::from_le_bytes(w.ram.bytes(entry, 8).try_into().expect("eight bytes"));
