@@ -40,7 +40,8 @@ fn two_hosts_die_and_nothing_is_lost() {
     let report = twinstep(&["demo", "--json", "--story", "heal", "--tls"]).with(0).json();
     assert_eq!(report["passed"], Value::Bool(true), "{report:#}");
     let round = &report["rounds"][0];
-    for figure in ["/healing/protected_again_ms", "/healing/gap_ms", "/healing/time_line/first_reply_ms", "/client/keys_verified"] {
+    for figure in ["/healing/protected_again_ms", "/healing/gap_ms", "/healing/time_line/first_reply_ms", "/client/keys_verified"]
+    {
         let value = round.pointer(figure).and_then(Value::as_f64);
         assert!(value.is_some_and(|value| value > 0.0), "{figure} of {round:#}");
     }

@@ -90,3 +90,30 @@ fn a_standby_that_comes_back_is_used_again() {
     standby.wait_said("live: live in epoch 3");
     remembers(standby);
 }
+
+/// What the guest has written to its disk is on the hosts that followed from power-on, and on no other.
+#[test]
+fn a_disk_to_write_to_keeps_other_standbys_away() {
+    let _turn = turn(2);
+    let folder = folder();
+    let image = |name: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        text(&path)
+    };
+    let arbiter = text(folder.path());
+    let listen = ["standby", "--listen", "127.0.0.1:0", "--arbiter", &arbiter, "--disk"];
+    let mut second = Twinstep::start("second", &words(&[&listen[..], &[&image("second.img")]].concat()));
+    let third = Twinstep::start("third", &words(&[&listen[..], &[&image("third.img")]].concat()));
+    let waits = "waiting for a primary on ";
+    let list = format!("{},{}", second.wait_said(waits), third.wait_said(waits));
+    let protect = words(&["--protect", &list, "--arbiter", &arbiter, "--disk", &image("first.img")]);
+    let mut primary = Twinstep::run(&[&boot("128M", "shell"), &protect]);
+    primary.wait_said("protected: ");
+    begin(&mut primary);
+    second.kill();
+    primary.wait_said("unprotected: the VM has a disk to write to");
+    primary.type_line("poweroff -f");
+    primary.end().with(0);
+    assert!(!third.has_said("a primary connected"));
+}

@@ -18,7 +18,7 @@ use twinstep_pair::{
 };
 
 use super::build::DiskExtra;
-use super::healing::{Connect, Standbys};
+use super::healing::{Connect, ONLY_FIRST, Standbys};
 use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
 use super::pairing::{PairThread, PairWiring};
 use super::replay;
@@ -411,7 +411,11 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             Some(PairThread::start(PairWiring {
                 primary,
                 stream: Some(stream),
-                standbys: Standbys { healer, connect: reaching(&options.security) },
+                standbys: Standbys {
+                    healer,
+                    connect: reaching(&options.security),
+                    only_first: spec.disk.iter().any(|disk| !disk.read_only),
+                },
                 arbiter,
                 outlet: outside.outlet(control.board())?,
                 vm: to_vm.clone(),
@@ -516,11 +520,16 @@ pub fn run_live(
         // This host was told better.
         healer.replace(options.protect.iter().cloned());
     }
+    let writes = live.extra.disks.iter().any(|disk| !disk.read_only);
     let pair = match &options.arbiter {
+        _ if writes => {
+            events.say("unprotected", ONLY_FIRST);
+            None
+        }
         Some(arbiter) if healer.places().next().is_some() => Some(PairThread::start(PairWiring {
             primary,
             stream: None,
-            standbys: Standbys { healer, connect: reaching(&options.security) },
+            standbys: Standbys { healer, connect: reaching(&options.security), only_first: false },
             arbiter: open_arbiter(arbiter, events)?,
             outlet: outside.outlet(control.board())?,
             vm: to_vm.clone(),
