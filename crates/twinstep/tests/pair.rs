@@ -158,6 +158,8 @@ fn a_guest_that_writes_memory_all_the_time_is_copied_while_it_runs() {
     let rounds: u64 = copied.split_whitespace().next().unwrap().parse().unwrap();
     assert!(rounds >= 2, "what was written meanwhile was sent again: {copied}");
     primary.wait_said("protected: ");
+    // Before it has heard that, it is not to go live.
+    standby.wait_said("protection has started");
     let before = printed(&primary.console(), "before: ");
     primary.kill();
     standby.wait_said("live: live in epoch 2");
