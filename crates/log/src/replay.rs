@@ -20,6 +20,8 @@ pub enum RunOutcome {
     Waiting,
     /// It runs no more (switched off, reset, failed); the text says why.
     Stopped(String),
+    /// The host cannot do its part, such as read a disk; the text says why. It says nothing of the machine.
+    HostFailure(String),
 }
 
 /// A machine, as a replay sees it.
@@ -313,7 +315,7 @@ impl Replayer {
         let found = match outcome {
             RunOutcome::Reached => unreachable!("a machine that stands at {reached} did not reach {position}"),
             RunOutcome::Waiting => format!("it is halted at {reached} and waits for an input"),
-            RunOutcome::Stopped(why) => format!("it stopped at {reached}: {why}"),
+            RunOutcome::Stopped(why) | RunOutcome::HostFailure(why) => format!("it stopped at {reached}: {why}"),
         };
         Err(self.divergence(reached, Difference::Position, format!("it ran to {position}"), found))
     }

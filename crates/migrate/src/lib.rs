@@ -34,6 +34,7 @@ pub mod destination;
 pub mod eras;
 pub mod layout;
 pub mod pace;
+pub mod packing;
 pub mod source;
 pub mod stream;
 

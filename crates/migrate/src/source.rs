@@ -272,6 +272,11 @@ impl Source {
         self.actions.pop_front()
     }
 
+    /// Takes back all room: something else is sent before the stream goes on. What is left of it is given again by [`Event::Room`].
+    pub fn take_room(&mut self) -> u64 {
+        std::mem::take(&mut self.room)
+    }
+
     /// How far it is.
     pub fn progress(&self) -> Progress {
         let remaining_bytes = self.layout.bytes_of(&self.todo);

@@ -326,7 +326,7 @@ impl World {
                 let position = state.machine.position;
                 self.give_primary(side, PrimaryEvent::ImageCut { position });
             }
-            PrimaryAction::Agreed { .. } => {}
+            PrimaryAction::Agreed { .. } | PrimaryAction::CopyReport(_) => {}
             PrimaryAction::WantImage { bytes } => {
                 self.sides[side].image_wanted += bytes;
                 let delay = self.random.between(0, 100_000);

@@ -115,6 +115,10 @@ impl Arbiter for DirectoryArbiter {
     fn claim(&self, vm: &str, epoch: u64, owner: &str) -> Verdict {
         self.try_claim(vm, epoch, owner).unwrap_or_else(|why| Verdict::Unreachable { why })
     }
+    fn owner(&self, vm: &str, epoch: u64) -> std::result::Result<Option<String>, String> {
+        check_name("VM", vm)?;
+        read_owner(&self.path(vm, epoch))
+    }
 }
 
 fn read_owner(path: &Path) -> std::result::Result<Option<String>, String> {

@@ -313,6 +313,21 @@ impl Arbiter for EtcdArbiter {
     fn claim(&self, vm: &str, epoch: u64, owner: &str) -> Verdict {
         self.try_claim(vm, epoch, owner).unwrap_or_else(|why| Verdict::Unreachable { why })
     }
+    fn owner(&self, vm: &str, epoch: u64) -> std::result::Result<Option<String>, String> {
+        check_name("VM", vm)?;
+        let key = self.key(vm, epoch);
+        // Never granted, as the probe: etcd needs a majority for it, so the answer is not stale.
+        self.ask(&transaction(&key, "LESS", ""), |answer| match &answer.responses[..] {
+            [StepAnswer { response_range: Some(range), response_put: None }] if !answer.succeeded && range.kvs.is_empty() => {
+                Ok(None)
+            }
+            _ => match verdict(answer, &key, "")? {
+                Verdict::Lost { owner } => Ok(Some(owner)),
+                _ => Err(Failure::strange("its answer makes no sense")),
+            },
+        })
+        .map_err(|failure| failure.why)
+    }
 }
 
 impl fmt::Debug for EtcdArbiter {

@@ -48,6 +48,11 @@ impl fmt::Display for Verdict {
 pub trait Arbiter: Send {
     /// Claims an epoch of a VM for an owner.
     fn claim(&self, vm: &str, epoch: u64, owner: &str) -> Verdict;
+    /// Who has won an epoch of a VM, if anybody has. Claims nothing.
+    ///
+    /// # Errors
+    /// Why that cannot be known.
+    fn owner(&self, vm: &str, epoch: u64) -> std::result::Result<Option<String>, String>;
 }
 
 /// Names become parts of file names and of keys, so they must not wander about there.

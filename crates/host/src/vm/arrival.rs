@@ -6,8 +6,9 @@ use twinstep_log::{ImageItem, ImageMetadata, ImagePayload, ImageReader};
 use twinstep_machine::{Config, Machine, PAGE_SIZE, Payload};
 use twinstep_migrate::{Destination, Layout, Region, Target};
 
-use super::build::{self, Extra};
-use super::standby::Disks;
+use super::build::{self, DiskExtra, Extra};
+use super::disks;
+use crate::disk::Replica;
 use crate::error::{Context, Error, Result};
 
 /// Bytes after which the pages that came are digested: at the end, the machine has no time for all of them at once.
@@ -22,15 +23,15 @@ pub(super) struct Arrival {
 
 /// Where its pages go.
 struct Room {
-    disks: Disks,
+    disks: Vec<Replica>,
     cables: usize,
     tune: fn(&mut Config),
     machine: Option<Machine>,
 }
 
 impl Arrival {
-    /// Nothing has come.
-    pub(super) fn new(disks: Disks, cables: usize, tune: fn(&mut Config)) -> Self {
+    /// Nothing has come. The machine gets these disks.
+    pub(super) fn new(disks: Vec<Replica>, cables: usize, tune: fn(&mut Config)) -> Self {
         Self { destination: Destination::new(), room: Room { disks, cables, tune, machine: None }, undigested: 0 }
     }
 
@@ -89,7 +90,8 @@ impl Room {
         if layout.regions() != [Region { unit_bytes: PAGE_SIZE as u32, units: metadata.ram_pages }] {
             return Err(Error::new("the primary copies something else than RAM").next("use the same Twinstep on both hosts"));
         }
-        let (machine, extra) = build::blank(&metadata, &mut payloads, &mut *self.disks, &self.tune)?;
+        let mut disks = |wanted: &[DiskExtra]| disks::matching(&self.disks, wanted);
+        let (machine, extra) = build::blank(&metadata, &mut payloads, &mut disks, &self.tune)?;
         // Now, and not when it goes live: then it would be too late.
         if extra.nics.len() > self.cables {
             let what = format!("the machine has {} network cards, the standby was given {}", extra.nics.len(), self.cables);

@@ -15,10 +15,12 @@ use twinstep_pair::{OutputId, Record, Seq};
 use super::arrival::Arrival;
 use super::build::Extra;
 use super::live::entry_of;
+use super::mirror::Target;
 use super::replay::Vm;
 use super::resync::{self, Baseline};
-use super::standby::{Disks, ToStandby};
+use super::standby::ToStandby;
 use crate::control::Ask;
+use crate::disk::Replica;
 use crate::error::{Error, Result};
 use crate::events::now_ns;
 
@@ -38,6 +40,10 @@ pub(super) enum ToReplay {
     /// Compare no more.
     Diverge,
     Ask(Ask),
+    /// The primary has ended in good order. Answers whether the disks are equal.
+    End {
+        answer: Sender<Result<bool>>,
+    },
     Finish {
         reissue: Range<OutputId>,
         answer: Sender<Result<Replayed>>,
@@ -47,6 +53,7 @@ pub(super) enum ToReplay {
 /// A machine at the end of its log.
 pub(super) struct Replayed {
     pub(super) machine: Machine,
+    pub(super) disks: Vec<Replica>,
     pub(super) extra: Extra,
     /// Outputs to send again, in order.
     pub(super) reissue: Vec<Output>,
@@ -60,8 +67,12 @@ const UNEVEN_PATIENCE: Duration = Duration::from_millis(50);
 pub(super) struct Follower {
     inbox: Receiver<ToReplay>,
     to: Sender<ToStandby>,
-    /// The machine on its way, until it is here.
+    /// The disks, and what comes before the machine.
+    target: Target,
+    /// The machine on its way.
     arrival: Option<Arrival>,
+    cables: usize,
+    tune: fn(&mut Config),
     /// What makes it the primary's again.
     delta: Vec<u8>,
     /// Records that wait: for the first image, or while the machine stands still.
@@ -80,6 +91,8 @@ struct Running {
     comparer: Option<Comparer>,
     /// Something differed.
     still: bool,
+    /// The primary's end is replayed.
+    ended: bool,
     /// Since when the sides are uneven in this output.
     uneven: Option<(OutputId, Instant)>,
 }
@@ -88,13 +101,12 @@ impl Follower {
     pub(super) fn new(
         inbox: Receiver<ToReplay>,
         to: Sender<ToStandby>,
-        disks: Disks,
+        target: Target,
         cables: usize,
         tune: fn(&mut Config),
     ) -> Self {
-        let arrival = Some(Arrival::new(disks, cables, tune));
         let (delta, waiting, held) = (Vec::new(), VecDeque::new(), VecDeque::new());
-        Self { inbox, to, arrival, delta, waiting, running: None, held, last_output: 0 }
+        Self { inbox, to, target, arrival: None, cables, tune, delta, waiting, running: None, held, last_output: 0 }
     }
 
     pub(super) fn run(mut self) {
@@ -127,6 +139,10 @@ impl Follower {
                         None => ask.no_machine("the machine is on its way from its primary"),
                     }
                     Ok(())
+                }
+                Ok(ToReplay::End { answer }) => {
+                    let _ = answer.send(self.end());
+                    return;
                 }
                 Ok(ToReplay::Finish { reissue, answer }) => {
                     let _ = answer.send(self.finish(reissue));
@@ -163,22 +179,41 @@ impl Follower {
 
     /// More of the copy, or of a delta.
     fn take_in(&mut self, bytes: &[u8]) -> Result<()> {
-        match &mut self.arrival {
-            Some(arrival) => arrival.push(bytes)?,
-            None => self.delta.extend(bytes),
+        if self.running.is_some() {
+            self.delta.extend(bytes);
+        } else {
+            let (cables, tune, arrival) = (self.cables, self.tune, &mut self.arrival);
+            let report = self.target.take(bytes, &mut |image, replicas| {
+                arrival.get_or_insert_with(|| Arrival::new(replicas.to_vec(), cables, tune)).push(image)
+            })?;
+            if !report.is_empty() {
+                self.tell(ToStandby::Report(report));
+            }
         }
         self.tell(ToStandby::Taken(bytes.len() as u64));
         Ok(())
+    }
+
+    /// The primary has ended in good order. If its end was replayed, the disks are equal.
+    fn end(&mut self) -> Result<bool> {
+        let equal = self.running.as_ref().is_some_and(|running| running.ended);
+        if equal {
+            self.target.replicas().iter().try_for_each(Replica::close)?;
+        }
+        Ok(equal)
     }
 
     fn restore(&mut self, position: u64) -> Result<()> {
         let started = now_ns();
         let arrival = self.arrival.take().ok_or_else(|| Error::new("the primary's machine has not arrived"))?;
         let (mut machine, extra) = arrival.finish(position)?;
+        // Only now: a replica counts as equal once the machine is here as well.
+        self.target.finish()?;
         self.last_output = extra.last_output;
-        let baseline = Baseline::new(&mut machine);
+        let baseline = Baseline::new(&mut machine, self.target.replicas().to_vec())?;
         let comparer = Some(Comparer::new(self.last_output));
-        self.running = Some(Running { vm: Vm(machine, None), extra, baseline, comparer, still: false, uneven: None });
+        self.running =
+            Some(Running { vm: Vm(machine, None), extra, baseline, comparer, still: false, uneven: None, ended: false });
         let took_ns = now_ns() - started;
         self.tell(ToStandby::Restored { position, last_output: self.last_output, took_ns });
         self.replay()
@@ -190,11 +225,11 @@ impl Follower {
         let delta = std::mem::take(&mut self.delta);
         let (outputs, image) = resync::split(&delta)?;
         let running = self.running.as_mut().expect("checked by the caller");
-        let (extra, pages) = resync::apply(&mut running.vm.0, image)?;
+        let (extra, pages, blocks) = resync::apply(&mut running.vm.0, self.target.replicas(), image)?;
         if running.vm.0.position() != position {
             return Err(Error::new(format!("the delta is of position {}, not {position}", running.vm.0.position())));
         }
-        running.baseline.equal(&mut running.vm.0);
+        running.baseline.equal(&mut running.vm.0)?;
         running.comparer = Some(Comparer::new(extra.last_output));
         running.still = false;
         running.uneven = None;
@@ -202,7 +237,7 @@ impl Follower {
         self.held = outputs.into();
         self.last_output = extra.last_output;
         let took_ns = now_ns() - started;
-        self.tell(ToStandby::Resynced { position, last_output: self.last_output, pages, took_ns });
+        self.tell(ToStandby::Resynced { position, last_output: self.last_output, pages, blocks, took_ns });
         Ok(())
     }
 
@@ -249,6 +284,8 @@ impl Follower {
             RunOutcome::Reached => None,
             RunOutcome::Waiting => Some("it is halted and waits for an input".to_owned()),
             RunOutcome::Stopped(why) => Some(why),
+            // Nothing is wrong with the machine, and nothing would be right with it here.
+            RunOutcome::HostFailure(why) => return Err(Error::new(why)),
         };
         self.collect();
         if let Some(why) = stuck
@@ -276,14 +313,15 @@ impl Follower {
             Event::Digest(recorded) if running.comparer.is_some() => {
                 let ours = running.vm.digest();
                 if ours == recorded {
-                    running.baseline.equal(&mut running.vm.0);
+                    running.baseline.equal(&mut running.vm.0)?;
                     self.tell(ToStandby::Agreed(entry.position));
                 } else {
                     let text = running.vm.explain(&ours, &recorded);
                     self.tell(ToStandby::StateDiffers(entry.position, text));
                 }
             }
-            Event::Digest(_) | Event::Progress | Event::End { .. } => {}
+            Event::End { .. } => running.ended = running.comparer.is_some(),
+            Event::Digest(_) | Event::Progress => {}
         }
         self.report()?;
         Ok(true)
@@ -339,12 +377,8 @@ impl Follower {
     /// The machine is not the primary's: it stands still, and the protocol is told.
     fn stand_still(&mut self, text: String, found: Option<Mismatch>) -> Result<()> {
         let running = self.running.as_mut().expect("the caller looked");
-        if running.extra.disks.iter().any(|disk| !disk.read_only) {
-            return Err(Error::new(format!("the machine is not the primary's any more: {text}"))
-                .because("it has a disk to write to, and disks cannot be made equal again yet"));
-        }
         running.still = true;
-        let changes = resync::changes(&mut running.vm.0, &mut running.baseline);
+        let changes = resync::changes(&mut running.vm.0, &mut running.baseline)?;
         let mut detail = Vec::new();
         if let Some((position, output)) = found.as_ref().and_then(|found| found.made.as_ref())
             && OutputNote::of(output).length <= MAX_DETAIL
@@ -371,7 +405,8 @@ impl Follower {
         // What it made and the primary never noted is new to the world.
         outputs.extend(comparer.map_or(Vec::new(), Comparer::into_made));
         baseline.end(&mut vm.0);
-        Ok(Replayed { machine: vm.0, extra, reissue: outputs, last_output: self.last_output })
+        let disks = self.target.replicas().to_vec();
+        Ok(Replayed { machine: vm.0, disks, extra, reissue: outputs, last_output: self.last_output })
     }
 }
 

@@ -21,19 +21,12 @@ pub struct Standbys {
     pub healer: Healer,
     /// How they are reached.
     pub connect: Connect,
-    /// The VM has a disk to write to: a standby's copy of it is only equal if it follows from power-on, so the first standby is the only one.
-    pub only_first: bool,
 }
-
-/// Why nobody looks for another standby.
-pub(super) const ONLY_FIRST: &str =
-    "the VM has a disk to write to, and disks are not copied to another standby: it runs on without protection";
 
 /// At work, for a thread that is told of attempts by messages `M`.
 pub(super) struct Healing<M> {
     healer: Healer,
     connect: Connect,
-    only_first: bool,
     to: Sender<M>,
     reached: fn(Result<Channel>) -> M,
     events: Events,
@@ -41,30 +34,20 @@ pub(super) struct Healing<M> {
 
 impl<M: Send + 'static> Healing<M> {
     pub(super) fn new(standbys: Standbys, to: Sender<M>, reached: fn(Result<Channel>) -> M, events: Events) -> Self {
-        let Standbys { healer, connect, only_first } = standbys;
-        Self { healer, connect, only_first, to, reached, events }
+        let Standbys { healer, connect } = standbys;
+        Self { healer, connect, to, reached, events }
     }
 
     /// The standby that was connected does not fit.
     pub(super) fn refused(&mut self) {
         let setback = self.healer.refused(Nanos(now_ns()));
-        if self.only_first {
-            self.events.say("unprotected", ONLY_FIRST);
-        } else {
-            self.say(setback, None);
-        }
+        self.say(setback, None);
     }
 
     /// Takes in where the primary stands, and tries the next standby if one is wanted and it is time.
     pub(super) fn follow(&mut self, state: PrimaryState) {
         let now = Nanos(now_ns());
         let setback = self.healer.follow(now, state);
-        if self.only_first {
-            if setback.is_some() {
-                self.events.say("unprotected", ONLY_FIRST);
-            }
-            return;
-        }
         self.say(setback, None);
         let Some(standby) = self.healer.poll(now) else { return };
         let (connect, to, reached) = (self.connect.clone(), self.to.clone(), self.reached);
@@ -104,7 +87,7 @@ impl<M: Send + 'static> Healing<M> {
 
     /// When to follow again, if nothing else happens.
     pub(super) fn deadline(&self) -> Option<Nanos> {
-        self.healer.deadline().filter(|_| !self.only_first)
+        self.healer.deadline()
     }
 
     fn place(&self, standby: usize) -> String {

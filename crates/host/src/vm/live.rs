@@ -12,11 +12,13 @@ use twinstep_log::{EndReason, Entry, LogStats, Recorder, encode_into};
 use twinstep_machine::{Activity, Input, Machine, Output, Pause};
 use twinstep_pair::Record;
 
+use super::disks;
 use super::pace::{Pace, cpu_ns};
 use super::pairing::ToPair;
 use super::precopy::{self, Copier, CopyAsk, Surroundings};
 use super::resync::{self, Baseline};
 use crate::control::Ask;
+use crate::disk::Replica;
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
 use crate::perf_map::PerfMap;
@@ -133,8 +135,8 @@ pub struct Wiring {
     pub events: Events,
     /// Positions between two state digests in the log; 0 for none.
     pub digest_interval: u64,
-    /// Sizes of the disks, for images.
-    pub disk_bytes: Vec<u64>,
+    /// The machine's disks.
+    pub disks: Vec<Replica>,
     /// Outputs the machine has made since power-on.
     pub last_output: u64,
     /// What waits in the inbox, in units of [`weight`]; counted down here.
@@ -420,8 +422,10 @@ impl Live {
     /// Does what a copy asks for, between two slices.
     fn copy(&mut self, ask: CopyAsk) {
         let Some(pair) = &self.wiring.pair else { return };
-        let around = Surroundings { disk_bytes: &self.wiring.disk_bytes, last_output: self.wiring.last_output, pair };
-        precopy::serve(&mut self.copier, &mut self.baseline, &mut self.machine, ask, &around);
+        let around = Surroundings { disks: &self.wiring.disks, last_output: self.wiring.last_output, pair };
+        if let Err(e) = precopy::serve(&mut self.copier, &mut self.baseline, &mut self.machine, ask, &around) {
+            self.end = Some(End::HostFailure(e.to_string()));
+        }
     }
 
     /// The standby that it was made for is gone.
@@ -438,7 +442,8 @@ impl Live {
             return self.tell_pair(pair, ToPair::NoDelta("nothing is known of what the standby has".into()));
         };
         let started = now_ns();
-        match resync::delta(&mut self.machine, baseline, changed, &self.wiring.disk_bytes, self.wiring.last_output, scrub) {
+        let disk_bytes = disks::bytes(&self.wiring.disks);
+        match resync::delta(&mut self.machine, baseline, changed, &disk_bytes, self.wiring.last_output, scrub) {
             Ok(delta) => {
                 let (position, took_ns) = (self.machine.position(), now_ns() - started);
                 self.tell_pair(pair, ToPair::Delta { position, delta, took_ns });
@@ -453,6 +458,10 @@ impl Live {
             let position = self.machine.position();
             if let Ok(entry) = self.recorder.end(position, end.reason()) {
                 self.record(&entry);
+                // The standby comes to the same end, so that its disks are equal. Of a host that fails nobody is to believe where it was.
+                if let (Some(pair), false) = (&self.wiring.pair, matches!(end, End::HostFailure(_))) {
+                    let _ = pair.send(ToPair::Record(record_of(&entry)));
+                }
             }
         }
         if let Some(recording) = self.wiring.recording.take()

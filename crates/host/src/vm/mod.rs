@@ -13,6 +13,8 @@
 //! | `follow` | the standby's thread that owns the machine: replay, comparison |
 //! | [`resync`] | what makes a secondary equal to its primary again |
 //! | [`difference`] | in what two outputs differ, for people |
+//! | [`disks`] | images opened as a machine's disks |
+//! | [`mirror`] | a standby's images made equal to the primary's |
 //! | [`session`] | one VM from the command to its end |
 //! | [`replay`] | a recording replayed and checked |
 //!
@@ -20,9 +22,11 @@
 mod arrival;
 pub mod build;
 pub mod difference;
+pub mod disks;
 mod follow;
 mod healing;
 pub mod live;
+pub mod mirror;
 pub mod pace;
 pub mod pairing;
 pub mod precopy;

@@ -13,12 +13,18 @@ use twinstep_machine::{ConsumerId, Machine, PageSet, Start};
 use twinstep_migrate::{Action, Config, Copied, Event, Layout, Progress, Region, Report, Source};
 
 use super::build;
+use super::disks;
 use super::live::ToVm;
+use super::mirror;
 use super::pairing::ToPair;
 use super::resync::Baseline;
+use crate::disk::{self, Replica};
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
 use crate::status::board::Board;
+
+/// Rounds of the machine's image between which blocks of disks are sent; of a guest that writes on and on, the cut sends the rest.
+const MAX_DISK_ROUNDS: u32 = 16;
 
 /// Names a copy: what a copy that was given up still says must not be taken for the next one's.
 pub type CopyId = u64;
@@ -54,6 +60,7 @@ enum Wanted {
         most_bytes: u64,
         /// For the copies: memory that is there already, so that the guest does not wait for the host to find some.
         buffer: Vec<u8>,
+        disks: Option<MirroredDisks>,
     },
     Slow {
         percent: u8,
@@ -67,12 +74,39 @@ enum Wanted {
 pub enum CopyNews {
     /// The next bytes of the image.
     Bytes(Vec<u8>),
+    /// Pieces of disks: what was written since the mirror's last round.
+    Blocks {
+        /// The pieces.
+        pieces: Vec<u8>,
+        /// Whether they were made in room that was given.
+        in_room: bool,
+    },
     /// The cut was made at this position; from the machine's thread.
     Cut(u64),
     /// All is sent.
     Done(Report),
     /// It cannot be made.
     Failed(String),
+}
+
+/// Disks that were mirrored: what the copy needs to send the rest of them.
+#[derive(Debug, Clone, Copy)]
+pub struct MirroredDisks {
+    /// The mirror's number.
+    pub mirror: u64,
+    /// The name of the moment of the cut.
+    pub baseline: disk::Baseline,
+}
+
+/// What a copy needs.
+pub(super) struct CopyWiring {
+    pub(super) id: CopyId,
+    pub(super) config: Config,
+    pub(super) disks: Option<(Vec<Replica>, MirroredDisks)>,
+    pub(super) vm: Sender<ToVm>,
+    pub(super) pair: Sender<ToPair>,
+    pub(super) events: Events,
+    pub(super) board: Board,
 }
 
 /// A copy under way, as the pair's thread sees it. Dropped, it is given up.
@@ -84,16 +118,10 @@ pub(super) struct Copying {
 
 impl Copying {
     /// Starts the thread. If that fails, it says so like a copy that fails later.
-    pub(super) fn start(
-        id: CopyId,
-        config: Config,
-        vm: Sender<ToVm>,
-        pair: Sender<ToPair>,
-        events: Events,
-        board: Board,
-    ) -> Self {
+    pub(super) fn start(wiring: CopyWiring) -> Self {
+        let CopyWiring { id, config, disks, vm, pair, events, board } = wiring;
         let (to, inbox) = channel();
-        let thread = Thread { id, inbox, answer: to.clone(), vm, pair: pair.clone(), events, board };
+        let thread = Thread { id, disks, inbox, answer: to.clone(), vm, pair: pair.clone(), events, board };
         if let Err(e) = std::thread::Builder::new().name("copy".into()).spawn(move || thread.run(config)) {
             let _ = pair.send(ToPair::Copy(id, CopyNews::Failed(format!("cannot start a thread: {e}"))));
         }
@@ -145,6 +173,7 @@ pub(super) fn say_done(events: &Events, report: &Report) {
 
 struct Thread {
     id: CopyId,
+    disks: Option<(Vec<Replica>, MirroredDisks)>,
     inbox: Receiver<ToCopy>,
     answer: Sender<ToCopy>,
     vm: Sender<ToVm>,
@@ -176,17 +205,24 @@ impl Thread {
             }
         };
         source.handle(now_ns(), Event::Room { bytes: room });
+        let mut disk_rounds = 0;
         loop {
             while let Some(action) = source.poll() {
                 match action {
                     Action::Send(bytes) => self.tell(CopyNews::Bytes(bytes)),
-                    Action::Collect => self.ask(Wanted::Collect),
+                    Action::Collect => {
+                        if let Err(e) = self.send_blocks(&mut source, &mut disk_rounds) {
+                            return self.tell(CopyNews::Failed(e.to_string()));
+                        }
+                        self.ask(Wanted::Collect);
+                    }
                     Action::Read { units, .. } => self.ask(Wanted::Read { units }),
                     Action::Cut { rest, most_bytes } => {
                         // Not zero: such memory would be mapped only when it is written to.
                         let mut buffer = vec![1; most_bytes as usize];
                         buffer.clear();
-                        self.ask(Wanted::Cut { rest, most_bytes, buffer });
+                        let disks = self.disks.as_ref().map(|(_, mirrored)| *mirrored);
+                        self.ask(Wanted::Cut { rest, most_bytes, buffer, disks });
                     }
                     Action::Slow { percent } => {
                         self.say_slow(percent);
@@ -203,6 +239,32 @@ impl Thread {
             }
             self.board.set_copy(Some(source.progress()));
         }
+    }
+
+    /// Sends what was written to disks since that was done last, if it is much: little is to be left for the cut. Takes the room it needs
+    /// from the machine's image, of which nothing is sent now.
+    fn send_blocks(&self, source: &mut Source, rounds: &mut u32) -> Result<()> {
+        let Some((replicas, mirrored)) = &self.disks else { return Ok(()) };
+        if *rounds == MAX_DISK_ROUNDS {
+            return Ok(());
+        }
+        *rounds += 1;
+        let mut room = source.take_room();
+        mirror::round(replicas, mirrored.mirror, &mut |pieces| {
+            while room < pieces.len() as u64 {
+                match self.inbox.recv() {
+                    Ok(ToCopy::Event(Event::Room { bytes })) => room += bytes,
+                    // Nothing else was asked for.
+                    Ok(ToCopy::Event(_) | ToCopy::Begun { .. }) => {}
+                    Ok(ToCopy::GiveUp) | Err(_) => return Err(Error::new("the copy is given up")),
+                }
+            }
+            room -= pieces.len() as u64;
+            self.tell(CopyNews::Blocks { pieces, in_room: true });
+            Ok(())
+        })?;
+        source.handle(now_ns(), Event::Room { bytes: room });
+        Ok(())
     }
 
     fn ask(&self, what: Wanted) {
@@ -252,7 +314,7 @@ pub(super) struct Copier {
 
 /// What the machine's thread knows besides the machine.
 pub(super) struct Surroundings<'a> {
-    pub(super) disk_bytes: &'a [u64],
+    pub(super) disks: &'a [Replica],
     pub(super) last_output: u64,
     pub(super) pair: &'a Sender<ToPair>,
 }
@@ -262,26 +324,27 @@ pub(super) fn slowed(copier: Option<&Copier>) -> u8 {
     copier.map_or(0, |copier| copier.slowed)
 }
 
-/// Does what a copy asks for. Once the cut is made, `baseline` knows what changes from there on.
+/// Does what a copy asks for. Once the cut is made, `baseline` knows what changes from there on. An error is one of this host's disks.
 pub(super) fn serve(
     copier: &mut Option<Copier>,
     baseline: &mut Option<Baseline>,
     machine: &mut Machine,
     ask: CopyAsk,
     around: &Surroundings,
-) {
+) -> Result<()> {
     // A copy that is given up wants no answer.
     let answer = |event| _ = ask.answer.send(ToCopy::Event(event));
     let fail = |e: Error| _ = around.pair.send(ToPair::Copy(ask.id, CopyNews::Failed(e.to_string())));
     if let Wanted::Begin = ask.what {
         drop_copier(copier, machine);
         *copier = Some(Copier { id: ask.id, consumer: machine.track_dirty("copy", Start::Nothing), slowed: 0 });
-        return match preface(machine, around) {
+        match preface(machine, around) {
             Ok(preface) => _ = ask.answer.send(ToCopy::Begun { preface, pages: machine.ram().flags().pages() }),
             Err(e) => fail(e),
-        };
+        }
+        return Ok(());
     }
-    let Some(current) = copier.as_mut().filter(|copier| copier.id == ask.id) else { return };
+    let Some(current) = copier.as_mut().filter(|copier| copier.id == ask.id) else { return Ok(()) };
     match ask.what {
         Wanted::Begin => {}
         Wanted::Collect => answer(Event::Dirty(vec![machine.take_dirty(current.consumer)])),
@@ -292,21 +355,32 @@ pub(super) fn serve(
         ))),
         Wanted::Slow { percent } => current.slowed = percent,
         Wanted::End => drop_copier(copier, machine),
-        Wanted::Cut { mut rest, most_bytes, mut buffer } => {
+        Wanted::Cut { mut rest, most_bytes, mut buffer, disks } => {
             let started = now_ns();
             let written = machine.take_dirty(current.consumer);
             rest.iter_mut().for_each(|rest| rest.join(&written));
             let pages = rest.first().map_or(0, PageSet::len);
             if pages as u64 * twinstep_machine::PAGE_SIZE > most_bytes {
-                return answer(Event::TooMuch(rest));
+                answer(Event::TooMuch(rest));
+                return Ok(());
             }
             let copied = rest.iter().map(|rest| copy(machine, std::mem::take(&mut buffer), rest.iter().map(|page| page as u64)));
             let copied = copied.collect();
             let state = match state(machine, around) {
                 Ok(state) => state,
-                Err(e) => return fail(e),
+                Err(e) => {
+                    fail(e);
+                    return Ok(());
+                }
             };
-            if let Some(before) = baseline.replace(Baseline::adopt(current.consumer)) {
+            if let Some(MirroredDisks { mirror, baseline }) = disks {
+                let Some((pieces, _)) = mirror::rest(around.disks, mirror, baseline)? else {
+                    fail(Error::new("the mirror of the disks was given up"));
+                    return Ok(());
+                };
+                let _ = around.pair.send(ToPair::Copy(ask.id, CopyNews::Blocks { pieces, in_room: false }));
+            }
+            if let Some(before) = baseline.replace(Baseline::adopt(current.consumer, around.disks.to_vec())) {
                 before.end(machine);
             }
             *copier = None;
@@ -315,6 +389,7 @@ pub(super) fn serve(
             answer(Event::Finished { copied, state, pause_ns: now_ns() - started });
         }
     }
+    Ok(())
 }
 
 fn drop_copier(copier: &mut Option<Copier>, machine: &mut Machine) {
@@ -334,7 +409,7 @@ fn copy(machine: &Machine, bytes: Vec<u8>, pages: impl Iterator<Item = u64>) -> 
 fn preface(machine: &Machine, around: &Surroundings) -> Result<Vec<u8>> {
     let what = "cannot say what the machine is";
     let mut writer = ImageWriter::new(Vec::new(), &build::image_metadata(machine), Compression::Stored).what(what)?;
-    writer.payload(&build::extra_payload(machine, around.disk_bytes, around.last_output, None)).what(what)?;
+    writer.payload(&build::extra_payload(machine, &disks::bytes(around.disks), around.last_output, None)).what(what)?;
     Ok(writer.finish().what(what)?.0)
 }
 
@@ -342,7 +417,7 @@ fn preface(machine: &Machine, around: &Surroundings) -> Result<Vec<u8>> {
 fn state(machine: &Machine, around: &Surroundings) -> Result<Vec<u8>> {
     let what = "cannot save the machine's state";
     let mut writer = ImageWriter::new(Vec::new(), &build::image_metadata(machine), Compression::Stored).what(what)?;
-    for payload in build::image_payloads(machine, around.disk_bytes, around.last_output, None) {
+    for payload in build::image_payloads(machine, &disks::bytes(around.disks), around.last_output, None) {
         writer.payload(&payload).what(what)?;
     }
     Ok(writer.finish().what(what)?.0)

@@ -55,7 +55,8 @@ impl Replayable for Forgetful {
             && self.next < position
         {
             if self.next > self.vm.position()
-                && let stopped @ (RunOutcome::Waiting | RunOutcome::Stopped(_)) = self.vm.run_to(self.next)
+                && let stopped @ (RunOutcome::Waiting | RunOutcome::Stopped(_) | RunOutcome::HostFailure(_)) =
+                    self.vm.run_to(self.next)
             {
                 return stopped;
             }
@@ -96,7 +97,7 @@ impl Replayable for Vm {
             Pause::DebugExit { status } => RunOutcome::Stopped(format!("the guest ended with status {status}")),
             Pause::Reset => RunOutcome::Stopped("the guest asked for a reset".into()),
             Pause::Crashed { reason } => RunOutcome::Stopped(format!("the guest crashed: {reason}")),
-            Pause::HostFailure(why) => RunOutcome::Stopped(format!("this host failed: {why}")),
+            Pause::HostFailure(why) => RunOutcome::HostFailure(format!("this host failed: {why}")),
         }
     }
     fn input(&mut self, input: Input) -> std::result::Result<(), String> {

@@ -1,41 +1,47 @@
-//! What makes a secondary equal to its primary again: the pages in which they differ, and all state but RAM.
+//! What makes a secondary equal to its primary again: the pages and the blocks of disks in which they differ, and all other state.
 //!
-//! *In*: on each side, which pages have changed since both were last known to be equal, and which have changed though nobody wrote to them; outputs that may not
+//! *In*: on each side, which pages and blocks have changed since both were last known to be equal, and which have changed though nobody wrote to them; outputs that may not
 //! have left. *Out*: a list for the wire, a delta, a machine that is the other. *Invariant*: after [`apply`] the digests of the whole state agree, or it
 //! fails. What comes from the network is checked before it is used.
 //!
-//! A delta is the data of outputs (their section's length first), then an image ([`twinstep_log::image`]) that holds the pages to replace, with a payload
+//! A delta is the data of outputs and the blocks of disks (each section with its length first), then an image ([`twinstep_log::image`]) that holds the pages to replace, with a payload
 //! of its own that lists them, for a page of zeroes has no place in an image. `docs/protocol-pair.md` has the layout.
-use std::io::Read;
-
 use minicbor::{Decode, Encode};
 use twinstep_log::{Compression, ImageItem, ImagePayload, ImageReader, ImageWriter};
 use twinstep_machine::{ConsumerId, Digest, Machine, Output, PAGE_SIZE, PageSet, Payload, Start};
 use twinstep_migrate::{Eras, changes as lists};
 use twinstep_pair::OutputId;
+use xxhash_rust::xxh3::xxh3_128;
 
 use super::build::{self, Extra};
+use super::mirror;
+use crate::disk::Replica;
 use crate::error::{Context, Error, Result};
 
 /// Kind of the payload that lists the delta's pages.
 const KIND: &str = "resync";
 const VERSION: u16 = 1;
+const UNUSABLE: &str = "what the standby says cannot be used";
+/// Bytes of blocks in a delta at most: it lies in memory on both sides.
+const MAX_BLOCKS_BYTES: usize = 1 << 30;
 
-/// Which pages have changed since the other side was last known to be equal.
+/// Which pages, and blocks of disks, have changed since the other side was last known to be equal.
 #[derive(Debug)]
 pub struct Baseline {
     consumer: ConsumerId,
+    disks: Vec<Replica>,
     eras: Eras,
 }
 
 impl Baseline {
     /// They are equal now.
-    pub fn new(machine: &mut Machine) -> Self {
-        Self::adopt(machine.track_dirty("resync", Start::Nothing))
+    pub fn new(machine: &mut Machine, disks: Vec<Replica>) -> Result<Self> {
+        disks.iter().try_for_each(|disk| disk.equal(None))?;
+        Ok(Self::adopt(machine.track_dirty("resync", Start::Nothing), disks))
     }
-    /// They were equal when this consumer was last asked.
-    pub fn adopt(consumer: ConsumerId) -> Self {
-        Self { consumer, eras: Eras::default() }
+    /// They were equal when this consumer was last asked, and the disks when they were told so.
+    pub fn adopt(consumer: ConsumerId, disks: Vec<Replica>) -> Self {
+        Self { consumer, disks, eras: Eras::default() }
     }
     /// Nobody is to be compared with any more.
     pub fn end(self, machine: &mut Machine) {
@@ -43,16 +49,19 @@ impl Baseline {
     }
     /// What changes from here on is told apart from what has changed so far: the other side will say whether it was equal here.
     pub fn mark(&mut self, machine: &mut Machine) {
+        self.disks.iter().for_each(|disk| disk.mark(machine.position()));
         self.eras.mark(machine.position(), machine.take_dirty(self.consumer));
     }
     /// The other side was equal at `position`.
     pub fn agreed(&mut self, position: u64) {
+        self.disks.iter().for_each(|disk| disk.agreed(position));
         self.eras.agreed(position);
     }
     /// They are equal where the machine stands.
-    pub fn equal(&mut self, machine: &mut Machine) {
+    pub fn equal(&mut self, machine: &mut Machine) -> Result<()> {
         machine.take_dirty(self.consumer);
         self.eras.clear();
+        self.disks.iter().try_for_each(|disk| disk.equal(None))
     }
     /// All that has changed.
     fn changed(&mut self, machine: &mut Machine) -> PageSet {
@@ -60,10 +69,10 @@ impl Baseline {
     }
 }
 
-/// What a side has to say of its RAM.
+/// What a side has to say of its RAM and its disks.
 #[derive(Debug)]
 pub struct Changes {
-    /// For the other side: pages and their hashes.
+    /// For the other side: pages and blocks, and their hashes.
     pub list: Vec<u8>,
     /// Pages that changed though nobody wrote to them: this side's memory is bad.
     pub damaged: Vec<usize>,
@@ -79,9 +88,43 @@ fn suspects(machine: &mut Machine, baseline: &mut Baseline, scrub: bool) -> (Pag
 }
 
 /// Looks what has changed in a machine that stands still.
-pub fn changes(machine: &mut Machine, baseline: &mut Baseline) -> Changes {
+pub fn changes(machine: &mut Machine, baseline: &mut Baseline) -> Result<Changes> {
     let (pages, damaged) = suspects(machine, baseline, true);
-    Changes { list: lists::list(&pages, machine.page_hashes()), damaged }
+    let hashes = machine.page_hashes();
+    let mut list = Vec::new();
+    lists::put_region(pages.iter().map(|page| (page, hashes[page])), &mut list);
+    for disk in &baseline.disks {
+        let hash = |block| Ok((block, xxh3_128(&disk.read_block(block)?)));
+        let blocks: Vec<_> = disk.changed().iter().map(hash).collect::<Result<_>>()?;
+        lists::put_region(blocks, &mut list);
+    }
+    Ok(Changes { list, damaged })
+}
+
+/// The blocks of the disks in which the two sides differ, as pieces; and how many.
+fn differing_blocks(baseline: &Baseline, list: &mut &[u8]) -> Result<(Vec<u8>, usize)> {
+    let (mut bytes, mut number) = (Vec::new(), 0);
+    for (index, disk) in baseline.disks.iter().enumerate() {
+        let theirs = lists::take_region(list, disk.blocks(), "block").what(UNUSABLE)?;
+        let mut suspects = disk.changed();
+        theirs.keys().for_each(|&block| suspects.insert(block));
+        for block in suspects.iter() {
+            let ours = disk.read_block(block)?;
+            if theirs.get(&block) != Some(&xxh3_128(&ours)) {
+                mirror::put_block(index, block, &ours, &mut bytes);
+                number += 1;
+            }
+            if bytes.len() > MAX_BLOCKS_BYTES {
+                return Err(Error::new(
+                    "the disks of the two sides differ in more than can be sent while the guest stands still",
+                ));
+            }
+        }
+    }
+    if !list.is_empty() {
+        return Err(Error::new("the standby's list of changes goes on after its end"));
+    }
+    Ok((bytes, number))
 }
 
 #[derive(Encode, Decode)]
@@ -99,10 +142,12 @@ struct Own {
 /// What the secondary lacks.
 #[derive(Debug)]
 pub struct Delta {
-    /// The image part.
+    /// The parts after the outputs: blocks, image.
     pub image: Vec<u8>,
     /// How many pages it has.
     pub pages: usize,
+    /// How many blocks of disks.
+    pub blocks: usize,
     /// See [`Changes::damaged`]; of the primary.
     pub damaged: Vec<usize>,
 }
@@ -114,13 +159,15 @@ pub struct Delta {
 pub fn delta(
     machine: &mut Machine,
     baseline: &mut Baseline,
-    theirs: &[u8],
+    mut theirs: &[u8],
     disk_bytes: &[u64],
     last_output: u64,
     scrub: bool,
 ) -> Result<Delta> {
     let total = machine.ram().flags().pages();
-    let theirs = lists::parse(theirs, total).what("what the standby says cannot be used")?;
+    let list = &mut theirs;
+    let theirs = lists::take_region(list, total, "page").what(UNUSABLE)?;
+    let (block_bytes, blocks) = differing_blocks(baseline, list)?;
     let (ours, damaged) = suspects(machine, baseline, scrub);
     let digest = machine.digest();
     let wanted = lists::differing(&ours, machine.page_hashes(), &theirs);
@@ -138,12 +185,15 @@ pub fn delta(
         writer.page(page as u64, machine.ram().page_bytes(page)).what(what)?;
     }
     let (image, _) = writer.finish().what(what)?;
-    baseline.equal(machine);
-    Ok(Delta { image, pages: pages.len(), damaged })
+    baseline.equal(machine)?;
+    let image = [&(block_bytes.len() as u64).to_le_bytes()[..], &block_bytes, &image].concat();
+    Ok(Delta { image, pages: pages.len(), blocks, damaged })
 }
 
-/// Makes a machine equal to the one the delta is of. Says what the delta knows beyond the machine, and how many pages were replaced.
-pub fn apply<R: Read>(machine: &mut Machine, image: R) -> Result<(Extra, usize)> {
+/// Makes a machine and its disks equal to those the delta is of. Says what the delta knows beyond the machine, and how many pages and blocks were replaced.
+pub fn apply(machine: &mut Machine, disks: &[Replica], delta: &[u8]) -> Result<(Extra, usize, usize)> {
+    let (blocks, image) = section(delta)?;
+    let blocks = mirror::take_blocks(blocks, disks)?;
     let mut reader = ImageReader::open(image).what("the primary's delta cannot be read")?;
     let metadata = reader.metadata().clone();
     let total = machine.ram().flags().pages();
@@ -187,7 +237,7 @@ pub fn apply<R: Read>(machine: &mut Machine, image: R) -> Result<(Extra, usize)>
     if !differs.is_empty() {
         return Err(Error::new(format!("after the resync the machine still differs in {}", differs.join(", "))));
     }
-    Ok((extra, numbers.len()))
+    Ok((extra, numbers.len(), blocks))
 }
 
 // ---- outputs on the wire ----
@@ -247,11 +297,16 @@ pub fn with_outputs<'a>(outputs: impl Iterator<Item = (OutputId, &'a Output)>, i
 
 /// The two parts of a delta.
 pub fn split(delta: &[u8]) -> Result<(NumberedOutputs, &[u8])> {
+    let (outputs, rest) = section(delta)?;
+    Ok((take_outputs(outputs)?, rest))
+}
+
+/// A section, which begins with its length, and what follows it.
+fn section(delta: &[u8]) -> Result<(&[u8], &[u8])> {
     let cut = || Error::new("the primary's delta is cut off");
     let (length, rest) = delta.split_first_chunk::<8>().ok_or_else(cut)?;
     let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| cut())?;
-    let section = rest.get(..length).ok_or_else(cut)?;
-    Ok((take_outputs(section)?, &rest[length..]))
+    rest.split_at_checked(length).ok_or_else(cut)
 }
 
 #[cfg(test)]
@@ -273,17 +328,17 @@ mod tests {
         std::array::from_fn(|_| {
             let mut machine = machine();
             machine.digest();
-            let baseline = Baseline::new(&mut machine);
+            let baseline = Baseline::new(&mut machine, Vec::new()).unwrap();
             (machine, baseline)
         })
     }
 
     fn resync(pair: &mut [(Machine, Baseline); 2]) -> (Delta, usize) {
         let [(primary, ours), (secondary, theirs)] = pair;
-        let list = changes(secondary, theirs).list;
+        let list = changes(secondary, theirs).unwrap().list;
         let delta = delta(primary, ours, &list, &[], 5, true).unwrap();
-        let (extra, pages) = apply(secondary, &delta.image[..]).unwrap();
-        theirs.equal(secondary);
+        let (extra, pages, _) = apply(secondary, &theirs.disks, &delta.image).unwrap();
+        theirs.equal(secondary).unwrap();
         assert_eq!(extra.last_output, 5);
         assert!(primary.digest().differences(&secondary.digest()).is_empty());
         (delta, pages)
@@ -307,11 +362,35 @@ mod tests {
     }
 
     #[test]
+    fn blocks_that_differ_travel_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut pair = pair();
+        for (side, (machine, baseline)) in pair.iter_mut().enumerate() {
+            let disk = Replica::create(&dir.path().join(format!("{side}.img")), None, 1 << 20).unwrap();
+            *baseline = Baseline::new(machine, vec![disk]).unwrap();
+        }
+        let write = |pair: &[(Machine, Baseline); 2], side: usize, block: usize, byte: u8| {
+            pair[side].1.disks[0].write_block(block, &[byte; 65536]).unwrap();
+        };
+        // Both alike; each alone; both differently.
+        (0..2).for_each(|side| write(&pair, side, 1, 9));
+        write(&pair, 0, 2, 9);
+        write(&pair, 1, 3, 9);
+        (0..2).for_each(|side| write(&pair, side, 4, side as u8 + 1));
+        assert_eq!(resync(&mut pair).0.blocks, 3);
+        for block in 0..16 {
+            let [ours, theirs] = pair.each_ref().map(|(_, baseline)| baseline.disks[0].read_block(block).unwrap());
+            assert!(ours == theirs, "block {block}");
+        }
+        assert_eq!(resync(&mut pair).0.blocks, 0, "now they are equal");
+    }
+
+    #[test]
     fn bits_that_flipped_are_found_and_whose_they_are() {
         let mut pair = pair();
         assert!(pair[1].0.flip(Bit::Ram(9 * 4096, 0)));
-        let found = changes(&mut pair[1].0, &mut Baseline::new(&mut machine()));
-        assert_eq!((found.damaged, found.list.len()), (vec![9], lists::ENTRY_BYTES));
+        let found = changes(&mut pair[1].0, &mut Baseline::new(&mut machine(), Vec::new()).unwrap()).unwrap();
+        assert_eq!((found.damaged, found.list.len()), (vec![9], 4 + lists::ENTRY_BYTES));
         let mut pair = self::pair();
         assert!(pair[0].0.flip(Bit::Ram(9 * 4096, 0)) && pair[1].0.flip(Bit::Ram(10 * 4096, 0)));
         let (delta, pages) = resync(&mut pair);
@@ -354,18 +433,18 @@ mod tests {
     #[test]
     fn lists_and_deltas_of_strangers_are_refused() {
         let [(mut primary, mut ours), (mut secondary, _)] = pair();
-        let mut list = u32::MAX.to_le_bytes().to_vec();
+        let mut list = [1u32.to_le_bytes(), u32::MAX.to_le_bytes()].concat();
         list.extend([0; 16]);
         let refused = delta(&mut primary, &mut ours, &list, &[], 0, true).unwrap_err().to_string();
         assert!(refused.contains("has changed; there are 16384"), "{refused}");
-        assert!(delta(&mut primary, &mut ours, &list[..19], &[], 0, true).unwrap_err().to_string().contains("cut off"));
+        assert!(delta(&mut primary, &mut ours, &list[..23], &[], 0, true).unwrap_err().to_string().contains("cut off"));
         // Something nobody told of differs: the digest finds it.
         secondary.write_ram_page(77, &[3; 4096]);
-        let delta = delta(&mut primary, &mut ours, &[], &[], 0, true).unwrap();
-        let refused = apply(&mut secondary, &delta.image[..]).unwrap_err().to_string();
+        let delta = delta(&mut primary, &mut ours, &[0; 4], &[], 0, true).unwrap();
+        let refused = apply(&mut secondary, &[], &delta.image).unwrap_err().to_string();
         assert!(refused.contains("still differs in ram"), "{refused}");
         let mut other = Machine::new(Config { ram_mib: 128, ..Config::default() }, Vec::new()).unwrap();
-        assert!(apply(&mut other, &delta.image[..]).unwrap_err().to_string().contains("16384 pages, not 32768"));
-        assert!(apply(&mut secondary, &delta.image[..100]).is_err());
+        assert!(apply(&mut other, &[], &delta.image).unwrap_err().to_string().contains("16384 pages, not 32768"));
+        assert!(apply(&mut secondary, &[], &delta.image[..100]).is_err());
     }
 }

@@ -12,22 +12,22 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, json};
 use twinstep_machine::offload::LargeSegment;
-use twinstep_machine::{BootError, ConfigError, Disk, DiskError, Input, MAX_FRAME, Machine, Output};
+use twinstep_machine::{BootError, ConfigError, Input, MAX_FRAME, Machine, Output};
 use twinstep_pair::{
     Claim, Config as PairConfig, Epoch, Healer, Nanos, OwnerId, Primary, PrimaryEvent, PrimarySetup, Verdict, VmId, VmIdentity,
 };
 
-use super::build::DiskExtra;
-use super::healing::{Connect, ONLY_FIRST, Standbys};
+use super::disks;
+use super::healing::{Connect, Standbys};
 use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
 use super::pairing::{PairThread, PairWiring};
 use super::replay;
-use super::spec::{Cable, DiskSpec, VmSpec};
+use super::spec::{Cable, VmSpec};
 use super::standby;
 use crate::arbiter::{self, ArbiterSpec};
 use crate::channel::{self, Channel, Security};
 use crate::control::Control;
-use crate::disk::RawDisk;
+use crate::disk::{Replica, Writer};
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
 use crate::guest::Network;
@@ -78,6 +78,8 @@ pub struct RunOptions {
     pub perf_map: bool,
     /// Whoever may ask may also break the VM on purpose.
     pub debug_faults: bool,
+    /// Start from disk images that are not the newest of their disk.
+    pub force_stale_disk: bool,
 }
 
 /// What a session came to.
@@ -87,46 +89,6 @@ pub struct SessionEnd {
     pub end: End,
     /// What was logged.
     pub stats: RunStats,
-}
-
-/// A raw image as the machine's disk.
-#[derive(Debug)]
-struct FileDisk(RawDisk);
-
-impl Disk for FileDisk {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> std::result::Result<(), DiskError> {
-        self.0.read_at(offset, data).map_err(|e| DiskError(e.to_string()))
-    }
-    fn write_at(&mut self, offset: u64, data: &[u8]) -> std::result::Result<(), DiskError> {
-        self.0.write_at(offset, data).map_err(|e| DiskError(e.to_string()))
-    }
-    fn flush(&mut self) -> std::result::Result<(), DiskError> {
-        self.0.flush().map_err(|e| DiskError(e.to_string()))
-    }
-}
-
-/// Opens the disks of a spec.
-pub fn open_disks(specs: &[DiskSpec]) -> Result<Vec<Box<dyn Disk>>> {
-    specs.iter().map(|d| Ok(Box::new(FileDisk(RawDisk::open(&d.path, d.access())?)) as Box<dyn Disk>)).collect()
-}
-
-/// Opens the disks that an image's machine wants from those of a spec, and refuses others.
-pub fn open_matching_disks(specs: &[DiskSpec], wanted: &[DiskExtra]) -> Result<Vec<Box<dyn Disk>>> {
-    if specs.len() != wanted.len() {
-        return Err(Error::new(format!("the machine has {} disks, {} were given", wanted.len(), specs.len()))
-            .next("give --disk once for each, in the same order"));
-    }
-    let disks = open_disks(specs)?;
-    for ((spec, disk), want) in specs.iter().zip(&disks).zip(wanted) {
-        if disk.size() != want.bytes {
-            let what = format!("{} has {} bytes, the machine's disk {}", spec.path.display(), disk.size(), want.bytes);
-            return Err(Error::new(what).next("give a copy of the image the machine started with"));
-        }
-    }
-    Ok(disks)
 }
 
 /// The arbiter as the pair asks it.
@@ -285,9 +247,9 @@ fn read_file(path: &Path, what: &str) -> Result<Vec<u8>> {
 }
 
 /// A machine at power-on, or from a snapshot. Also says how many outputs it had made.
-fn make_machine(spec: &VmSpec, options: &RunOptions) -> Result<(Machine, u64)> {
+fn make_machine(spec: &VmSpec, options: &RunOptions, replicas: &[Replica]) -> Result<(Machine, u64)> {
     if let Some(snapshot) = &options.from {
-        let (machine, extra) = replay::load_snapshot(snapshot, &mut |wanted| open_matching_disks(&spec.disk, wanted), &|_| {})?;
+        let (machine, extra) = replay::load_snapshot(snapshot, &mut |wanted| disks::matching(replicas, wanted), &|_| {})?;
         return Ok((machine, extra.last_output));
     }
     let kernel = spec.kernel.as_ref().ok_or_else(|| {
@@ -295,7 +257,7 @@ fn make_machine(spec: &VmSpec, options: &RunOptions) -> Result<(Machine, u64)> {
     })?;
     let image = read_file(kernel, "kernel")?;
     let initrd = spec.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
-    let mut machine = Machine::new(spec.config(), open_disks(&spec.disk)?).map_err(cannot_build)?;
+    let mut machine = Machine::new(spec.config(), disks::of_machine(replicas)).map_err(cannot_build)?;
     if spec.debug_exit {
         machine.add_debug_exit();
     }
@@ -354,12 +316,15 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         metrics::serve(address, control.inquiry(), events)?;
     }
     answer_questions(&control, side, &to_vm);
-    let (machine, last_output) = make_machine(spec, options)?;
-    let disk_bytes: Vec<u64> = spec
-        .disk
-        .iter()
-        .map(|d| std::fs::metadata(&d.path).map(|m| m.len()).at("look at the disk", &d.path))
-        .collect::<Result<_>>()?;
+    let vm = VmId(identity::random_id());
+    let owner = OwnerId(identity::random_id());
+    let replicas = disks::open(&spec.disk)?;
+    if !options.force_stale_disk {
+        let arbiter = options.arbiter.as_ref().map(ArbiterSpec::open).transpose()?;
+        replicas.iter().try_for_each(|replica| replica.check_newest(arbiter.as_deref()))?;
+    }
+    let (machine, last_output) = make_machine(spec, options, &replicas)?;
+    let disk_bytes = disks::bytes(&replicas);
     let digest_interval = options.digest_interval.unwrap_or(DIGEST_INTERVAL);
     // The arbiter and the standby are asked first: a VM that was to be protected does not start unprotected by mistake. A standby
     // serves the first who connects, so nothing that can be refused comes after.
@@ -385,10 +350,11 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             to_vm.send(ToVm::Input(input)).expect("the inbox is ours");
         }
     }
+    let writer = Writer { vm: vm.0, epoch: Epoch::FIRST.0, owner: owner.0 };
+    replicas.iter().try_for_each(|replica| replica.begin(writer, !options.protect.is_empty()))?;
     let pair = match standby.zip(arbiter) {
         None => None,
         Some(((place, stream), arbiter)) => {
-            let vm = VmId(identity::random_id());
             control.board().set_vm(vm);
             control.board().set_peer(stream.peer().map(|address| address.to_string()));
             let primary = Primary::new(PrimarySetup {
@@ -400,7 +366,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                     ram_bytes: u64::from(machine.config().ram_mib) << 20,
                 },
                 host: identity::host(),
-                owner: OwnerId(identity::random_id()),
+                owner,
                 epoch: Epoch::FIRST,
                 last_output,
                 last_left: last_output,
@@ -411,14 +377,12 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             Some(PairThread::start(PairWiring {
                 primary,
                 stream: Some(stream),
-                standbys: Standbys {
-                    healer,
-                    connect: reaching(&options.security),
-                    only_first: spec.disk.iter().any(|disk| !disk.read_only),
-                },
+                standbys: Standbys { healer, connect: reaching(&options.security) },
                 arbiter,
                 outlet: outside.outlet(control.board())?,
                 vm: to_vm.clone(),
+                disks: replicas.clone(),
+                writer,
                 events: events.clone(),
                 board: control.board().clone(),
                 copy: options.copy,
@@ -432,13 +396,13 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         pair: pair.as_ref().map(|pair| pair.sender.clone()),
         events: events.clone(),
         digest_interval: if options.record.is_some() || !options.protect.is_empty() { digest_interval } else { 0 },
-        disk_bytes,
+        disks: replicas.clone(),
         last_output,
         waiting,
         perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(machine, wiring);
-    say_end(&end, &stats, pair, events);
+    end_in_order(&end, &stats, pair, &replicas, events)?;
     Ok(SessionEnd { end, stats })
 }
 
@@ -520,19 +484,16 @@ pub fn run_live(
         // This host was told better.
         healer.replace(options.protect.iter().cloned());
     }
-    let writes = live.extra.disks.iter().any(|disk| !disk.read_only);
     let pair = match &options.arbiter {
-        _ if writes => {
-            events.say("unprotected", ONLY_FIRST);
-            None
-        }
         Some(arbiter) if healer.places().next().is_some() => Some(PairThread::start(PairWiring {
             primary,
             stream: None,
-            standbys: Standbys { healer, connect: reaching(&options.security), only_first: false },
+            standbys: Standbys { healer, connect: reaching(&options.security) },
             arbiter: open_arbiter(arbiter, events)?,
             outlet: outside.outlet(control.board())?,
             vm: to_vm.clone(),
+            disks: live.disks.clone(),
+            writer: live.writer,
             events: events.clone(),
             board: control.board().clone(),
             copy: options.copy,
@@ -549,24 +510,27 @@ pub fn run_live(
         pair: pair.as_ref().map(|pair| pair.sender.clone()),
         events: events.clone(),
         digest_interval: if pair.is_some() { DIGEST_INTERVAL } else { 0 },
-        disk_bytes: live.extra.disks.iter().map(|d| d.bytes).collect(),
+        disks: live.disks.clone(),
         last_output: live.last_output,
         waiting,
         perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(live.machine, wiring);
-    say_end(&end, &stats, pair, events);
+    end_in_order(&end, &stats, pair, &live.disks, events)?;
     Ok(SessionEnd { end, stats })
 }
 
-/// Waits for the pair, and tells people how it ended.
-fn say_end(end: &End, stats: &RunStats, pair: Option<PairThread>, events: &Events) {
+/// Waits for the pair, tells people how it ended, and closes the disks unless the VM goes on elsewhere or nobody knows.
+fn end_in_order(end: &End, stats: &RunStats, pair: Option<PairThread>, disks: &[Replica], events: &Events) -> Result<()> {
     let mut figures = log_figures(stats);
+    let mut in_order = !matches!(end, End::HostFailure(_));
     if let Some(pair) = pair {
         let report = pair.join();
+        in_order &= report.in_order;
         figures.insert("held_outputs".into(), json!(report.held_outputs));
         figures.insert("held_mean_ns".into(), json!(report.held_sum_ns.checked_div(report.held_outputs).unwrap_or(0)));
         figures.insert("held_max_ns".into(), json!(report.held_max_ns));
     }
     events.say_with("ended", end.text(), figures);
+    if in_order { disks.iter().try_for_each(Replica::close) } else { Ok(()) }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 use twinstep_machine::{Config, DiskConfig};
 
 use crate::channel::ChannelOptions;
-use crate::disk::Access;
+use crate::disk::{Access, Format};
 use crate::error::{Context, Error, Result};
 use crate::passt::Forward;
 
@@ -87,11 +87,13 @@ macro_rules! from_text {
     };
 }
 
-/// A disk: `PATH[,ro][,serial=TEXT]`.
+/// A disk: `PATH[,format=raw|qcow2][,ro][,serial=TEXT]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskSpec {
-    /// The raw image.
+    /// The image.
     pub path: PathBuf,
+    /// Its format, if it is said.
+    pub format: Option<Format>,
     /// How it is opened.
     pub read_only: bool,
     /// Serial number the guest sees.
@@ -104,14 +106,16 @@ impl FromStr for DiskSpec {
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(',');
         let path = PathBuf::from(parts.next().unwrap_or_default());
-        let mut spec = Self { path, read_only: false, serial: String::new() };
+        let mut spec = Self { path, format: None, read_only: false, serial: String::new() };
         for part in parts {
             match part.split_once('=') {
                 None if part == "ro" => spec.read_only = true,
                 Some(("serial", serial)) => spec.serial = serial.to_owned(),
+                Some(("format", "raw")) => spec.format = Some(Format::Raw),
+                Some(("format", "qcow2")) => spec.format = Some(Format::Qcow2),
                 _ => {
                     return Err(Error::new(format!("'{part}' in the disk '{text}' means nothing"))
-                        .next("write it as PATH, PATH,ro or PATH,serial=TEXT"));
+                        .next("write it as PATH, PATH,ro, PATH,serial=TEXT, PATH,format=raw or PATH,format=qcow2"));
                 }
             }
         }
@@ -268,7 +272,10 @@ mod tests {
         }
         let disk: DiskSpec = "/a/b.img,ro,serial=x".parse().unwrap();
         assert!(disk.read_only && disk.serial == "x");
+        assert_eq!(disk.format, None);
+        assert_eq!("/a,format=qcow2".parse::<DiskSpec>().unwrap().format, Some(Format::Qcow2));
         assert!("/a,rw".parse::<DiskSpec>().is_err());
+        assert!("/a,format=vmdk".parse::<DiskSpec>().is_err());
     }
 
     #[test]

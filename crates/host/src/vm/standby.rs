@@ -9,23 +9,23 @@ use serde_json::{Map, json};
 use twinstep_machine::{Config, Machine, Output};
 use twinstep_pair::{
     Arbiter, Epoch, Healer, Nanos, OutputId, Primary, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq,
-    StopReason, Verdict,
+    StopReason, Verdict, VmId,
 };
 
-use super::build::{DiskExtra, Extra};
+use super::build::Extra;
 use super::follow::{Follower, Replayed, ToReplay};
+use super::mirror::Target;
 use super::pairing::{Asker, Closing, Connection};
 use super::resync::Changes;
+use super::spec::DiskSpec;
 use crate::channel::Channel;
 use crate::control::Control;
+use crate::disk::{Replica, Writer};
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
 use crate::signals::Signals;
 use crate::status::board::Board;
 use crate::status::meter::Meter;
-
-/// Makes the replica disks that an image's machine wants.
-pub type Disks = Box<dyn FnMut(&[DiskExtra]) -> Result<Vec<Box<dyn twinstep_machine::Disk>>> + Send>;
 
 /// What a standby works with.
 pub struct StandbyWiring {
@@ -35,8 +35,10 @@ pub struct StandbyWiring {
     pub stream: Channel,
     /// The arbiter.
     pub arbiter: Box<dyn Arbiter + Send>,
-    /// Replica disks.
-    pub disks: Disks,
+    /// Where the disks are on this host. An image that is not there is made.
+    pub disks: Vec<DiskSpec>,
+    /// Overwrite images that are newer than the primary's, or of another disk.
+    pub force_stale_disk: bool,
     /// Cables for so many network cards.
     pub cables: usize,
     /// Events.
@@ -53,6 +55,10 @@ pub struct StandbyWiring {
 pub struct Live {
     /// The machine, at the end of the log.
     pub machine: Machine,
+    /// Its disks.
+    pub disks: Vec<Replica>,
+    /// Who writes to them from now on.
+    pub writer: Writer,
     /// What the image said of it.
     pub extra: Extra,
     /// Outputs to send again, in order.
@@ -86,6 +92,8 @@ pub(super) enum ToStandby {
         last_output: OutputId,
         took_ns: u64,
     },
+    /// For the primary, during the initial copy.
+    Report(Vec<u8>),
     /// An output was made, the same as the primary's.
     Output(OutputId),
     /// The whole state was the same there.
@@ -101,11 +109,12 @@ pub(super) enum ToStandby {
         detail: Vec<u8>,
         changes: Changes,
     },
-    /// The machine is the primary's again: so many pages were replaced.
+    /// The machine is the primary's again: so many pages, and blocks of disks, were replaced.
     Resynced {
         position: u64,
         last_output: OutputId,
         pages: usize,
+        blocks: usize,
         took_ns: u64,
     },
     Replayed {
@@ -123,7 +132,9 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
     let (replay, replay_inbox) = channel();
     let peer = wiring.stream.peer().map(|address| address.to_string());
     let connection = Connection::start(wiring.stream, sender.clone(), ToStandby::Bytes, ToStandby::Closed)?;
-    let follower = Follower::new(replay_inbox, sender.clone(), wiring.disks, wiring.cables, wiring.tune);
+    let target = Target::new(wiring.disks, wiring.force_stale_disk, wiring.setup.owner.0);
+    let owner = wiring.setup.owner.0;
+    let follower = Follower::new(replay_inbox, sender.clone(), target, wiring.cables, wiring.tune);
     std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
     let asked = replay.clone();
     wiring.control.serve("standby", move |ask| asked.send(ToReplay::Ask(ask)).is_ok());
@@ -137,6 +148,8 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
         meter: Meter::new(board.clone(), now_ns()),
         board,
         secondary,
+        owner,
+        vm: VmId::default(),
         connection: Some(connection),
         closing: Closing::default(),
         asker: Asker::new(wiring.arbiter, sender, ToStandby::Verdict),
@@ -151,6 +164,10 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
 
 struct Driver {
     secondary: Secondary,
+    /// This process.
+    owner: [u8; 16],
+    /// Whose standby it is.
+    vm: VmId,
     connection: Option<Connection>,
     closing: Closing,
     asker: Asker<ToStandby>,
@@ -222,6 +239,7 @@ impl Driver {
                 SecondaryEvent::ImageRestored { position, last_output }
             }
             ToStandby::Taken(bytes) => SecondaryEvent::ImageTaken { bytes },
+            ToStandby::Report(bytes) => SecondaryEvent::CopyReport(bytes),
             ToStandby::Output(id) => SecondaryEvent::Output { id },
             ToStandby::Agreed(position) => SecondaryEvent::Agreed { position },
             ToStandby::StateDiffers(position, text) => {
@@ -246,10 +264,16 @@ impl Driver {
                 let damaged = changes.damaged.len() as u64;
                 SecondaryEvent::Mismatch { output, position, damaged, detail, changed: changes.list }
             }
-            ToStandby::Resynced { position, last_output, pages, took_ns } => {
-                let figures = Map::from_iter([("pages".to_owned(), json!(pages)), ("took_ns".to_owned(), json!(took_ns))]);
-                let text =
-                    format!("{pages} pages replaced in {:.1} ms; the machine is the primary's again", took_ns as f64 / 1e6);
+            ToStandby::Resynced { position, last_output, pages, blocks, took_ns } => {
+                let figures = Map::from_iter([
+                    ("pages".to_owned(), json!(pages)),
+                    ("blocks".to_owned(), json!(blocks)),
+                    ("took_ns".to_owned(), json!(took_ns)),
+                ]);
+                let text = format!(
+                    "{pages} pages and {blocks} blocks replaced in {:.1} ms; the machine is the primary's again",
+                    took_ns as f64 / 1e6
+                );
                 self.events.say_with("resynced", text, figures);
                 self.board.resynced();
                 SecondaryEvent::ImageRestored { position, last_output }
@@ -281,6 +305,7 @@ impl Driver {
                 }
                 SecondaryAction::Prepare(hello) => {
                     self.board.set_vm(hello.vm.vm);
+                    self.vm = hello.vm.vm;
                     let (vm, name, mib, cpu_model) = (hello.vm.vm, hello.vm.name, hello.vm.ram_bytes >> 20, hello.vm.cpu_model);
                     // Before the image travels: a host that cannot run the model has no use for it.
                     match (Config { cpu_model: cpu_model.clone(), ..Config::default() }).cpu() {
@@ -307,6 +332,9 @@ impl Driver {
                 }
                 SecondaryAction::GoLive { epoch, reissue } => self.go_live(epoch, reissue),
                 SecondaryAction::Stop(reason) => {
+                    if matches!(reason, StopReason::PeerEnded { .. }) {
+                        self.end_with_primary();
+                    }
                     self.events.say("stopped", reason.to_string());
                     self.outcome = Some(match self.failure.take() {
                         Some(failure) => Err(Error::new(format!("this standby cannot follow the primary any more: {failure}"))),
@@ -318,19 +346,40 @@ impl Driver {
         }
     }
 
+    /// The primary has ended in good order: the log is replayed to its end, so that the disks here are equal to those there.
+    fn end_with_primary(&mut self) {
+        let (answer, ended) = channel();
+        self.tell_replay(ToReplay::End { answer });
+        match ended.recv() {
+            Ok(Ok(true)) => {
+                self.events.say("closed", "the log is replayed to its end; the disks are closed, equal to the primary's")
+            }
+            Ok(Ok(false)) => {}
+            Ok(Err(e)) => self.events.say("closed", format!("the disks may differ from the primary's: {e}")),
+            // It has failed before, and said so.
+            Err(_) => {}
+        }
+    }
+
     fn go_live(&mut self, epoch: Epoch, reissue: Range<OutputId>) {
         let (answer, live) = channel();
         self.tell_replay(ToReplay::Finish { reissue, answer });
         let replayed = live.recv().unwrap_or_else(|_| Err(Error::new("the replay is gone")));
         let live = replayed.map(|replayed| {
-            let Replayed { machine, extra, reissue, last_output } = replayed;
-            Live { machine, extra, reissue, last_output, epoch, primary: self.secondary.clone().into_primary() }
+            let Replayed { machine, disks, extra, reissue, last_output } = replayed;
+            let writer = Writer { vm: self.vm.0, epoch: epoch.0, owner: self.owner };
+            Live { machine, disks, writer, extra, reissue, last_output, epoch, primary: self.secondary.clone().into_primary() }
         });
         if let Ok(live) = &live {
             let figures = Map::from_iter([("position".to_owned(), json!(live.machine.position()))]);
             self.events.say_with("consumed", format!("the log is consumed, to position {}", live.machine.position()), figures);
         }
-        self.outcome = Some(live.map(|live| Outcome::Live(Box::new(live))));
+        // Before it writes anything on its own.
+        let noted = live.and_then(|live| {
+            live.disks.iter().try_for_each(|disk| disk.alone(epoch.0, Some(self.owner)))?;
+            Ok(live)
+        });
+        self.outcome = Some(noted.map(|live| Outcome::Live(Box::new(live))));
     }
 
     fn tell_replay(&mut self, message: ToReplay) {

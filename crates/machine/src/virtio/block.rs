@@ -10,6 +10,7 @@ use crate::payload::{Payload, RestoreError};
 use minicbor::{Decode, Encode};
 use std::collections::VecDeque;
 use vm_memory::{Bytes, GuestAddress};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 const REQUESTS: usize = 0;
 const QUEUE_SIZES: [u16; 1] = [256];
@@ -52,10 +53,16 @@ struct Done {
     status_address: u64,
 }
 
+/// The payload's version from which on it has [`Block::written`].
+const WITH_WRITTEN: u16 = 2;
+
 /// One disk.
 #[derive(Debug)]
 pub(crate) struct Block {
     disk: Box<dyn Disk>,
+    /// A running hash of all that was written and where: what is on the disk is part of the machine's state, and so part of its digest. `None` for a disk that was restored
+    /// from a payload without, so that old recordings replay with equal digests.
+    written: Option<u64>,
     sectors: u64,
     read_only: bool,
     id: [u8; ID_LEN],
@@ -70,7 +77,14 @@ impl Block {
         let mut id = [0; ID_LEN];
         let n = config.serial.len().min(ID_LEN);
         id[..n].copy_from_slice(&config.serial.as_bytes()[..n]);
-        Self { sectors: disk.size() / SECTOR, disk, read_only: config.read_only, id, in_flight: VecDeque::new() }
+        Self {
+            sectors: disk.size() / SECTOR,
+            disk,
+            written: Some(0),
+            read_only: config.read_only,
+            id,
+            in_flight: VecDeque::new(),
+        }
     }
 
     /// Byte offset of `len` bytes at `sector`, if they are whole sectors of this disk.
@@ -107,6 +121,7 @@ impl Block {
             TYPE_OUT => match self.range(sector, data.len() as u64) {
                 Ok(offset) => {
                     self.disk.write_at(offset, data)?;
+                    self.written = self.written.map(|before| xxh3_64_with_seed(data, before.wrapping_add(sector)));
                     Ok(0)
                 }
                 Err(status) => Err(status),
@@ -133,6 +148,15 @@ fn status_address(chain: &Chain) -> Option<u64> {
 impl VirtioDevice for Block {
     fn kind(&self) -> &'static str {
         "virtio-block"
+    }
+    fn newest_version(&self) -> u16 {
+        WITH_WRITTEN
+    }
+    fn version(&self) -> u16 {
+        if self.written.is_some() { WITH_WRITTEN } else { 1 }
+    }
+    fn become_version(&mut self, version: u16) {
+        self.written = (version >= WITH_WRITTEN).then_some(0);
     }
     fn device_type(&self) -> u16 {
         2
@@ -198,10 +222,16 @@ impl VirtioDevice for Block {
 
     fn save(&self) -> Vec<u8> {
         let in_flight: Vec<Done> = self.in_flight.iter().cloned().collect();
-        Payload::encode("", 1, &(self.sectors, in_flight)).bytes
+        match self.written {
+            Some(written) => Payload::encode("", WITH_WRITTEN, &(self.sectors, in_flight, written)).bytes,
+            None => Payload::encode("", 1, &(self.sectors, in_flight)).bytes,
+        }
     }
     fn restore(&mut self, payload: &Payload, bytes: &[u8]) -> Result<(), RestoreError> {
-        let (sectors, in_flight): (u64, Vec<Done>) = payload.decode_part(bytes)?;
+        let (sectors, in_flight, written): (u64, Vec<Done>, _) = match self.written {
+            Some(_) => payload.decode_part(bytes).map(|(sectors, in_flight, written)| (sectors, in_flight, Some(written)))?,
+            None => payload.decode_part(bytes).map(|(sectors, in_flight)| (sectors, in_flight, None))?,
+        };
         if sectors != self.sectors {
             return Err(payload.invalid(format!("its disk has {sectors} sectors, this machine's {}", self.sectors)));
         }
@@ -209,6 +239,7 @@ impl VirtioDevice for Block {
             return Err(payload.invalid("impossible requests are in flight"));
         }
         self.in_flight = in_flight.into();
+        self.written = written;
         Ok(())
     }
 }

@@ -159,3 +159,28 @@ fn another_disks_state_is_refused() {
     let error = other.restore(&mut Payloads::new(vec![d.pci.save()]).unwrap()).unwrap_err();
     assert!(error.to_string().contains("virtio-block0"), "{error}");
 }
+
+/// Two disks of which different things were written are different machines, although nothing else differs.
+#[test]
+fn what_was_written_is_part_of_the_state() {
+    let saved = |data: u8, sector: u64| {
+        let mut d = disk(false);
+        request(&mut d, TYPE_OUT, sector, &[data; 512], &[]);
+        d.with(|device, _| device.save().bytes)
+    };
+    assert_eq!(saved(1, 4), saved(1, 4));
+    assert_ne!(saved(1, 4), saved(2, 4));
+    assert_ne!(saved(1, 4), saved(1, 5));
+}
+
+#[test]
+fn a_disk_of_old_stays_one() {
+    let old = Payload::encode("virtio-block0", 1, &(64u64, Vec::<Done>::new()));
+    let mut block = Block::new(Box::new(MemoryDisk(vec![0; 64 * 512])), &config(false));
+    assert_eq!(block.version(), WITH_WRITTEN);
+    block.become_version(1);
+    block.restore(&old, &old.bytes).unwrap();
+    assert_eq!((block.version(), block.save()), (1, old.bytes.clone()));
+    let mut new = Block::new(Box::new(MemoryDisk(vec![0; 64 * 512])), &config(false));
+    assert!(new.restore(&old, &old.bytes).is_err(), "the transport says which version it is");
+}

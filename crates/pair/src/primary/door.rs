@@ -99,6 +99,8 @@ pub enum PrimaryAction {
         /// What has changed in the secondary since the two machines were last known to be equal, in the host's words.
         changed: Vec<u8>,
     },
+    /// What the secondary's host says of the initial copy, in its words.
+    CopyReport(Vec<u8>),
     /// The two machines were equal there, in all of their state: what changed before needs not be remembered for a resync.
     Agreed {
         /// Where.

@@ -266,6 +266,7 @@ impl Primary {
             (Copying | Protected | Resyncing, Message::Ack(ack)) => self.on_ack(now, &ack),
             (Copying | Resyncing, Message::ImageReady { position }) => self.on_image_ready(now, position),
             (Copying | Protected | Resyncing, Message::Heartbeat { .. }) => {}
+            (Copying, Message::CopyReport(bytes)) => self.actions.push_back(PrimaryAction::CopyReport(bytes)),
             (Copying | Protected, Message::Changed(bytes)) => self.on_changed(now, &bytes),
             (Copying, Message::Mismatch { output, .. }) => {
                 self.lose_peer(now, &format!("the standby makes another output {output} before protection has started"));

@@ -11,11 +11,13 @@ use crate::wire::{Ack, Message};
 
 /// What a secondary can have changed at most, in bytes of its list a page of RAM.
 const CHANGED_BYTES_PER_PAGE: u64 = 32;
+/// And beyond its RAM: on disks, of which nothing is known here.
+const CHANGED_BYTES_ELSEWHERE: u64 = 64 << 20;
 
 impl Primary {
     pub(super) fn on_changed(&mut self, now: Nanos, bytes: &[u8]) {
         self.changed.extend(bytes);
-        let most = self.setup.vm.ram_bytes / 4096 * CHANGED_BYTES_PER_PAGE + (1 << 20);
+        let most = self.setup.vm.ram_bytes / 4096 * CHANGED_BYTES_PER_PAGE + CHANGED_BYTES_ELSEWHERE;
         if self.changed.len() as u64 > most {
             self.lose_peer(now, "the standby says that more has changed than there is");
         }

@@ -497,8 +497,8 @@ fn nobody_is_believed_if_so_configured() {
 #[test]
 fn a_secondary_that_lists_more_changes_than_there_is_ram_is_given_up() {
     let mut bench = Bench::protected();
-    for _ in 0..16 {
-        bench.hear(Message::Changed(vec![0; 1 << 17]));
+    for _ in 0..280 {
+        bench.hear(Message::Changed(vec![0; 1 << 18]));
     }
     assert_eq!(bench.primary.state(), PrimaryState::Deciding);
 }

@@ -28,6 +28,8 @@ pub enum SecondaryEvent {
         /// In addition to earlier ones.
         bytes: u64,
     },
+    /// What the host says of the initial copy, for the primary's host: sent as long as the image is not complete.
+    CopyReport(Vec<u8>),
     /// The machine is restored from the image; replay can begin.
     ImageRestored {
         /// The position of the machine.

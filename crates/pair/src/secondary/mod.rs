@@ -35,7 +35,7 @@ use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::primary::{Primary, PrimarySetup};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{Ack, Hello, HelloReply, MAX_CHANGED_BYTES, Message, greeting_version};
+use crate::wire::{Ack, Hello, HelloReply, MAX_CHANGED_BYTES, MAX_REPORT_BYTES, Message, greeting_version};
 
 pub use door::{SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
 
@@ -171,6 +171,7 @@ impl Secondary {
             SecondaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
             SecondaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
             SecondaryEvent::ImageTaken { bytes } => self.on_image_taken(bytes),
+            SecondaryEvent::CopyReport(bytes) => self.on_copy_report(&bytes),
             SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
             SecondaryEvent::Output { id } => self.on_output(id),
             SecondaryEvent::Agreed { position } => self.agreed_position = self.agreed_position.max(position),
@@ -318,6 +319,15 @@ impl Secondary {
         self.image_taken += bytes;
         assert!(self.image_taken <= self.image_bytes, "the host takes only what came");
         self.ack_due |= self.link.is_some();
+    }
+
+    fn on_copy_report(&mut self, bytes: &[u8]) {
+        // Of a copy that is complete nobody wants to know any more.
+        if self.state == SecondaryState::Copying {
+            for piece in bytes.chunks(MAX_REPORT_BYTES) {
+                self.send(&Message::CopyReport(piece.to_vec()));
+            }
+        }
     }
 
     fn on_image_end(&mut self, now: Nanos, position: u64, total_bytes: u64) {

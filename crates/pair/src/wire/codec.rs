@@ -8,7 +8,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{
     Ack, GREETING_VERSION, HEADER_BYTES, Hello, HelloReply, Kind, MAGIC, MAX_CHANGED_BYTES, MAX_DETAIL_BYTES,
-    MAX_IMAGE_CHUNK_BYTES, MAX_PAYLOAD_BYTES, MAX_RECORD_BYTES, MAX_TEXT_BYTES, Message, RECORD_HEAD_BYTES, WireError,
+    MAX_IMAGE_CHUNK_BYTES, MAX_PAYLOAD_BYTES, MAX_RECORD_BYTES, MAX_REPORT_BYTES, MAX_TEXT_BYTES, Message, RECORD_HEAD_BYTES,
+    WireError,
 };
 use crate::types::{Nanos, Record};
 
@@ -162,6 +163,10 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
             assert!(!bytes.is_empty() && bytes.len() <= MAX_CHANGED_BYTES, "a list of {} bytes", bytes.len());
             frame.extend(bytes);
         }
+        Message::CopyReport(bytes) => {
+            assert!(!bytes.is_empty() && bytes.len() <= MAX_REPORT_BYTES, "a report of {} bytes", bytes.len());
+            frame.extend(bytes);
+        }
         Message::Mismatch { output, position, damaged, detail } => {
             assert!(detail.len() <= MAX_DETAIL_BYTES, "a detail of {} bytes", detail.len());
             let head = MismatchHead {
@@ -280,6 +285,9 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::Changed if payload.is_empty() => return Err(bad("it is empty")),
         Kind::Changed if payload.len() > MAX_CHANGED_BYTES => return Err(bad("it is too long")),
         Kind::Changed => Message::Changed(payload.to_vec()),
+        Kind::CopyReport if payload.is_empty() => return Err(bad("it is empty")),
+        Kind::CopyReport if payload.len() > MAX_REPORT_BYTES => return Err(bad("it is too long")),
+        Kind::CopyReport => Message::CopyReport(payload.to_vec()),
         Kind::Mismatch => {
             let (head, detail) = MismatchHead::read_from_prefix(payload).map_err(|_| bad("its head is cut off"))?;
             reserved(kind, &head.reserved)?;

@@ -52,12 +52,14 @@ pub const MAX_TEXT_BYTES: usize = 1024;
 
 /// The largest piece of a list of changed pages in one message.
 pub const MAX_CHANGED_BYTES: usize = 1 << 18;
+/// The largest piece of a report on the initial copy in one message.
+pub const MAX_REPORT_BYTES: usize = 1 << 18;
 /// The most that is said of an output that differs.
 pub const MAX_DETAIL_BYTES: usize = 1 << 18;
 
 const _: () = assert!(MAX_CHANGED_BYTES <= MAX_PAYLOAD_BYTES && MAX_DETAIL_BYTES + 32 <= MAX_PAYLOAD_BYTES);
 const _: () = assert!(LOG_BATCH_BYTES + MAX_RECORD_BYTES + 2 * RECORD_HEAD_BYTES <= MAX_PAYLOAD_BYTES);
-const _: () = assert!(MAX_IMAGE_CHUNK_BYTES <= MAX_PAYLOAD_BYTES);
+const _: () = assert!(MAX_IMAGE_CHUNK_BYTES <= MAX_PAYLOAD_BYTES && MAX_REPORT_BYTES <= MAX_PAYLOAD_BYTES);
 
 /// What one side says to the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,6 +119,8 @@ pub enum Message {
         /// What the secondary made. Opaque here.
         detail: Vec<u8>,
     },
+    /// Secondary, during the initial copy: a piece of what the secondary's host says of it (what it has already, how much is written). Opaque here.
+    CopyReport(Vec<u8>),
     /// Primary: my guest stands still, all it did is with you: go live. (A planned failover.)
     HandOver {
         /// For people.
@@ -187,11 +191,13 @@ pub enum Kind {
     Mismatch = 14,
     /// [`Message::HandOver`]
     HandOver = 15,
+    /// [`Message::CopyReport`]
+    CopyReport = 16,
 }
 
 impl Kind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Kind; 15] = [
+    pub const ALL: [Kind; 16] = [
         Kind::Hello,
         Kind::HelloReply,
         Kind::Refuse,
@@ -207,6 +213,7 @@ impl Kind {
         Kind::Changed,
         Kind::Mismatch,
         Kind::HandOver,
+        Kind::CopyReport,
     ];
 
     /// The kind with that number.
@@ -239,6 +246,7 @@ impl Message {
             Message::Changed(_) => Kind::Changed,
             Message::Mismatch { .. } => Kind::Mismatch,
             Message::HandOver { .. } => Kind::HandOver,
+            Message::CopyReport(_) => Kind::CopyReport,
         }
     }
 }

@@ -7,8 +7,8 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::json;
 use twinstep_host::stat::words;
+use twinstep_host::vm::disks;
 use twinstep_host::vm::replay::{self, Options};
-use twinstep_host::vm::session;
 use twinstep_host::vm::spec::DiskSpec;
 use twinstep_log::RecordingEnd;
 use twinstep_machine::Output;
@@ -69,7 +69,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let outcome = replay::replay(
         &arguments.recording,
         &options,
-        &mut |wanted| session::open_matching_disks(&arguments.disk, wanted),
+        &mut |wanted| disks::matching(&disks::open(&arguments.disk)?, wanted),
         &mut |output| {
             if arguments.console
                 && let Output::Serial(bytes) | Output::Console(bytes) = output

@@ -35,7 +35,7 @@ pub struct MachineArguments {
     /// Address spaces whose translations are kept while another one runs (0: none) [default: 16]; the guest cannot see it
     #[arg(long, value_name = "N")]
     cache_groups: Option<usize>,
-    /// A disk: PATH[,ro][,serial=TEXT] (raw image; can be given several times)
+    /// A disk: PATH[,format=raw|qcow2][,ro][,serial=TEXT] (can be given several times). Without a format a name that ends in .qcow2 is a qcow2 image, any other a raw one
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskSpec>,
     /// A network card: user[,forward=HOSTPORT:GUESTPORT], switch=PATH, passt=PATH or tap=NAME, each with [,mac=...] (several times)
@@ -176,6 +176,10 @@ pub struct PairArguments {
     /// A peer that is silent for so many milliseconds is suspected dead; one that has been late lately gets up to five times as many
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(80..=30_000))]
     peer_timeout: u64,
+    /// Take disk images although they are not the newest of their disk (`run`), or are newer than the primary's or of another disk and
+    /// are about to be overwritten (`standby`)
+    #[arg(long)]
+    pub force_stale_disk: bool,
     /// Let `twinstep debug` break this VM on purpose
     #[arg(long, hide_short_help = true)]
     pub debug_faults: bool,
@@ -222,6 +226,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         metrics: v.metrics,
         perf_map: arguments.perf_map,
         debug_faults: arguments.pair.debug_faults,
+        force_stale_disk: arguments.pair.force_stale_disk,
     };
     options.pair.commit = arguments.commit.into();
     options.pair.on_mismatch = match arguments.on_mismatch {

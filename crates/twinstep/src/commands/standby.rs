@@ -94,7 +94,6 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         let stream = channel::accept(&listener, &security, &events)?;
         // Another primary is told at once that nobody waits for it here.
         drop(listener);
-        let disks = spec.disk.clone();
         let outcome = standby::serve(StandbyWiring {
             setup: SecondarySetup {
                 config: arguments.pair.config(),
@@ -110,7 +109,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             },
             stream,
             arbiter: opened,
-            disks: Box::new(move |wanted| session::open_matching_disks(&disks, wanted)),
+            disks: spec.disk.clone(),
+            force_stale_disk: arguments.pair.force_stale_disk,
             cables: spec.net.len(),
             events: events.clone(),
             signals: signals.clone(),

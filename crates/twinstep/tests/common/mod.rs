@@ -235,7 +235,12 @@ impl Twinstep {
 
     /// The same with more in its environment.
     pub fn start_with(name: &str, arguments: &[String], environment: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_twinstep"))
+        Self::start_program(env!("CARGO_BIN_EXE_twinstep"), name, arguments, environment)
+    }
+
+    /// The same with another program, which becomes `twinstep`.
+    pub fn start_program(program: &str, name: &str, arguments: &[String], environment: &[(&str, &str)]) -> Self {
+        let mut child = Command::new(program)
             .args(arguments)
             .envs(environment.iter().copied())
             .stdin(Stdio::piped())

@@ -3,6 +3,11 @@
 //! *In*: entries and outputs from the machine's thread, bytes from the standby, verdicts from the arbiter. *Out*: bytes to the standby,
 //! outputs that may leave, and word to the machine's thread. *Invariant*: an output is handed to the world here and nowhere else, and only when
 //! the pair has released it.
+mod feed;
+mod image;
+#[cfg(test)]
+mod image_tests;
+
 use std::collections::VecDeque;
 use std::io::Read;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -13,15 +18,19 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, json};
 use twinstep_machine::Output;
 use twinstep_pair::{
-    Arbiter, Claim, Epoch, Nanos, Notice, OutputId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record, Verdict,
+    Arbiter, Claim, Epoch, Nanos, Notice, OutputId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record, StopReason,
+    Verdict,
 };
 
+use self::feed::Feed;
 use super::difference;
 use super::healing::{Healing, Standbys};
 use super::live::{Outlet, ToVm};
+use super::mirror::{Mirror, Mirrored};
 use super::precopy::{self, CopyId, CopyNews, Copying};
 use super::resync::{self, Delta};
 use crate::channel::Channel;
+use crate::disk::{Replica, Writer};
 use crate::error::{Context, Result};
 use crate::events::{Events, now_ns};
 use crate::status::board::Board;
@@ -50,6 +59,20 @@ pub enum ToPair {
     },
     /// What a copy has to say.
     Copy(CopyId, CopyNews),
+    /// Bytes of the mirror of this number, for the initial copy.
+    Copied {
+        /// The mirror's.
+        number: u64,
+        /// Pieces.
+        bytes: Vec<u8>,
+    },
+    /// The mirror of this number is made, up to what is written from now on; or why not.
+    Mirrored {
+        /// The mirror's.
+        number: u64,
+        /// What it came to.
+        outcome: std::result::Result<Mirrored, String>,
+    },
     /// The delta that was asked for, of the machine at this position.
     Delta {
         /// The position.
@@ -211,6 +234,10 @@ pub struct PairWiring {
     pub outlet: Outlet,
     /// The machine's thread.
     pub vm: Sender<ToVm>,
+    /// The machine's disks.
+    pub disks: Vec<Replica>,
+    /// Who writes to them.
+    pub writer: Writer,
     /// Events.
     pub events: Events,
     /// Where people see how it goes.
@@ -236,6 +263,8 @@ pub struct PairThread {
 pub struct PairReport {
     /// Whether protection was ever established.
     pub protected: bool,
+    /// Whether the VM ended here, and goes on nowhere.
+    pub in_order: bool,
     /// Longest time an output was held, and the sum and number of all that were.
     pub held_max_ns: u64,
     #[allow(missing_docs)]
@@ -263,13 +292,16 @@ impl PairThread {
             closing: Closing::default(),
             outlet: wiring.outlet,
             vm: wiring.vm,
+            disks: wiring.disks,
+            writer: wiring.writer,
+            mirror: None,
+            mirrors: 0,
             events: wiring.events,
             held: VecDeque::new(),
             unmatched: Unmatched::default(),
             standby_damaged: 0,
             resync_ns: 0,
-            image: None,
-            image_wanted: 0,
+            feed: Feed::default(),
             deltas_awaited: 0,
             report: PairReport::default(),
             last_state: PrimaryState::Unprotected,
@@ -359,10 +391,15 @@ struct Driver {
     standby_damaged: u64,
     /// When the guest was stopped for a resync.
     resync_ns: u64,
-    image: Option<(Vec<u8>, usize)>,
-    image_wanted: u64,
+    /// What goes to the standby as its image.
+    feed: Feed,
     /// Deltas asked for that have not come.
     deltas_awaited: u32,
+    disks: Vec<Replica>,
+    writer: Writer,
+    /// While the standby's disks are made equal; the copy of the machine follows.
+    mirror: Option<Mirror>,
+    mirrors: u64,
     report: PairReport,
     last_state: PrimaryState,
     /// What was logged since the last status: entries and bytes by kind.
@@ -419,6 +456,7 @@ impl Driver {
     }
 
     fn disconnect(&mut self) {
+        self.mirror = None;
         if let Some(connection) = self.connection.take() {
             self.closing = connection.close();
             self.meter.lost();
@@ -446,46 +484,16 @@ impl Driver {
             }
             ToPair::Progress { position } => PrimaryEvent::Progress { position },
             ToPair::Delta { .. } | ToPair::NoDelta(_) if !self.is_newest_delta() => return,
-            // Of a copy that was given up, nothing is wanted.
-            ToPair::Copy(id, _) if self.copying.as_ref().is_none_or(|copying| copying.id() != id) => return,
-            ToPair::Copy(_, CopyNews::Bytes(bytes)) => PrimaryEvent::ImageChunk(bytes),
-            ToPair::Copy(_, CopyNews::Cut(position)) => PrimaryEvent::ImageCut { position },
-            ToPair::Copy(_, CopyNews::Done(report)) => {
-                self.copying = None;
-                precopy::say_done(&self.events, &report);
-                PrimaryEvent::ImageEnd
-            }
-            ToPair::Copy(_, CopyNews::Failed(reason)) => {
-                self.disconnect();
-                PrimaryEvent::PeerClosed { reason: format!("the machine cannot be copied: {reason}") }
-            }
-            ToPair::Delta { position, delta, took_ns } => {
-                self.say_damaged("primary", &delta.damaged);
-                if !delta.damaged.is_empty() && self.standby_damaged == 0 {
-                    // It is known who is wrong. What was held is never to leave; the standby has made what is right, and goes on with it.
-                    self.tell_vm(ToVm::Fail("its memory is bad, and the standby's is not: the standby takes over".into()));
-                    return;
-                }
-                let outputs = self.held.iter().map(|(id, _, output)| (*id, output));
-                let bytes = resync::with_outputs(outputs, &delta.image);
-                let figures = Map::from_iter([
-                    ("pages".to_owned(), json!(delta.pages)),
-                    ("bytes".to_owned(), json!(bytes.len())),
-                    ("outputs".to_owned(), json!(self.held.len())),
-                    ("took_ns".to_owned(), json!(took_ns)),
-                ]);
-                let text = format!(
-                    "{} pages differ; with {} outputs that are held they make {} KiB",
-                    delta.pages,
-                    self.held.len(),
-                    bytes.len().div_ceil(1024)
-                );
-                self.events.say_with("delta", text, figures);
-                self.image = Some((bytes, 0));
-                self.primary.handle(now(), PrimaryEvent::ImageCut { position });
-                self.feed_image();
-                return;
-            }
+            ToPair::Copy(id, news) => match self.on_copy(id, news) {
+                Some(event) => event,
+                None => return,
+            },
+            ToPair::Copied { number, bytes } => return self.on_mirror_bytes(number, bytes),
+            ToPair::Mirrored { number, outcome } => match self.on_mirrored(number, outcome) {
+                Some(event) => event,
+                None => return,
+            },
+            ToPair::Delta { position, delta, took_ns } => return self.on_delta(position, &delta, took_ns),
             ToPair::NoDelta(reason) => {
                 // As if the standby had hung up: it is of no use like this.
                 self.disconnect();
@@ -501,6 +509,7 @@ impl Driver {
             }
             ToPair::Closed(_, reason) => {
                 self.connection = None;
+                self.mirror = None;
                 self.meter.lost();
                 PrimaryEvent::PeerClosed { reason }
             }
@@ -548,47 +557,6 @@ impl Driver {
         }
     }
 
-    fn start_copy(&mut self) {
-        self.copies += 1;
-        let (vm, to_self) = (self.vm.clone(), self.to_self.clone());
-        let (events, board) = (self.events.clone(), self.board.clone());
-        self.copying = Some(Copying::start(self.copies, self.copy, vm, to_self, events, board));
-    }
-
-    /// Has the machine's thread make a delta, of which nothing is wanted or fed yet.
-    fn ask_for_delta(&mut self, question: ToVm) {
-        self.image = None;
-        self.image_wanted = 0;
-        self.deltas_awaited += 1;
-        self.tell_vm(question);
-    }
-
-    /// A delta that was asked for is here. Says whether it is wanted: not if the standby it is for was lost.
-    fn is_newest_delta(&mut self) -> bool {
-        self.deltas_awaited -= 1;
-        self.deltas_awaited == 0 && self.primary.state() == PrimaryState::Resyncing
-    }
-
-    /// Feeds as much of the image as is wanted.
-    fn feed_image(&mut self) {
-        const CHUNK: usize = 256 << 10;
-        while let Some((bytes, fed)) = &mut self.image {
-            if *fed == bytes.len() {
-                self.image = None;
-                self.primary.handle(now(), PrimaryEvent::ImageEnd);
-                return;
-            }
-            let n = CHUNK.min(bytes.len() - *fed).min(self.image_wanted as usize);
-            if n == 0 {
-                return;
-            }
-            let chunk = bytes[*fed..*fed + n].to_vec();
-            *fed += n;
-            self.image_wanted -= n as u64;
-            self.primary.handle(now(), PrimaryEvent::ImageChunk(chunk));
-        }
-    }
-
     fn act(&mut self) {
         // Whoever is told below and asks is not to hear of the state before.
         self.meter.primary(now_ns(), &self.primary.status());
@@ -602,7 +570,12 @@ impl Driver {
                     }
                 }
                 PrimaryAction::Disconnect => self.disconnect(),
-                PrimaryAction::StartImage => self.start_copy(),
+                PrimaryAction::StartImage => self.start_image(),
+                PrimaryAction::CopyReport(bytes) => {
+                    if let Some(mirror) = &self.mirror {
+                        mirror.report(bytes);
+                    }
+                }
                 PrimaryAction::StartResync { output, position, damaged, detail, changed } => {
                     self.standby_damaged = damaged;
                     self.resync_ns = now_ns();
@@ -610,13 +583,10 @@ impl Driver {
                     self.ask_for_delta(ToVm::MakeDelta { changed, scrub: damaged == 0 });
                 }
                 PrimaryAction::Agreed { position } => self.tell_vm(ToVm::Agreed { position }),
-                PrimaryAction::WantImage { bytes } => match &self.copying {
-                    Some(copying) => copying.room(bytes),
-                    None => {
-                        self.image_wanted += bytes;
-                        self.feed_image();
-                    }
-                },
+                PrimaryAction::WantImage { bytes } => {
+                    self.feed.want(bytes);
+                    self.feed_image();
+                }
                 PrimaryAction::Release { up_to } => self.release(up_to),
                 PrimaryAction::AskArbiter(claim) => {
                     self.events.say("arbiter", format!("claiming epoch {}", claim.epoch));
@@ -625,9 +595,12 @@ impl Driver {
                 PrimaryAction::GoAlone { epoch, reason } => {
                     let figures = Map::from_iter([("epoch".to_owned(), json!(epoch.0))]);
                     self.events.say_with("alone", format!("going on alone in epoch {epoch}: {reason}"), figures);
+                    // Before anything leaves that only this side has made.
+                    self.note(|disk| disk.alone(epoch.0, None));
                 }
                 PrimaryAction::Stop(reason) => {
                     self.events.say("stopped", reason.to_string());
+                    self.report.in_order = matches!(reason, StopReason::Ended { .. });
                     self.tell_vm(ToVm::Stop(reason.to_string()));
                     // Never to leave.
                     self.held.clear();
@@ -660,13 +633,23 @@ impl Driver {
             }
             if state == PrimaryState::Unprotected {
                 self.unmatched = Unmatched::default();
-                self.image = None;
+                self.feed = Feed::default();
                 self.tell_vm(ToVm::Unprotected);
-                self.copying = None;
+                (self.mirror, self.copying) = (None, None);
+                // Whatever a mirror had begun is over.
+                self.disks.iter().for_each(|disk| disk.end_mirror(self.mirrors));
             }
             if state == PrimaryState::Unprotected && matches!(before, PrimaryState::Greeting | PrimaryState::Copying) {
                 self.events.say("unprotected", "the guest runs on without protection");
+                self.note(|disk| disk.protected(false));
             }
+        }
+    }
+
+    /// Writes into the sidecars of the disks. A side that cannot do that has failed.
+    fn note(&mut self, what: impl Fn(&Replica) -> Result<()>) {
+        if let Err(e) = self.disks.iter().try_for_each(what) {
+            self.tell_vm(ToVm::Fail(e.to_string()));
         }
     }
 

@@ -1,0 +1,487 @@
+//! A replica: an image, and what is remembered of it so that its twin on another host can be made equal to it, and so that nobody starts from a stale one.
+//!
+//! *In*: the machine's reads, writes and flushes; questions and news from whoever mirrors, resyncs, protects. *Out*: blocks, sets of blocks that changed. *Invariant*: a
+//! write is noted in every set before anybody can read its block as unchanged: notes and blocks change under one lock.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use twinstep_machine::{Disk, DiskError, PageSet};
+use twinstep_pair::{OwnerId, VmId};
+
+use super::sidecar::{Baseline, Role, Sidecar, State};
+use super::{Access, Format, Image};
+use crate::arbiter::Arbiter;
+use crate::error::{Error, Result};
+use crate::identity;
+
+/// The unit of what is remembered and sent.
+pub const BLOCK_BYTES: u64 = 64 << 10;
+/// Eras that are told apart; older ones are one.
+const MAX_ERAS: usize = 32;
+
+/// What changed since the twin was last known to be equal, and up to which position.
+#[derive(Debug)]
+struct Eras {
+    now: PageSet,
+    past: VecDeque<(u64, PageSet)>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    image: Image,
+    /// What changed since it was sent, while a mirror is made; and the mirror's number.
+    unsent: Option<(u64, PageSet)>,
+    eras: Option<Eras>,
+    sidecar: Option<Sidecar>,
+}
+
+/// An image that the machine uses as its disk; its clones are the same one.
+#[derive(Debug, Clone)]
+pub struct Replica {
+    inner: Arc<Mutex<Inner>>,
+    size: u64,
+}
+
+/// Who writes to an image.
+#[derive(Debug, Clone, Copy)]
+pub struct Writer {
+    /// This life of the VM.
+    pub vm: [u8; 16],
+    /// Its epoch.
+    pub epoch: u64,
+    /// This process.
+    pub owner: [u8; 16],
+}
+
+impl Replica {
+    /// Opens an image and its sidecar, if it has one.
+    pub fn open(path: &Path, format: Option<Format>, access: Access) -> Result<Self> {
+        let image = Image::open(path, format, access)?;
+        let sidecar = match access {
+            Access::ReadOnly => None,
+            Access::ReadWrite => Sidecar::load(path, image.size(), blocks_of(image.size()))?,
+        };
+        Ok(Self::new(image, sidecar))
+    }
+
+    /// Makes a new image, all zero.
+    pub fn create(path: &Path, format: Option<Format>, size: u64) -> Result<Self> {
+        Ok(Self::new(Image::create(path, format, size)?, None))
+    }
+
+    fn new(image: Image, sidecar: Option<Sidecar>) -> Self {
+        let size = image.size();
+        Self { inner: Arc::new(Mutex::new(Inner { image, unsent: None, eras: None, sidecar })), size }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of the disk.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+    /// Blocks of [`BLOCK_BYTES`]; the last may be shorter.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        blocks_of(self.size)
+    }
+    /// Whether it may be written.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        self.lock().image.access()
+    }
+    /// For messages.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.lock().image.path().display().to_string()
+    }
+
+    // ---- blocks ----
+
+    /// Bytes of a block.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    #[must_use]
+    pub fn block_bytes(&self, block: usize) -> usize {
+        assert!(block < self.blocks(), "there is no block {block}");
+        (self.size - block as u64 * BLOCK_BYTES).min(BLOCK_BYTES) as usize
+    }
+    /// Reads a block.
+    pub fn read_block(&self, block: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.block_bytes(block)];
+        self.lock().image.read_at(block as u64 * BLOCK_BYTES, &mut bytes)?;
+        Ok(bytes)
+    }
+    /// Replaces a block by what its twin has.
+    ///
+    /// # Panics
+    /// If the length is another.
+    pub fn write_block(&self, block: usize, bytes: &[u8]) -> Result<()> {
+        assert_eq!(bytes.len(), self.block_bytes(block), "a block is replaced whole");
+        self.lock().write(block as u64 * BLOCK_BYTES, bytes)
+    }
+    /// Makes everything written durable.
+    pub fn flush(&self) -> Result<()> {
+        self.lock().image.flush()
+    }
+
+    // ---- a mirror ----
+
+    /// From here on, what is written is noted as not sent by the mirror of this number. One that was made before gets nothing any more.
+    pub fn begin_mirror(&self, number: u64) {
+        self.lock().unsent = Some((number, PageSet::none(self.blocks())));
+    }
+    /// What was written since the last call; `None` if this mirror is not made any more.
+    #[must_use]
+    pub fn take_unsent(&self, number: u64) -> Option<PageSet> {
+        let none = PageSet::none(self.blocks());
+        match &mut self.lock().unsent {
+            Some((current, unsent)) if *current == number => Some(std::mem::replace(unsent, none)),
+            _ => None,
+        }
+    }
+    /// The mirror of this number is not made any more.
+    pub fn end_mirror(&self, number: u64) {
+        let mut inner = self.lock();
+        inner.unsent = inner.unsent.take().filter(|(current, _)| *current != number);
+    }
+    /// How much [`Self::take_unsent`] would give.
+    #[must_use]
+    pub fn unsent(&self, number: u64) -> usize {
+        self.lock().unsent.as_ref().filter(|(current, _)| *current == number).map_or(0, |(_, unsent)| unsent.len())
+    }
+
+    // ---- since the twin was equal ----
+
+    /// The twin is equal now. With a name of this moment it is also remembered in the sidecar, and what changes from here on.
+    pub fn equal(&self, baseline: Option<Baseline>) -> Result<()> {
+        let none = PageSet::none(self.blocks());
+        let mut inner = self.lock();
+        inner.eras = Some(Eras { now: none, past: VecDeque::new() });
+        match (&mut inner.sidecar, baseline) {
+            (Some(sidecar), Some(baseline)) => {
+                let state = State { baseline: Some(baseline), ..sidecar.state().clone() };
+                sidecar.begin(state)
+            }
+            _ => Ok(()),
+        }
+    }
+    /// Nobody is to be told any more what changed.
+    pub fn forget_eras(&self) {
+        self.lock().eras = None;
+    }
+    /// An era ends at this position; the twin will say whether it was equal there.
+    pub fn mark(&self, position: u64) {
+        let none = PageSet::none(self.blocks());
+        if let Some(eras) = &mut self.lock().eras {
+            eras.past.push_back((position, std::mem::replace(&mut eras.now, none)));
+            if eras.past.len() > MAX_ERAS
+                && let Some((_, oldest)) = eras.past.pop_front()
+                && let Some((_, next)) = eras.past.front_mut()
+            {
+                next.join(&oldest);
+            }
+        }
+    }
+    /// The twin was equal at this position.
+    pub fn agreed(&self, position: u64) {
+        if let Some(eras) = &mut self.lock().eras {
+            while eras.past.front().is_some_and(|(end, _)| *end <= position) {
+                eras.past.pop_front();
+            }
+        }
+    }
+    /// What changed since the twin was last known to be equal.
+    #[must_use]
+    pub fn changed(&self) -> PageSet {
+        let mut all = PageSet::none(self.blocks());
+        if let Some(eras) = &self.lock().eras {
+            all.join(&eras.now);
+            eras.past.iter().for_each(|(_, era)| all.join(era));
+        }
+        all
+    }
+
+    // ---- the sidecar ----
+
+    /// What the sidecar says.
+    #[must_use]
+    pub fn state(&self) -> Option<State> {
+        self.lock().sidecar.as_ref().map(|sidecar| sidecar.state().clone())
+    }
+    /// What changed since the sidecar's baseline, if it is the one of this name.
+    #[must_use]
+    pub fn changed_since(&self, baseline: Option<Baseline>) -> Option<PageSet> {
+        let inner = self.lock();
+        let sidecar = inner.sidecar.as_ref()?;
+        (baseline.is_some() && sidecar.state().baseline == baseline).then(|| sidecar.changed().clone())
+    }
+    /// Makes the sidecar say something else. One that is missing is made if `anew` says so, with the identity of that disk.
+    fn store(&self, anew: Option<[u8; 16]>, change: impl FnOnce(&mut State)) -> Result<()> {
+        let mut inner = self.lock();
+        if inner.image.access() == Access::ReadOnly {
+            return Ok(());
+        }
+        let inner = &mut *inner;
+        match (&mut inner.sidecar, anew) {
+            (Some(sidecar), _) => {
+                let mut state = sidecar.state().clone();
+                change(&mut state);
+                sidecar.store(state)
+            }
+            (none, Some(disk)) => {
+                let mut state = State {
+                    disk,
+                    generation: 0,
+                    bytes: inner.image.size(),
+                    role: Role::Closed,
+                    vm: [0; 16],
+                    epoch: 0,
+                    owner: [0; 16],
+                    baseline: None,
+                    boot: String::new(),
+                    changed_ns: 0,
+                };
+                change(&mut state);
+                *none = Some(Sidecar::create(inner.image.path(), blocks_of(inner.image.size()), state)?);
+                Ok(())
+            }
+            (None, None) => Ok(()),
+        }
+    }
+    /// A VM begins to write on its own. An image that has no sidecar gets one if the VM is to be protected: only then there will be another replica.
+    pub fn begin(&self, writer: Writer, protect: bool) -> Result<()> {
+        self.store(protect.then(identity::random_id), |state| {
+            (state.vm, state.epoch, state.owner) = (writer.vm, writer.epoch, writer.owner);
+            state.role = Role::Alone;
+            state.generation += 1;
+        })
+    }
+    /// Another host may go on with the VM from now on, or no longer.
+    pub fn protected(&self, protected: bool) -> Result<()> {
+        self.store(None, |state| state.role = if protected { Role::Protected } else { Role::Alone })
+    }
+    /// This side goes on alone, in this epoch.
+    pub fn alone(&self, epoch: u64, owner: Option<[u8; 16]>) -> Result<()> {
+        self.store(None, |state| {
+            state.role = Role::Alone;
+            state.epoch = epoch;
+            state.owner = owner.unwrap_or(state.owner);
+            state.generation += 1;
+        })
+    }
+    /// A standby begins to make it a replica of this disk. Without a sidecar nothing was known of it.
+    pub fn copying(&self, disk: [u8; 16], generation: u64, writer: Writer) -> Result<()> {
+        self.store(Some(disk), |state| {
+            (state.disk, state.generation) = (disk, generation);
+            (state.vm, state.epoch, state.owner) = (writer.vm, writer.epoch, writer.owner);
+            state.role = Role::Copying;
+        })
+    }
+    /// It is whole, and follows its primary's.
+    pub fn following(&self) -> Result<()> {
+        self.store(None, |state| state.role = Role::Following)
+    }
+    /// Nobody writes any more, and everything is durable.
+    pub fn close(&self) -> Result<()> {
+        self.flush()?;
+        self.store(None, |state| state.role = Role::Closed)
+    }
+
+    /// Refuses an image that may not be the newest of its disk. `arbiter` knows who went on after whom.
+    pub fn check_newest(&self, arbiter: Option<&dyn Arbiter>) -> Result<()> {
+        let Some(state) = self.state() else { return Ok(()) };
+        let name = self.name();
+        let stale = |why: String| {
+            Err(Error::new(format!("the disk image {name} is not the newest of its disk (generation {})", state.generation))
+                .because(why)
+                .next("start from the image of the other host; if that one is lost, --force-stale-disk takes this one as it is"))
+        };
+        match state.role {
+            Role::Copying => return stale("it was being copied from another host when that was interrupted".into()),
+            Role::Following => {
+                return stale("it followed a primary on another host, which was ahead of it when this side ended".into());
+            }
+            Role::Closed | Role::Alone | Role::Protected => {}
+        }
+        let vm = VmId(state.vm).to_string();
+        let Some(arbiter) = arbiter else {
+            if state.role != Role::Protected {
+                return Ok(());
+            }
+            return Err(Error::new(format!("the disk image {name} may not be the newest of its disk"))
+                .because(format!(
+                    "the protected VM {vm} wrote to it until this side ended without order, and the other side may have gone on"
+                ))
+                .next("give --arbiter, which knows; or --force-stale-disk, if the other host's image is lost or older"));
+        };
+        if state.epoch == 0 {
+            return Ok(());
+        }
+        let next = state.epoch + 1;
+        match arbiter.owner(&vm, next) {
+            Ok(Some(owner)) if owner != OwnerId(state.owner).to_string() => stale(format!(
+                "another side has gone on with the VM {vm} in epoch {next}; this one was written in epoch {}",
+                state.epoch
+            )),
+            Ok(_) => Ok(()),
+            Err(why) => Err(Error::new(format!("nobody knows whether the disk image {name} is the newest of its disk"))
+                .because(why)
+                .next("see that the arbiter can be reached; or --force-stale-disk, if the other host's image is lost or older")),
+        }
+    }
+}
+
+fn blocks_of(bytes: u64) -> usize {
+    bytes.div_ceil(BLOCK_BYTES) as usize
+}
+
+impl Inner {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        let blocks = (offset / BLOCK_BYTES) as usize..=((offset + data.len() as u64 - 1) / BLOCK_BYTES) as usize;
+        if let Some(sidecar) = &mut self.sidecar {
+            sidecar.mark(blocks.clone())?;
+        }
+        for block in blocks {
+            if let Some((_, unsent)) = &mut self.unsent {
+                unsent.insert(block);
+            }
+            if let Some(eras) = &mut self.eras {
+                eras.now.insert(block);
+            }
+        }
+        self.image.write_at(offset, data)
+    }
+}
+
+fn failed(e: Error) -> DiskError {
+    DiskError(e.to_string())
+}
+
+impl Disk for Replica {
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> std::result::Result<(), DiskError> {
+        self.lock().image.read_at(offset, data).map_err(failed)
+    }
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> std::result::Result<(), DiskError> {
+        self.lock().write(offset, data).map_err(failed)
+    }
+    fn flush(&mut self) -> std::result::Result<(), DiskError> {
+        self.lock().image.flush().map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbiter::{DirectoryArbiter, Verdict};
+
+    const WRITER: Writer = Writer { vm: [1; 16], epoch: 1, owner: [2; 16] };
+
+    struct World {
+        dir: tempfile::TempDir,
+        arbiter: DirectoryArbiter,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let arbiter = DirectoryArbiter::open(dir.path()).unwrap();
+            Self { dir, arbiter }
+        }
+        /// Somebody has won an epoch.
+        fn won(&self, epoch: u64, owner: u8) {
+            let (vm, owner) = (VmId(WRITER.vm).to_string(), OwnerId([owner; 16]).to_string());
+            assert_eq!(self.arbiter.claim(&vm, epoch, &owner), Verdict::Won);
+        }
+        fn disk(&self) -> Replica {
+            let disk = Replica::create(&self.dir.path().join("a.img"), None, 1 << 20).unwrap();
+            disk.begin(WRITER, true).unwrap();
+            disk
+        }
+        /// What a start from the image says without and with the arbiter, if this side ended now.
+        fn starts(&self, disk: &Replica) -> [Option<String>; 2] {
+            [None, Some(&self.arbiter as &dyn Arbiter)].map(|arbiter| disk.check_newest(arbiter).err().map(|e| e.to_string()))
+        }
+    }
+
+    #[test]
+    fn an_image_that_nobody_went_on_from_may_start() {
+        let world = World::new();
+        let disk = world.disk();
+        assert_eq!(world.starts(&disk), [None, None], "it was never protected");
+        disk.protected(true).unwrap();
+        let [without, with] = world.starts(&disk);
+        assert!(without.unwrap().contains("give --arbiter"));
+        assert_eq!(with, None);
+        // It won the epoch itself, and died before it could write that down.
+        world.won(2, 2);
+        assert_eq!(world.starts(&disk)[1], None);
+        disk.close().unwrap();
+        assert_eq!(world.starts(&disk), [None, None]);
+    }
+
+    #[test]
+    fn a_stale_image_may_not() {
+        let world = World::new();
+        let disk = world.disk();
+        disk.protected(true).unwrap();
+        world.won(2, 3);
+        let [without, with] = world.starts(&disk);
+        assert!(without.is_some() && with.as_ref().unwrap().contains("gone on with the VM"), "{with:?}");
+        // Also if it ended in good order, as far as it knew.
+        disk.close().unwrap();
+        let [without, with] = world.starts(&disk);
+        assert!(without.is_none() && with.is_some());
+        disk.copying([9; 16], 5, WRITER).unwrap();
+        assert!(world.starts(&disk).iter().all(|why| why.as_ref().unwrap().contains("being copied")));
+        disk.following().unwrap();
+        assert!(world.starts(&disk).iter().all(|why| why.as_ref().unwrap().contains("followed a primary")));
+        // The follower went on.
+        disk.alone(2, Some([3; 16])).unwrap();
+        assert_eq!(world.starts(&disk), [None, None]);
+        assert_eq!(disk.state().unwrap().generation, 6);
+    }
+
+    #[test]
+    fn an_arbiter_that_does_not_answer_is_no_yes() {
+        let world = World::new();
+        let disk = world.disk();
+        disk.protected(true).unwrap();
+        std::fs::write(world.dir.path().join(format!("{}.epoch-2", VmId(WRITER.vm))), "").unwrap();
+        assert!(world.starts(&disk)[1].as_ref().unwrap().contains("nobody knows whether"));
+    }
+
+    #[test]
+    fn eras_end_where_the_twin_was_equal() {
+        let world = World::new();
+        let disk = world.disk();
+        let changed = || disk.changed().iter().collect::<Vec<_>>();
+        let write = |block| disk.write_block(block, &vec![1; disk.block_bytes(block)]).unwrap();
+        write(1);
+        assert!(changed().is_empty(), "there is no twin");
+        disk.equal(Some(Baseline([7; 16]))).unwrap();
+        write(2);
+        disk.mark(100);
+        write(3);
+        disk.agreed(99);
+        assert_eq!(changed(), [2, 3]);
+        disk.agreed(100);
+        assert_eq!(changed(), [3]);
+        let since = |name| disk.changed_since(Some(Baseline([name; 16]))).map(|set| set.iter().collect::<Vec<_>>());
+        assert_eq!((since(7), since(8), disk.changed_since(None)), (Some(vec![2, 3]), None, None));
+        disk.equal(None).unwrap();
+        assert_eq!((changed(), since(7)), (vec![], Some(vec![2, 3])), "the sidecar's moment is another");
+    }
+}
