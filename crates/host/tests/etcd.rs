@@ -303,8 +303,7 @@ fn with_tls_and_a_user() {
     let plainly = ArbiterOptions { ca: None, cert: None, key: None, ..place(format!("etcd://localhost:{}", etcd.ports[1])) };
     refused(&plainly, &["cannot be the arbiter", "write etcds://"]);
     refused(&ArbiterOptions { ca: Some(etcd.path("stranger.pem")), ..good.clone() }, &["certificate", "UnknownIssuer"]);
-    // In TLS 1.3 the server says so after the client has begun to ask: its word, or the closed connection, comes first. It is refused in any case.
-    refused(&ArbiterOptions { cert: None, key: None, ..good.clone() }, &["cannot be the arbiter"]);
+    refused(&ArbiterOptions { cert: None, key: None, ..good.clone() }, &["ertificate"]);
     let named = ArbiterOptions { cert: Some(etcd.path("named.pem")), key: Some(etcd.path("named.key")), ..good.clone() };
     refused(&named, &["CommonName", "no common name"]);
     refused(

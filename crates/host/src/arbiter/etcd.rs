@@ -46,6 +46,8 @@ pub struct EtcdArbiter {
     endpoints: Vec<String>,
     prefix: String,
     login: Option<(String, Secret)>,
+    /// We have a certificate to show.
+    has_certificate: bool,
     patience: Duration,
     memory: Mutex<Memory>,
 }
@@ -164,6 +166,7 @@ impl EtcdArbiter {
             endpoints: spec.endpoints.clone(),
             prefix: spec.prefix.clone(),
             login,
+            has_certificate: spec.tls.as_ref().is_some_and(|files| files.client.is_some()),
             patience,
             memory: Mutex::default(),
         };
@@ -183,7 +186,12 @@ impl EtcdArbiter {
         let first = self.endpoints.first().map_or("HOST:PORT", String::as_str);
         let next = match failure.kind {
             Kind::Silent => {
-                let tls = if self.scheme == "http" { "; where etcd wants TLS, write etcds://" } else { "" };
+                let tls = match (self.scheme, self.has_certificate) {
+                    ("http", _) => "; where etcd wants TLS, write etcds://",
+                    // In TLS 1.3 etcd says so after we have begun to ask, and its closed connection may be seen before its word.
+                    (_, false) => "; where etcd wants to see a certificate, give --arbiter-cert and --arbiter-key",
+                    _ => "",
+                };
                 format!(
                     "start etcd there, or give --arbiter another address; `curl {}://{first}/health` tells whether it answers{tls}",
                     self.scheme
