@@ -38,8 +38,8 @@ pub(crate) struct Side {
     pub(crate) healer: Option<Healer>,
     /// When the healer is asked next.
     pub(crate) heal_at: Option<Nanos>,
-    /// Since when it has had one that protects it.
-    pub(crate) protected_since: Option<Nanos>,
+    /// It has a standby that may go live.
+    pub(crate) protected: bool,
     /// Since when it has had no standby.
     pub(crate) bare_since: Option<Nanos>,
     pub(crate) alive: bool,
@@ -110,7 +110,7 @@ impl Side {
             host,
             healer: None,
             heal_at: None,
-            protected_since: None,
+            protected: false,
             bare_since: None,
             alive: true,
             doomed: None,

@@ -20,10 +20,10 @@ impl World {
         let it = &mut self.sides[side];
         let (Some(state), Some(healer)) = (state, &mut it.healer) else { return };
         healer.follow(now, state);
-        if state == PrimaryState::Protected && it.protected_since.is_none() {
+        if state == PrimaryState::Protected && !it.protected {
             self.checker.protected += 1;
         }
-        it.protected_since = (state >= PrimaryState::Protected).then(|| it.protected_since.unwrap_or(now));
+        it.protected = state >= PrimaryState::Protected;
         it.bare_since = (state == PrimaryState::Unprotected).then(|| it.bare_since.unwrap_or(now));
         if let Some(deadline) = healer.deadline().filter(|deadline| it.heal_at.is_none_or(|at| *deadline < at)) {
             let at = Nanos(deadline.max(now).0 + self.random.between(0, 2_000_000));

@@ -3,11 +3,11 @@
 //! *In*: the machine's reads, writes and flushes; questions and news from whoever mirrors, resyncs, protects. *Out*: blocks, sets of blocks that changed. *Invariant*: a
 //! write is noted in every set before anybody can read its block as unchanged: notes and blocks change under one lock.
 
-use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use twinstep_machine::{Disk, DiskError, PageSet};
+use twinstep_migrate::Eras;
 use twinstep_pair::{OwnerId, VmId};
 
 use super::sidecar::{Baseline, Role, Sidecar, State};
@@ -18,14 +18,13 @@ use crate::identity;
 
 /// The unit of what is remembered and sent.
 pub const BLOCK_BYTES: u64 = 64 << 10;
-/// Eras that are told apart; older ones are one.
-const MAX_ERAS: usize = 32;
 
-/// What changed since the twin was last known to be equal, and up to which position.
+/// What changed since the twin was last known to be equal.
 #[derive(Debug)]
-struct Eras {
+struct Changes {
+    /// Since the last era.
     now: PageSet,
-    past: VecDeque<(u64, PageSet)>,
+    eras: Eras,
 }
 
 #[derive(Debug)]
@@ -33,7 +32,7 @@ struct Inner {
     image: Image,
     /// What changed since it was sent, while a mirror is made; and the mirror's number.
     unsent: Option<(u64, PageSet)>,
-    eras: Option<Eras>,
+    changes: Option<Changes>,
     sidecar: Option<Sidecar>,
 }
 
@@ -73,7 +72,7 @@ impl Replica {
 
     fn new(image: Image, sidecar: Option<Sidecar>) -> Self {
         let size = image.size();
-        Self { inner: Arc::new(Mutex::new(Inner { image, unsent: None, eras: None, sidecar })), size }
+        Self { inner: Arc::new(Mutex::new(Inner { image, unsent: None, changes: None, sidecar })), size }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -163,7 +162,7 @@ impl Replica {
     pub fn equal(&self, baseline: Option<Baseline>) -> Result<()> {
         let none = PageSet::none(self.blocks());
         let mut inner = self.lock();
-        inner.eras = Some(Eras { now: none, past: VecDeque::new() });
+        inner.changes = Some(Changes { now: none, eras: Eras::default() });
         match (&mut inner.sidecar, baseline) {
             (Some(sidecar), Some(baseline)) => {
                 let state = State { baseline: Some(baseline), ..sidecar.state().clone() };
@@ -172,40 +171,26 @@ impl Replica {
             _ => Ok(()),
         }
     }
-    /// Nobody is to be told any more what changed.
-    pub fn forget_eras(&self) {
-        self.lock().eras = None;
-    }
     /// An era ends at this position; the twin will say whether it was equal there.
     pub fn mark(&self, position: u64) {
         let none = PageSet::none(self.blocks());
-        if let Some(eras) = &mut self.lock().eras {
-            eras.past.push_back((position, std::mem::replace(&mut eras.now, none)));
-            if eras.past.len() > MAX_ERAS
-                && let Some((_, oldest)) = eras.past.pop_front()
-                && let Some((_, next)) = eras.past.front_mut()
-            {
-                next.join(&oldest);
-            }
+        if let Some(changes) = &mut self.lock().changes {
+            changes.eras.mark(position, std::mem::replace(&mut changes.now, none));
         }
     }
     /// The twin was equal at this position.
     pub fn agreed(&self, position: u64) {
-        if let Some(eras) = &mut self.lock().eras {
-            while eras.past.front().is_some_and(|(end, _)| *end <= position) {
-                eras.past.pop_front();
-            }
+        if let Some(changes) = &mut self.lock().changes {
+            changes.eras.agreed(position);
         }
     }
     /// What changed since the twin was last known to be equal.
     #[must_use]
     pub fn changed(&self) -> PageSet {
-        let mut all = PageSet::none(self.blocks());
-        if let Some(eras) = &self.lock().eras {
-            all.join(&eras.now);
-            eras.past.iter().for_each(|(_, era)| all.join(era));
+        match &self.lock().changes {
+            Some(changes) => changes.eras.all(changes.now.clone()),
+            None => PageSet::none(self.blocks()),
         }
-        all
     }
 
     // ---- the sidecar ----
@@ -355,8 +340,8 @@ impl Inner {
             if let Some((_, unsent)) = &mut self.unsent {
                 unsent.insert(block);
             }
-            if let Some(eras) = &mut self.eras {
-                eras.now.insert(block);
+            if let Some(changes) = &mut self.changes {
+                changes.now.insert(block);
             }
         }
         self.image.write_at(offset, data)
