@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use twinstep_machine::faults::Bit;
+use twinstep_machine::faults::{Bit, Fill};
 
 use crate::events::Kept;
 pub use crate::status::Status;
@@ -52,6 +52,9 @@ impl Request {
         let (name, _) = Self::ALL.iter().find(|(_, r)| std::mem::discriminant(r) == kind).expect("all have a name");
         let value = match self {
             Request::FlipBit(Bit::Ram(address, bit)) => json!({ "v": VERSION, "do": name, "address": address, "bit": bit }),
+            Request::FlipBit(Bit::Filled(fill, count, bit)) => {
+                json!({ "v": VERSION, "do": name, "filled": String::from_utf8_lossy(fill.text()), "count": count, "bit": bit })
+            }
             Request::FlipBit(Bit::Register(register, bit)) => {
                 json!({ "v": VERSION, "do": name, "register": register, "bit": bit })
             }
@@ -94,18 +97,33 @@ impl Request {
 
 /// Takes the bit that is meant out of a request's fields.
 fn bit_of(fields: &mut Map<String, Value>) -> Result<Bit, Refusal> {
+    let filled = match fields.remove("filled") {
+        None => None,
+        Some(value) => {
+            let fill = value.as_str().and_then(|text| Fill::new(text.as_bytes()));
+            Some(fill.ok_or_else(|| Refusal::new(Code::BadRequest, format!("\"filled\" is a text of 1 to {} bytes", Fill::MAX)))?)
+        }
+    };
     let mut number = |name: &str| match fields.remove(name) {
         None => Ok(None),
         Some(value) => value.as_u64().map(Some).ok_or_else(|| Refusal::new(Code::BadRequest, format!("\"{name}\" is no number"))),
     };
     let (address, register, bit) = (number("address")?, number("register")?, number("bit")?);
+    let count = match filled {
+        Some(_) => number("count")?.unwrap_or(1),
+        None => 0,
+    };
     let small = |number: u64| {
         u8::try_from(number).map_err(|_| Refusal::new(Code::BadRequest, format!("there is no bit or register {number}")))
     };
-    match (address, register, bit) {
-        (Some(address), None, Some(bit)) => Ok(Bit::Ram(address, small(bit)?)),
-        (None, Some(register), Some(bit)) => Ok(Bit::Register(small(register)?, small(bit)?)),
-        _ => Err(Refusal::new(Code::BadRequest, "\"bit\" and either \"address\" or \"register\" say which one")),
+    match (address, register, filled, bit) {
+        (Some(address), None, None, Some(bit)) => Ok(Bit::Ram(address, small(bit)?)),
+        (None, Some(register), None, Some(bit)) => Ok(Bit::Register(small(register)?, small(bit)?)),
+        (None, None, Some(fill), Some(bit)) => {
+            let count = u16::try_from(count).map_err(|_| Refusal::new(Code::BadRequest, "\"count\" is at most 65535"))?;
+            Ok(Bit::Filled(fill, count, small(bit)?))
+        }
+        _ => Err(Refusal::new(Code::BadRequest, "\"bit\" and one of \"address\", \"register\" and \"filled\" say which one")),
     }
 }
 
@@ -239,8 +257,10 @@ mod tests {
             assert!(line.ends_with('\n') && line.contains(name), "{line}");
             assert_eq!(Request::parse(line.trim_end().as_bytes()), Ok(request));
         }
-        let flip = Request::FlipBit(Bit::Register(15, 63));
-        assert_eq!(Request::parse(flip.line().trim_end().as_bytes()), Ok(flip));
+        for bit in [Bit::Register(15, 63), Bit::Filled(Fill::new(b"sixteen letters\n").unwrap(), 8, 2)] {
+            let flip = Request::FlipBit(bit);
+            assert_eq!(Request::parse(flip.line().trim_end().as_bytes()), Ok(flip));
+        }
     }
 
     #[test]
@@ -259,6 +279,9 @@ mod tests {
             ("{\"v\":1,\"do\":\"stat\"} {}", Code::BadRequest),
             ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1}", Code::BadRequest),
             ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1,\"address\":1,\"register\":1}", Code::BadRequest),
+            ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1,\"address\":1,\"count\":2}", Code::BadRequest),
+            ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1,\"filled\":\"\"}", Code::BadRequest),
+            ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1,\"filled\":\"longer than it may be\"}", Code::BadRequest),
             ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":256,\"address\":1}", Code::BadRequest),
             ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":-1,\"address\":1}", Code::BadRequest),
             ("{\"v\":1,\"do\":\"flip-bit\",\"bit\":1,\"address\":1,\"twice\":true}", Code::BadRequest),
