@@ -117,7 +117,7 @@ impl Default for Config {
             cpu_model: DEFAULT_CPU_MODEL.into(),
             nics: Vec::new(),
             disks: Vec::new(),
-            code_cache_bytes: 64 << 20,
+            code_cache_bytes: 128 << 20,
             max_block_instructions: 96,
             cache_groups: 16,
         }

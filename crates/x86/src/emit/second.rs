@@ -5,7 +5,7 @@
 use super::Emit;
 use crate::PageFlags;
 use crate::mmu::first::{First, JUMP_ENTRIES, Jump, TLB_ENTRIES, TLB_FILLS, Tlb};
-use crate::mmu::groups::{Entry, FAR_JUMPS, FAR_SHIFT, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX};
+use crate::mmu::groups::{Entry, FAR_JUMPS, FAR_SHIFT, FOLD, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX};
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
@@ -41,11 +41,15 @@ impl Emit {
             ; movzx ecx, BYTE [cpl] ; inc ecx ; and ecx, 4 ; shr ecx, 1
             ; mov rax, r11 ; and rax, -0x1000 ; or rax, rcx
             // r10 = the small page's entry.
+            ; shl ecx, USER_INDEX.trailing_zeros() as i8 + 5
+            ; mov r10, r11 ; shr r10, 6 + FOLD as i8 ; xor ecx, r10d
             ; mov r10, r11 ; shr r10, 6
             ; test r11, r11 ; js >upper
-            ; shl ecx, USER_INDEX.trailing_zeros() as i8 + 5 ; xor r10d, ecx
+            ; xor r10d, ecx
             ; and r10d, small_mask[0] ; add r10, [small[0]] ; jmp >probe
             ; upper:
+            // Without what user permissions change.
+            ; mov rcx, r11 ; shr rcx, 6 + FOLD as i8 ; xor r10d, ecx
             ; and r10d, small_mask[1] ; add r10, [small[1]]
             ; probe:
             // rcx = 1 for writes.

@@ -71,6 +71,9 @@ pub const UPPER_JUMPS: usize = 1 << 15;
 pub const UPPER_FACTOR: u32 = 0x9e37_79b1;
 /// Elements at most.
 pub const MAX_ELEMENTS: usize = 64;
+/// The index of a small page is its number, changed by its number shifted by so much: two pages that compete for a place in the first level, as one of the
+/// stack and one of the heap may for as long as a program runs, do not as a rule compete here as well.
+pub const FOLD: u32 = 11;
 /// What user permissions change in the index of a small page, so that both kinds of access to a page have room.
 pub const USER_INDEX: usize = 512;
 
@@ -127,6 +130,7 @@ impl Second {
     #[inline]
     fn small_index(&self, va: u64, user: bool) -> usize {
         let i = (va / PAGE_SIZE) as usize;
+        let i = i ^ i >> FOLD;
         (if self.half == 0 && user { i ^ USER_INDEX } else { i }) & (SMALL[self.half] - 1)
     }
     #[inline]

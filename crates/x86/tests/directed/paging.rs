@@ -209,3 +209,19 @@ fn accesses_across_pages() {
         }
     }
 }
+
+#[test]
+fn pages_that_compete_for_one_place_are_not_walked_again_and_again() {
+    // A load and a store, each of two pages in turn, whose numbers end alike: they have one place in the first level.
+    let far = DATA + (4096 << 12);
+    // xchg rsi, rbx; mov rax, [rbx]; add [rsi], rax; dec rcx; jnz; hlt
+    let code = [0x48, 0x87, 0xde, 0x48, 0x8b, 0x03, 0x48, 0x01, 0x06, 0x48, 0xff, 0xc9, 0x75, 0xf2, 0xf4];
+    for max in BLOCKS {
+        let mut w = World::new(max, &code);
+        w.tables.map(&mut w.ram, far, data_gpa(1), true, true, false);
+        w.change(|st| (st.gpr[gpr::RCX], st.gpr[gpr::RSI]) = (10_000, far));
+        w.halt();
+        let tlb = w.cpu.stats().tlb;
+        assert!(tlb.walks < 100, "{tlb:?}, blocks of {max}");
+    }
+}
