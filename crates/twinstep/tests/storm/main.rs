@@ -43,7 +43,7 @@ fn setting(name: &str, default: u64) -> u64 {
 fn a_vm_survives_a_storm_with_a_directory_for_an_arbiter() {
     let _turn = turn(2);
     let test = "a_vm_survives_a_storm_with_a_directory_for_an_arbiter";
-    namespaces::inside(test, || drop(redis_guest()), || storm(ROUNDS, Court::directory));
+    namespaces::inside(test, || _ = redis_guest(), || storm(ROUNDS, Court::directory));
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn a_vm_survives_a_storm_with_etcd_for_an_arbiter() {
     let _turn = turn(2);
     let Some(etcd) = court::etcd() else { return };
     let test = "a_vm_survives_a_storm_with_etcd_for_an_arbiter";
-    namespaces::inside(test, || drop(redis_guest()), || storm(ROUNDS_WITH_ETCD, |folder| Court::etcd(&etcd, folder)));
+    namespaces::inside(test, || _ = redis_guest(), || storm(ROUNDS_WITH_ETCD, |folder| Court::etcd(&etcd, folder)));
 }
 
 fn storm(rounds: u64, court: impl Fn(&Path) -> Court) {
