@@ -13,7 +13,9 @@ const INSIDE: &str = "TWINSTEP_STORM_INSIDE";
 
 /// What this makes, as words for `unshare` (util-linux).
 fn unshare() -> Command {
-    let mut command = Command::new("unshare");
+    // The first process of the namespaces dies with `unshare`, and that with the thread that runs the test.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "unshare"]);
     command.args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
     if !rustix::process::geteuid().is_root() {
         command.args(["--user", "--map-root-user"]);
@@ -28,7 +30,7 @@ fn forbidden() -> Option<String> {
         return Some(format!("this host has no `ip` (package iproute2): {e}"));
     }
     match unshare().arg("true").output() {
-        Err(e) => Some(format!("this host has no `unshare` (package util-linux): {e}")),
+        Err(e) => Some(format!("this host has no `setpriv` (package util-linux): {e}")),
         Ok(output) if output.status.success() => None,
         Ok(output) => Some(format!("namespaces are not permitted: {}", String::from_utf8_lossy(&output.stderr).trim())),
     }
