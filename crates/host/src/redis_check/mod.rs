@@ -15,6 +15,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -96,6 +97,8 @@ pub struct Running {
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
+    /// Who wants all keys read back now, and waits to hear how many there were.
+    verify: Mutex<Option<Sender<u64>>>,
     replies: AtomicU64,
     marks: Mutex<Vec<Instant>>,
 }
@@ -126,6 +129,23 @@ impl Running {
     /// Says that the server's host is killed now: the gap around this moment is measured.
     pub fn mark(&self, now: Instant) {
         self.shared.marks.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(now);
+    }
+
+    /// Reads back every key with an acknowledged write, and goes on with the load. Says how many keys; nothing if the check has failed, and then
+    /// [`Self::finish`] tells how.
+    #[must_use]
+    pub fn verify(&self) -> Option<u64> {
+        let (sender, verified) = channel();
+        *self.shared.verify.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(sender);
+        loop {
+            match verified.recv_timeout(Duration::from_millis(50)) {
+                Ok(keys) => return Some(keys),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                // The thread may have ended before it saw the question, which then lies there.
+                Err(RecvTimeoutError::Timeout) if self.has_ended() => return None,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
     }
 
     /// Ends the load, verifies all keys, and tells.
@@ -254,7 +274,20 @@ impl Session {
             if stop && self.awaited.is_empty() {
                 return Ok(());
             }
-            while !stop && self.awaited.len() < self.options.pipeline.max(1) {
+            let mut asked = shared.verify.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if self.awaited.is_empty()
+                && let Some(asker) = asked.take()
+            {
+                drop(asked);
+                let keys = self.verify()?;
+                measure.replies_arrived(Instant::now());
+                // Whoever asked may be gone.
+                let _ = asker.send(keys);
+                continue;
+            }
+            let pause = stop || asked.is_some();
+            drop(asked);
+            while !pause && self.awaited.len() < self.options.pipeline.max(1) {
                 self.next_command();
             }
             self.flush()?;

@@ -128,6 +128,28 @@ fn every_fault_is_found_and_named() {
 }
 
 #[test]
+fn keys_are_read_back_under_way() {
+    let running = Running::start(Options { keys: 100, ..Options::new(server(Fault::None, 0)) }).unwrap();
+    while running.replies() < 1000 {
+        std::thread::yield_now();
+    }
+    assert_eq!(running.verify(), Some(100));
+    let before = running.replies();
+    while running.replies() < before + 100 {
+        std::thread::yield_now();
+    }
+    assert!(running.finish().unwrap().passed());
+    // A write that was forgotten is found, whoever asks first.
+    let options = Options { keys: 100_000, ..Options::new(server(Fault::ForgetsAWrite, 1 + 82)) };
+    let running = Running::start(options).unwrap();
+    while running.replies() < 200 && !running.has_ended() {
+        std::thread::yield_now();
+    }
+    assert_eq!(running.verify(), None);
+    assert!(!running.finish().unwrap().passed());
+}
+
+#[test]
 fn nobody_there_is_an_error_at_the_start() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let error = Running::start(Options::new(address)).unwrap_err().to_string();

@@ -33,6 +33,7 @@ use crate::events::{Events, now_ns};
 use crate::guest::Network;
 use crate::identity;
 use crate::metrics;
+use crate::net::tap::Tap;
 use crate::net::{Arrival, Backend, Link};
 use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
@@ -124,8 +125,37 @@ struct Outside {
     _raw: Option<RawMode>,
 }
 
+/// The TAP devices of a machine that may go live here one day, by network card. They are opened long before: the host's bridge forwards nothing for a moment
+/// after a device was opened, and the first words of a machine that goes live say where it is. And a device that cannot be opened is found now.
+pub struct Taps(Vec<Option<Tap>>);
+
+impl Taps {
+    /// Opens them.
+    ///
+    /// # Errors
+    /// If one is not there, or is not ours.
+    pub fn open(spec: &VmSpec) -> Result<Self> {
+        let open = |cable: &Cable| match cable {
+            Cable::Tap(name) => Tap::open(name).map(Some),
+            _ => Ok(None),
+        };
+        spec.net.iter().map(|net| open(&net.cable)).collect::<Result<_>>().map(Self)
+    }
+    /// The device of this card, with nothing in it that came before. Nothing if it is not open yet.
+    fn take(&mut self, nic: usize) -> Result<Option<Tap>> {
+        let tap = self.0.get_mut(nic).and_then(Option::take);
+        tap.map(|tap| tap.empty().map(|()| tap)).transpose()
+    }
+}
+
 impl Outside {
-    fn open(spec: &VmSpec, options: &RunOptions, to_vm: &Sender<ToVm>, waiting: &Arc<AtomicUsize>) -> Result<Self> {
+    fn open(
+        spec: &VmSpec,
+        options: &RunOptions,
+        to_vm: &Sender<ToVm>,
+        waiting: &Arc<AtomicUsize>,
+        mut taps: Taps,
+    ) -> Result<Self> {
         let mut links = Vec::new();
         let mut passts = Vec::new();
         for (nic, net) in spec.net.iter().enumerate() {
@@ -163,7 +193,11 @@ impl Outside {
                     Err(_) => ControlFlow::Break(()),
                 }
             };
-            links.push(Arc::new(backend.open(Box::new(receive))?));
+            let link = match taps.take(nic)? {
+                Some(tap) => Link::over_tap(tap, Box::new(receive))?,
+                None => backend.open(Box::new(receive))?,
+            };
+            links.push(Arc::new(link));
         }
         let serial = match &options.serial {
             None => None,
@@ -341,7 +375,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         None => None,
     };
     let waiting = Arc::new(AtomicUsize::new(0));
-    let outside = Outside::open(spec, options, &to_vm, &waiting)?;
+    let outside = Outside::open(spec, options, &to_vm, &waiting, Taps(Vec::new()))?;
     if options.from.is_none() {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut seed = [0; 32];
@@ -457,13 +491,14 @@ pub fn run_live(
     events: &Events,
     signals: &Signals,
     control: &Control,
+    taps: Taps,
 ) -> Result<SessionEnd> {
     let (to_vm, inbox): (Sender<ToVm>, Receiver<ToVm>) = channel();
     end_on_signals(signals, &to_vm);
     answer_questions(control, "survivor", &to_vm);
     control.board().took_over(live.epoch.0);
     let waiting = Arc::new(AtomicUsize::new(0));
-    let outside = Outside::open(spec, options, &to_vm, &waiting)?;
+    let outside = Outside::open(spec, options, &to_vm, &waiting, taps)?;
     // The network learns where the machine is now, before it hears from it.
     for (link, mac) in outside.links.iter().zip(&live.machine.config().nics) {
         link.announce(*mac);

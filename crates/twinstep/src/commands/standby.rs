@@ -72,6 +72,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         TcpListener::bind(address)
             .with_context(|| format!("cannot listen on {address} (is another standby there? choose another port with --listen)"))
     };
+    let taps = session::Taps::open(&spec)?;
     let mut listener = listen(&arguments.listen)?;
     // The same for every primary, also if the system has chosen it.
     let address = listener.local_addr()?;
@@ -119,7 +120,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         })?;
         let reason = match outcome {
             Outcome::Live(live) => {
-                let session = session::run_live(*live, &spec, &options, &events, &signals, &control)?;
+                let session = session::run_live(*live, &spec, &options, &events, &signals, &control, taps)?;
                 return Ok(super::run::exit_code(&session.end));
             }
             Outcome::Stopped(reason) => reason,

@@ -317,6 +317,16 @@ impl Twinstep {
         String::from_utf8_lossy(&self.printed().streams[Stream::Err as usize]).contains(text)
     }
 
+    /// What it has said so far, but for so many bytes at the beginning.
+    pub fn said_after(&self, bytes: usize) -> Vec<u8> {
+        self.printed().streams[Stream::Err as usize].get(bytes..).unwrap_or_default().to_vec()
+    }
+
+    /// Whether it has ended, and how (nothing: by a signal).
+    pub fn has_ended(&mut self) -> Option<Option<i32>> {
+        self.child.try_wait().expect("waiting for a child").map(|status| status.code())
+    }
+
     /// Whether its guest has shown this so far.
     pub fn has_shown(&self, text: &str) -> bool {
         String::from_utf8_lossy(&self.printed().streams[Stream::Out as usize]).contains(text)
