@@ -10,7 +10,7 @@ use std::process::Command;
 
 use twinstep_host::error::Context;
 use twinstep_host::guest::cpio::Archive;
-use twinstep_host::guest::{busybox_applets, program_files};
+use twinstep_host::guest::{self, busybox_applets, program_files};
 use twinstep_host::packages::{KernelLine, Package, Progress, Request, Store};
 use twinstep_host::{Error, Result};
 
@@ -19,6 +19,7 @@ use crate::workload::Plan;
 /// The script that does the workloads.
 pub const SUITE: &str = include_str!("guest/suite.sh");
 const INIT: &str = include_str!("guest/init.sh");
+const PAIR: &str = include_str!("guest/pair.sh");
 const KERNELS: &str = include_str!("guest/kernels.c");
 const FILES: [(&str, &str); 4] = [
     ("bench/suite.sh", SUITE),
@@ -101,6 +102,23 @@ pub fn build(store: &Store, folder: &Path, plan: &Plan, progress: &mut dyn FnMut
         fs::write(initrd, archive(root)?).at("write", initrd)?;
     }
     Ok(guest)
+}
+
+/// Builds the guest of the pair's benchmark: the demo's, and in a second archive behind it the C kernels and a script of its own. Gives kernel and initramfs.
+pub fn build_for_pair(store: &Store, folder: &Path, progress: &mut dyn FnMut(Progress)) -> Result<(PathBuf, PathBuf)> {
+    let (kernel, initrd) = guest::build_into(folder, store, guest::Kind::Redis, KernelLine::Stable, progress)?;
+    let kernels = folder.join("kernels");
+    compile_kernels(folder, &kernels)?;
+    let mut more = Archive::new();
+    more.folder("bench");
+    more.file("bench/kernels", 0o755, &fs::read(&kernels).at("read", &kernels)?);
+    more.file("bench/pair.sh", 0o755, PAIR.as_bytes());
+    let mut both = fs::read(&initrd).at("read", &initrd)?;
+    // The kernel looks for the next archive at a multiple of four.
+    both.resize(both.len().next_multiple_of(4), 0);
+    both.extend(more.finish());
+    fs::write(&initrd, both).at("write", &initrd)?;
+    Ok((kernel, initrd))
 }
 
 fn fresh(folder: &Path, name: &str) -> Result<PathBuf> {

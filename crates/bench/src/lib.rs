@@ -14,6 +14,7 @@
 //! | [`engine`] | who runs it: natively, Twinstep in its modes and variants, QEMU |
 //! | [`marks`] | lines on the console |
 //! | [`boot`] | one run of one engine, watched |
+//! | [`pair`] | the table of a protected pair: `bench --pair` |
 //! | [`host`] | what `/proc` says: CPU time, memory, the machine |
 //! | [`stats`], [`summary`], [`table`], [`chart`], [`report`] | figures to people |
 
@@ -23,6 +24,7 @@ pub mod engine;
 pub mod guest;
 pub mod host;
 pub mod marks;
+pub mod pair;
 pub mod report;
 pub mod stats;
 pub mod summary;

@@ -11,6 +11,7 @@ use twinstep_bench::boot::{self, Run, Session, Watch};
 use twinstep_bench::engine::{self, Engine, Family, Kind, Setting};
 use twinstep_bench::guest::{self, Guest};
 use twinstep_bench::host::{self, Machine};
+use twinstep_bench::pair;
 use twinstep_bench::report::{Entry, Image, Report};
 use twinstep_bench::summary::Clock;
 use twinstep_bench::workload::{BOOT, Plan};
@@ -37,10 +38,17 @@ struct Bench {
     /// Small sizes, one repetition: about three minutes
     #[arg(long)]
     quick: bool,
-    /// Repetitions [default: 3; with --quick 1]
+    /// Measure a protected pair instead: everything that is asked of one, beside the same guest unprotected
+    #[arg(long)]
+    pair: bool,
+    /// With --pair: so many primaries are killed [default: 50; with --quick 3]
+    #[arg(long, value_name = "N", requires = "pair")]
+    kills: Option<u32>,
+    /// Repetitions [default: 3; with --quick 1; with --pair 5 and 2]
     #[arg(long, value_name = "N")]
     reps: Option<usize>,
-    /// Only these workloads (boot, bootsuite, shell, pyint, pyfloat, sqlite, sha256, aes, rsa, gzip, xz, sha256v2, aesv2, rsav2, tcc, int, chase, stream, pipe, fork, redis1, redis16)
+    /// Only these workloads (boot, bootsuite, shell, pyint, pyfloat, sqlite, sha256, aes, rsa, gzip, xz, sha256v2, aesv2, rsav2, tcc, int, chase, stream, pipe, fork, redis1, redis16; with --pair: cpu, redis,
+    /// http, log, kills, failover, copy)
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// Other sizes for some workloads
@@ -77,7 +85,7 @@ struct Bench {
 
 fn main() -> ExitCode {
     let Task::Bench(arguments) = Arguments::parse().command;
-    match bench(&arguments) {
+    match if arguments.pair { bench_pair(&arguments) } else { bench(&arguments) } {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(e) => {
@@ -162,6 +170,29 @@ fn bench(a: &Bench) -> Result<bool> {
     }
     println!("Tables, chart and every single figure: {}", out.display());
     Ok(problems.is_empty())
+}
+
+/// The table of a pair. Whether all went well.
+fn bench_pair(a: &Bench) -> Result<bool> {
+    let plan = pair::Plan::new(a.quick, &a.only, a.reps, a.kills)?;
+    let target = target_folder();
+    let program = match &a.twinstep {
+        Some(path) => usable(path)?,
+        None => build_twinstep(&target)?,
+    };
+    let _lock = only_one(&Store::open()?)?;
+    let date = host::now();
+    pair::run(pair::Options {
+        plan,
+        program,
+        against: a.against.as_deref().map(usable).transpose()?,
+        out: a.out.clone().unwrap_or_else(|| target.join("bench-report").join(format!("{date}-pair"))),
+        target,
+        date,
+        called: std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        // Both sides of a pair need processors, so none is set apart.
+        hurried: host::hurry(),
+    })
 }
 
 /// What all runs share.
@@ -259,11 +290,6 @@ fn families(a: &Bench, target: &Path) -> Result<Vec<Family>> {
     if !wants_ours {
         return Ok(Vec::new());
     }
-    let usable = |path: &Path| {
-        path.canonicalize().map_err(|e| {
-            Error::new(format!("cannot use {} as a twinstep", path.display())).because(e).next("build it: cargo build --release")
-        })
-    };
     let program = match &a.twinstep {
         Some(path) => usable(path)?,
         None => build_twinstep(target)?,
@@ -276,6 +302,12 @@ fn families(a: &Bench, target: &Path) -> Result<Vec<Family>> {
         families.push(Family::variant(text, &program)?);
     }
     Ok(families)
+}
+
+fn usable(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(|e| {
+        Error::new(format!("cannot use {} as a twinstep", path.display())).because(e).next("build it: cargo build --release")
+    })
 }
 
 fn build_twinstep(target: &Path) -> Result<PathBuf> {

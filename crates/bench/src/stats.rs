@@ -13,6 +13,14 @@ pub fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
+/// So many percent are below it.
+#[must_use]
+pub fn percentile(values: &[f64], percent: usize) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied()
+}
+
 /// The geometric mean: what ratios are averaged with.
 #[must_use]
 pub fn geometric_mean(values: &[f64]) -> Option<f64> {
@@ -30,6 +38,13 @@ mod tests {
         assert_eq!(median(&[3.0]), Some(3.0));
         assert_eq!(median(&[9.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(&[4.0, 1.0, 2.0, 9.0]), Some(3.0));
+    }
+
+    #[test]
+    fn percentiles() {
+        let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!((percentile(&values, 50), percentile(&values, 99)), (Some(101.0), Some(199.0)));
+        assert_eq!((percentile(&[7.0], 99), percentile(&[], 50)), (Some(7.0), None));
     }
 
     #[test]

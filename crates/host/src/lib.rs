@@ -9,6 +9,7 @@
 
 pub mod arbiter;
 pub mod channel;
+pub mod child;
 pub mod control;
 pub mod demo;
 pub mod disk;

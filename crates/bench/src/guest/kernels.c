@@ -186,6 +186,23 @@ static void source(long functions) {
     printf("int work(struct item *list, int n) { return work_%ld(list, n); }\n", functions - 1);
 }
 
+/* A machine that is busy with its memory: so many MiB keep what was written to them once, as many are written anew all the time. After each pass it says a sum of
+ * what was kept, so that a bit of it that flips is seen. It ends when somebody ends it. */
+static void busy(long mebibytes) {
+    size_t words = (size_t)mebibytes << 17;
+    uint64_t *kept = malloc(words * 8), *moving = malloc(words * 8), filled;
+    if (!kept || !moving) fail("busy");
+    memcpy(&filled, "ABCDEFG\n", 8);
+    for (size_t i = 0; i < words; i++) kept[i] = filled;
+    for (uint64_t pass = 1;; pass++) {
+        for (size_t i = 0; i < words; i++) moving[i] = pass * 0x9e3779b97f4a7c15 + i;
+        uint64_t sum = 0;
+        for (size_t i = 0; i < words; i++) sum += kept[i];
+        printf("PAIR pass %llu %016llx\n", (unsigned long long)pass, (unsigned long long)sum);
+        fflush(stdout);
+    }
+}
+
 /* Tells the kernel that its random numbers are good, so that no program waits for them. For the benchmark's guest alone. */
 static void seed(void) {
     struct {
@@ -207,6 +224,7 @@ int main(int count, char **words) {
     else if (!strcmp(what, "integer")) integer(size);
     else if (!strcmp(what, "text")) text(size);
     else if (!strcmp(what, "source")) source(size);
+    else if (!strcmp(what, "busy")) busy(size);
     else if (!strcmp(what, "seed")) seed();
     else {
         fprintf(stderr, "kernels: no such work: %s\n", what);

@@ -2,8 +2,6 @@
 //!
 //! *In*: how often to tell the story. *Out*: a [`Report`] with every figure, and a verdict. *Invariant*: the demo uses what everybody uses: its processes are
 //! `twinstep switch`, `standby` and `run`, its guest is stock Debian, its client an ordinary TCP client on a forwarded port.
-mod child;
-
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::child::{self, Process};
 use crate::error::{Context, Error, Result};
 use crate::events::{Event, now_ns};
 use crate::guest::{self, Kind, Network};
@@ -21,7 +20,6 @@ use crate::passt::{self, Forward};
 use crate::pki;
 use crate::redis_check;
 use crate::signals::{STOPPED, Signals};
-use child::Process;
 
 /// What the demo tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,7 +9,7 @@
 //! commands in the order they were sent, so each GET has exactly one right answer.
 
 mod measure;
-mod resp;
+pub mod resp;
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -55,6 +55,9 @@ impl Options {
 pub struct Report {
     /// What went wrong; nothing if all is well.
     pub failure: Option<String>,
+    /// The connection was closed or reset, or a reply did not come in time.
+    #[serde(default)]
+    pub reset: bool,
     /// Seconds under load.
     pub seconds: f64,
     /// Replies under load.
@@ -182,6 +185,8 @@ enum Expect {
 struct Session {
     options: Options,
     stream: TcpStream,
+    /// The connection is of no use any more.
+    reset: bool,
     parser: Parser,
     /// Keys of an earlier client of the same server don't get in the way.
     name: String,
@@ -214,6 +219,7 @@ impl Session {
         Ok(Self {
             name: format!("twinstep:{}:{}", std::process::id(), local.port()),
             stream,
+            reset: false,
             parser: Parser::default(),
             awaited: VecDeque::new(),
             outgoing: Vec::new(),
@@ -254,6 +260,7 @@ impl Session {
         let replies = self.increments + self.sets + self.gets;
         Report {
             failure,
+            reset: self.reset,
             seconds,
             replies,
             replies_per_second: replies as f64 / seconds.max(1e-9),
@@ -403,7 +410,9 @@ impl Session {
 
     fn flush(&mut self) -> std::result::Result<(), String> {
         if !self.outgoing.is_empty() {
-            self.stream.write_all(&self.outgoing).map_err(|e| self.broken(&e))?;
+            if let Err(e) = self.stream.write_all(&self.outgoing) {
+                return Err(self.broken(&e));
+            }
             self.outgoing.clear();
         }
         Ok(())
@@ -417,7 +426,10 @@ impl Session {
             }
             let mut buffer = [0; 16 << 10];
             match self.stream.read(&mut buffer) {
-                Ok(0) => return Err("the server's side closed the connection".to_owned()),
+                Ok(0) => {
+                    self.reset = true;
+                    return Err("the server's side closed the connection".to_owned());
+                }
                 Ok(n) => self.parser.feed(&buffer[..n]),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(self.broken(&e)),
@@ -425,7 +437,8 @@ impl Session {
         }
     }
 
-    fn broken(&self, e: &std::io::Error) -> String {
+    fn broken(&mut self, e: &std::io::Error) -> String {
+        self.reset = true;
         match e.kind() {
             std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
                 format!("no reply for {} s", self.options.patience.as_secs())
