@@ -5,7 +5,9 @@
 use super::Emit;
 use crate::PageFlags;
 use crate::mmu::first::{First, JUMP_ENTRIES, Jump, TLB_ENTRIES, TLB_FILLS, Tlb};
-use crate::mmu::groups::{Entry, FAR_JUMPS, FAR_SHIFT, FOLD, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX};
+use crate::mmu::groups::{
+    Entry, FAR_JUMPS, FAR_SHIFT, FOLD, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX,
+};
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
