@@ -58,19 +58,21 @@ impl<const N: usize> Notes<N> {
         // SAFETY: `count` of the `room` slots that `make_room` allocated were written; no result outlives a method.
         unsafe { std::slice::from_raw_parts_mut(self.slots[bucket], self.count[bucket] as usize) }
     }
-    /// Makes room for one more in a bucket, of which `is_there` says which sites name it (and marks them: the second time it says no).
-    fn make_room(&mut self, bucket: usize, mut is_there: impl FnMut(u32) -> bool) {
+    /// Makes room for one more in a bucket, of which `is_there` says which sites name it (and marks them: the second time it says no). Says whether it asked.
+    fn make_room(&mut self, bucket: usize, mut is_there: impl FnMut(u32) -> bool) -> bool {
         if self.count[bucket] < self.room[bucket] {
-            return;
+            return false;
         }
         let mut noted = self.of(bucket).to_vec();
         noted.retain(|&address| is_there(address));
         self.free(bucket);
-        let room = (2 * noted.len()).max(16);
+        // The more room, the less often all that is noted must be looked through.
+        let room = (4 * noted.len()).max(16);
         self.count[bucket] = noted.len() as u32;
         self.room[bucket] = room as u32;
         noted.resize(room, 0);
         self.slots[bucket] = Box::into_raw(noted.into_boxed_slice()).cast();
+        true
     }
     fn free(&mut self, bucket: usize) {
         if self.room[bucket] != 0 {
@@ -346,11 +348,13 @@ impl Sites {
             fresh
         };
         let bucket = guest_bucket(page);
-        self.by_guest.make_room(bucket, |address| mark(&|site| site.guest as usize == bucket, address));
-        self.unmark(self.by_guest.of(bucket));
+        if self.by_guest.make_room(bucket, |address| mark(&|site| site.guest as usize == bucket, address)) {
+            self.unmark(self.by_guest.of(bucket));
+        }
         let bucket = host_bucket(host);
-        self.by_host.make_room(bucket, |address| mark(&|site| site.host as usize == bucket, address));
-        self.unmark(self.by_host.of(bucket));
+        if self.by_host.make_room(bucket, |address| mark(&|site| site.host as usize == bucket, address)) {
+            self.unmark(self.by_host.of(bucket));
+        }
     }
     fn unmark(&self, noted: &[u32]) {
         for &address in noted {
