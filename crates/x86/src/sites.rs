@@ -13,11 +13,11 @@ use crate::ram::PAGE_SIZE;
 
 /// Misses within [`PERIOD`] after which an access is translated anew to look into the TLB itself. Being emptied is a miss like any other:
 /// where address spaces change that often, filling costs more than looking.
-pub const PATIENCE: u8 = 100;
+pub const PATIENCE: u8 = 25;
 /// Instructions after which a site has all its [`PATIENCE`] again: what counts is how often it misses, not how long it lives.
 pub const PERIOD: u64 = 1 << 20;
 /// What it costs a site that its group's bytes cannot be accessed as one (they cross a page, or not all may be written): its instruction ran alone.
-const GROUP_FAILED: u8 = 8;
+const GROUP_FAILED: u8 = 2;
 
 /// Buckets by guest page, for both halves of the address space; a power of two.
 pub const GUEST_BUCKETS: usize = 1024;

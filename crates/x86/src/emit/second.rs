@@ -6,7 +6,8 @@ use super::Emit;
 use crate::PageFlags;
 use crate::mmu::first::{First, JUMP_ENTRIES, Jump, TLB_ENTRIES, TLB_FILLS, Tlb};
 use crate::mmu::groups::{
-    Entry, FAR_JUMPS, FAR_SHIFT, FOLD, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER, USER_INDEX,
+    Entry, FAR_FACTOR, FAR_GROUP, FAR_JUMPS, FAR_SHIFT, FOLD, LARGE, LARGE_SHIFT, SMALL, UPPER_FACTOR, UPPER_JUMPS, USER,
+    USER_INDEX,
 };
 use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
@@ -135,7 +136,8 @@ impl Emit {
                 dynasm!(self.ops ; .arch x64
                     ; user: ; test r11, r11 ; js =>miss
                     ; mov [spill0], rax
-                    ; mov r10d, r11d ; shr r10d, FAR_SHIFT as i8 ; mov eax, r11d ; and eax, (1 << FAR_SHIFT) - 1 ; xor r10d, eax
+                    ; imul r10d, r11d, FAR_FACTOR as i32 ; shr r10d, FAR_SHIFT as i8 ; and r10d, FAR_GROUP as i32 - 1
+                    ; mov eax, r11d ; shr eax, FAR_SHIFT as i8 ; and eax, -(FAR_GROUP as i32) ; or r10d, eax
                     ; and r10d, FAR_JUMPS as i32 - 1);
             } else {
                 dynasm!(self.ops ; .arch x64

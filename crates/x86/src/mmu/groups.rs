@@ -60,11 +60,14 @@ pub const SMALL: [usize; 2] = [1024, 4096];
 /// Entries for large pages.
 pub const LARGE: [usize; 2] = [64, 256];
 /// Jumps in an element: groups of [`FAR_GROUP`], one a page; powers of two.
-pub const FAR_JUMPS: usize = 1 << 14;
+pub const FAR_JUMPS: usize = 1 << 15;
 /// Jumps to one page that are kept.
-pub const FAR_GROUP: usize = 128;
-/// By how much an address is shifted so that what is left counts pieces of pages, a group of them a page.
+pub const FAR_GROUP: usize = 256;
+/// By how much a product or an address is shifted so that what is left of its low 12 bits numbers the places of a group, and what is above them the groups.
 pub const FAR_SHIFT: u32 = 12 - FAR_GROUP.trailing_zeros();
+/// What an address of the lower half is multiplied by to find the place of its jump in its page's group. Odd, so that the low 12 bits of the product
+/// are a permutation of those of the address: jumps that lie close together do not meet in one place.
+pub const FAR_FACTOR: u32 = 0x9e5;
 /// Jumps that are shared, into the upper half; a power of two.
 pub const UPPER_JUMPS: usize = 1 << 15;
 /// What an address of the upper half is multiplied by to find its jump.
@@ -282,7 +285,8 @@ fn drop_jump(jumps: &mut [Jump], k: usize, rip: u64) {
 /// Where the jump to `rip` is in an element.
 #[inline]
 fn far_index(rip: u64) -> usize {
-    ((rip >> FAR_SHIFT) ^ (rip & ((1 << FAR_SHIFT) - 1))) as usize & (FAR_JUMPS - 1)
+    let place = (rip as u32).wrapping_mul(FAR_FACTOR) as usize >> FAR_SHIFT & (FAR_GROUP - 1);
+    ((rip >> FAR_SHIFT) as usize & !(FAR_GROUP - 1) | place) & (FAR_JUMPS - 1)
 }
 
 /// Where the jump to `rip` of the upper half is among those that are shared.
