@@ -259,22 +259,18 @@ impl LowArea {
     /// If the host has no memory left below 2 GiB, or forbids memory that is writable and executable.
     pub fn new(code: usize, sites: usize) -> Self {
         let len = (size_of::<Frame>() + Sites::bytes(sites) + 4096 + code).next_multiple_of(4096);
-        // SAFETY: a fresh anonymous mapping.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
+        let map = |at: usize, how: libc::c_int| {
+            let access = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | how;
+            // SAFETY: a fresh anonymous mapping, which replaces none.
+            let base = unsafe { libc::mmap(at as *mut libc::c_void, len, access, flags, -1, 0) };
+            (base != libc::MAP_FAILED && (base as usize + len) < 1 << 31).then_some(base)
         };
-        assert!(
-            base != libc::MAP_FAILED && (base as usize + len) < 1 << 31,
-            "no {len} bytes of executable memory below 2 GiB: {}",
-            std::io::Error::last_os_error()
-        );
+        // MAP_32BIT looks from 1 GiB to 2 GiB only. Where machines share a process there may be none left there.
+        let below = || (1 << 24..1 << 30).step_by(1 << 24).find_map(|at| map(at, libc::MAP_FIXED_NOREPLACE));
+        let base = map(0, libc::MAP_32BIT).or_else(below);
+        let base = base
+            .unwrap_or_else(|| panic!("no {len} bytes of executable memory below 2 GiB: {}", std::io::Error::last_os_error()));
         // Large pages for code and sites: both are spread wide, and small ones would cost a miss of the host's TLB at every turn.
         // SAFETY: mapped just now; the advice changes nothing that anybody can see.
         unsafe { libc::madvise(base, len, libc::MADV_HUGEPAGE) };
@@ -299,5 +295,20 @@ impl Drop for LowArea {
     fn drop(&mut self) {
         // SAFETY: mapped by `new`, and the engine that used it is gone.
         unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_that_share_a_process_find_room() {
+        // More than there is room for above 1 GiB.
+        let areas: Vec<LowArea> = (0..6).map(|_| LowArea::new(192 << 20, 1000)).collect();
+        assert!(areas.iter().any(|area| (area.frame() as usize) < 1 << 30));
+        for (code, len) in areas.iter().map(LowArea::code) {
+            assert!(code + len < 1 << 31);
+        }
     }
 }

@@ -232,7 +232,7 @@ impl Drop for Core {
 }
 
 /// Room for the shared routines at the start of the code area.
-const SHARED_BYTES: usize = 8 << 10;
+const SHARED_BYTES: usize = 12 << 10;
 /// Translated code a site: there is one for each memory access, and an access is some 100 bytes with all that is put apart.
 const BYTES_PER_SITE: usize = 96;
 
