@@ -1,5 +1,6 @@
 //! `twinstep standby`.
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -43,6 +44,10 @@ pub struct Arguments {
     /// End when a primary was refused, or was lost without this standby going live, instead of waiting for the next one
     #[arg(long)]
     once: bool,
+    /// Keep in this folder the last state that both sides had, and when they make different outputs, a recording of what led to it, with which
+    /// `twinstep vote` on a third host says which side is right. Takes the guest's RAM there once, and once more for each of at most four recordings
+    #[arg(long, value_name = "DIR")]
+    record_window: Option<PathBuf>,
     #[command(flatten)]
     pair: super::run::PairArguments,
     #[command(flatten)]
@@ -117,6 +122,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             signals: signals.clone(),
             control: control.clone(),
             tune: |_| {},
+            record_window: arguments.record_window.clone(),
         })?;
         let reason = match outcome {
             Outcome::Live(live) => {

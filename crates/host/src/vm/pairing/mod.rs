@@ -660,7 +660,7 @@ impl Driver {
         let text = difference::describe(output, self.unmatched.get(output), theirs);
         let figures = Map::from_iter([("output".to_owned(), json!(output)), ("position".to_owned(), json!(position))]);
         let text = format!(
-            "{text}. Two sides cannot tell which of them is wrong; the primary is believed. The replay of a recording on a third host can"
+            "{text}. Two sides cannot tell which of them is wrong; the primary is believed. A third host can, if the standby records what led to it (--record-window, `twinstep vote`)"
         );
         self.events.say_with("mismatch", text, figures);
     }
