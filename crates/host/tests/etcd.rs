@@ -9,6 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use twinstep_host::arbiter::{Arbiter, ArbiterOptions, ArbiterSpec, Verdict};
@@ -258,6 +260,37 @@ fn make_certificates(folder: &Path) -> bool {
 }
 
 #[test]
+fn standbys_are_registered_for_a_while() {
+    let Some(etcd) = Etcd::start(false) else { return };
+    let spec = etcd.plain().check().unwrap().unwrap();
+    let registry = spec.registry().unwrap();
+    assert!(registry.list().unwrap().is_empty());
+    registry.put("b:7171", 60).unwrap();
+    registry.put("a:7171", 60).unwrap();
+    registry.put("b:7171", 60).unwrap();
+    assert_eq!(registry.list().unwrap(), ["a:7171", "b:7171"]);
+    // What somebody else writes there is no address, or next to it.
+    for key in ["test/.standbys/no address", "test/.standbys0:1", "test/.standby/x:1"] {
+        etcd.call("kv/put", &json!({ "key": BASE64.encode(key), "value": "eA==" }));
+    }
+    assert_eq!(registry.list().unwrap(), ["a:7171", "b:7171"]);
+    registry.remove("a:7171").unwrap();
+    registry.remove("a:7171").unwrap();
+    assert_eq!(registry.list().unwrap(), ["b:7171"]);
+    // Of a host that died it goes away by itself, and what was taken for the epochs does not.
+    let arbiter = open(&etcd.plain()).unwrap();
+    assert_eq!(settled(&*arbiter, "vm", 2, "left"), Verdict::Won);
+    registry.put("c:7171", 1).unwrap();
+    let begun = Instant::now();
+    while registry.list().unwrap().contains(&"c:7171".to_owned()) {
+        assert!(begun.elapsed() < PATIENCE, "the lease does not end");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(registry.list().unwrap(), ["b:7171"]);
+    assert_eq!(settled(&*arbiter, "vm", 2, "right"), lost("left"));
+}
+
+#[test]
 fn with_tls_and_a_user() {
     let Some(mut etcd) = Etcd::start(true) else { return };
     let password_file = |name: &str, password: &str| {
@@ -310,6 +343,11 @@ fn with_tls_and_a_user() {
         &ArbiterOptions { key: Some(etcd.path("server.key")), ..good.clone() },
         &["does not go with the key", "--arbiter-cert"],
     );
+
+    // The same user may register standbys, which are below the prefix as well.
+    let registry = good.clone().check().unwrap().unwrap().registry().unwrap();
+    registry.put("b:7171", 30).unwrap();
+    assert_eq!(registry.list().unwrap(), ["b:7171"]);
 
     // etcd forgets its tokens when it dies.
     etcd.restart();

@@ -12,6 +12,7 @@
 //! | [`recording`] | an image and the entries since, in a file |
 //! | [`replay`] | a machine driven through a log again, and the first difference |
 //! | [`compare`] | outputs of two machines that need not be in step |
+//! | [`vote`] | whose output a third machine makes |
 //! | [`container`] | how files begin, and how they can be wrong |
 //! | [`stats`] | how much of what |
 pub mod codec;
@@ -25,6 +26,7 @@ pub mod recorder;
 pub mod recording;
 pub mod replay;
 pub mod stats;
+pub mod vote;
 
 pub use codec::{EncodeError, Fault, MAX_ENTRY, MAX_PAYLOAD, encode_into, encoded_length};
 pub use compare::{Comparer, Mismatch};
@@ -36,3 +38,4 @@ pub use recorder::{RecordError, Recorder};
 pub use recording::{RecordingEnd, RecordingMetadata, RecordingReader, RecordingStart, RecordingWriter};
 pub use replay::{Difference, Divergence, ReplayError, ReplayOptions, Replayable, Replayer, Report, RunOutcome};
 pub use stats::{KindStats, LogStats};
+pub use vote::{Dispute, Disputed, Opinion, Verdict, VoteError};

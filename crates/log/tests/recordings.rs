@@ -18,6 +18,7 @@ fn metadata() -> RecordingMetadata {
         disks: vec![DiskMetadata { name: "root.img".into(), bytes: 1 << 20, digest: "xxh3:0011".into() }],
         digest_interval: 1_000_000,
         note: "a sample".into(),
+        dispute: None,
     }
 }
 

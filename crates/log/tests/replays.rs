@@ -154,7 +154,12 @@ fn record(machine: &mut Toy, slices: &[(u64, Vec<Input>)], digest_interval: u64)
 
 /// A machine that ran, with an input of every kind and nothing left out.
 fn recorded() -> (Toy, Toy, Vec<Entry>, Vec<(u64, Output)>) {
-    let start = Toy { a: 1, b: 2, rate: 3, ..Toy::default() };
+    recorded_with(None)
+}
+
+/// The same, to which something happens.
+fn recorded_with(fault: Option<(u64, Fault)>) -> (Toy, Toy, Vec<Entry>, Vec<(u64, Output)>) {
+    let start = Toy { a: 1, b: 2, rate: 3, fault, ..Toy::default() };
     let mut machine = start.clone();
     let clock = |time| Input::Clock { advance_to_ns: time, picoseconds_per_instruction: 1000 };
     let slices: Vec<(u64, Vec<Input>)> = (0..60u64)
@@ -357,6 +362,119 @@ fn checks_can_be_off() {
         assert_eq!(outputs, recorded_outputs);
         assert_eq!(machine, recorded_machine);
     }
+}
+
+/// Follows a primary's log as a standby does. What they disagree about, if anything, and the log up to where that was known.
+fn follow(standby: &mut Toy, log: &[Entry]) -> Option<(Dispute, Vec<Entry>)> {
+    let mut comparer = Comparer::new(0);
+    let dispute = |found: Mismatch, position| Dispute {
+        output: found.output,
+        position,
+        noted: found.noted.map(|(at, note)| Disputed::noted(at, &note)),
+        made: found.made.map(|(at, made)| Disputed::made(at, &made, 100)),
+        ..Dispute::default()
+    };
+    for (n, entry) in log.iter().enumerate() {
+        let known = || log[..=n].to_vec();
+        let stuck = standby.run_to(entry.position) != RunOutcome::Reached;
+        standby.take_outputs().into_iter().for_each(|(at, output)| comparer.made(at, output));
+        let refused = match &entry.event {
+            _ if stuck => true,
+            Event::Input(input) => standby.input(input.clone()).is_err(),
+            Event::Output(note) => {
+                comparer.noted(entry.position, *note);
+                false
+            }
+            _ => false,
+        };
+        if refused {
+            return Some((Dispute { output: 1, position: standby.position, stuck: true, ..Dispute::default() }, known()));
+        }
+        standby.take_outputs().into_iter().for_each(|(at, output)| comparer.made(at, output));
+        while comparer.matched().is_some() {}
+        if let Some(found) = comparer.mismatch(standby.position) {
+            return Some((dispute(found, standby.position), known()));
+        }
+    }
+    comparer.first().map(|found| (dispute(found, standby.position), log.to_vec()))
+}
+
+/// What a third machine says of two sides with these faults; none if they do not differ.
+fn ask(
+    primary: Option<(u64, Fault)>,
+    standby: Option<(u64, Fault)>,
+    third: Option<(u64, Fault)>,
+) -> Option<Result<Opinion, VoteError>> {
+    let (start, _, log, _) = recorded_with(primary);
+    let (dispute, window) = follow(&mut Toy { fault: standby, ..start.clone() }, &log)?;
+    let mut entries = window.into_iter();
+    Some(vote::vote(&mut Toy { fault: third, ..start }, 0, &dispute, || Ok(entries.next())))
+}
+
+#[test]
+fn a_third_machine_says_who_is_right() {
+    use crate::Fault::*;
+    // Outputs are made at multiples of 97.
+    for (at, fault) in
+        [(900, State), (970, LoseOutput), (975, ExtraOutput), (970, OtherPort), (970, LongerOutput), (970, OtherBytes)]
+    {
+        let of_standby = ask(None, Some((at, fault)), None).expect("they differ").unwrap();
+        assert_eq!((of_standby.verdict, of_standby.stuck), (Verdict::Primary, None), "the standby has {fault:?}");
+        let of_primary = ask(Some((at, fault)), None, None).expect("they differ").unwrap();
+        assert_eq!(of_primary.verdict, Verdict::Standby, "the primary has {fault:?}");
+        assert!(of_primary.outputs_agreed > 5 && of_primary.outputs_agreed < of_standby.outputs_agreed, "{fault:?}");
+    }
+    for fault in [(950, Stop), (950, RefuseInput)] {
+        assert_eq!(ask(None, Some(fault), None).unwrap().unwrap().verdict, Verdict::Primary, "{fault:?}");
+        // A third machine that does not get there, either.
+        let opinion = ask(None, Some(fault), Some(fault)).unwrap().unwrap();
+        assert!(opinion.verdict == Verdict::Standby && opinion.stuck.is_some(), "{opinion:?}");
+    }
+    assert!(ask(None, None, None).is_none(), "no difference, no vote");
+}
+
+#[test]
+fn a_third_machine_that_is_wrong_itself_is_for_neither() {
+    use crate::Fault::*;
+    for third in [(970, LongerOutput), (970, LoseOutput), (960, ExtraOutput), (900, Stop)] {
+        let opinion = ask(None, Some((970, OtherBytes)), Some(third)).unwrap().unwrap();
+        assert_eq!(opinion.verdict, Verdict::Neither, "{third:?}: {opinion:?}");
+    }
+    // An output that the primary made too many, and the third goes wrong before.
+    let opinion = ask(Some((975, ExtraOutput)), None, Some((970, OtherBytes))).unwrap().unwrap();
+    assert_eq!(opinion.verdict, Verdict::Neither, "{opinion:?}");
+}
+
+#[test]
+fn a_window_that_lacks_what_is_disputed_is_no_vote() {
+    let (start, _, log, _) = recorded();
+    let (dispute, window) = follow(&mut Toy { fault: Some((970, Fault::OtherBytes)), ..start.clone() }, &log).unwrap();
+    let mut cut = window[..window.len() / 2].iter().cloned();
+    let error = vote::vote(&mut start.clone(), 0, &dispute, || Ok(cut.next())).unwrap_err();
+    assert!(error.to_string().contains("before the disputed output was noted at 970"), "{error}");
+    let mut back = window.iter().rev().cloned();
+    assert!(matches!(vote::vote(&mut start.clone(), 0, &dispute, || Ok(back.next())), Err(VoteError::Order(..))));
+}
+
+#[test]
+fn a_dispute_keeps_outputs_and_is_read_again() {
+    let outputs = [
+        Output::NetTx { nic: 3, frame: vec![1; 60] },
+        Output::NetTxGso { nic: 1, frame: vec![2; 90], segment_size: 30 },
+        Output::Serial(b"ab".to_vec()),
+        Output::Console(Vec::new()),
+    ];
+    for output in outputs {
+        let made = Disputed::made(7, &output, 100);
+        assert_eq!((made.output(), made.note()), (Some(output.clone()), Some(OutputNote::of(&output))));
+        let short = Disputed::made(7, &output, 1);
+        assert_eq!(short.note(), made.note());
+        let dispute = Dispute { output: 5, position: 9, noted: Some(short), made: Some(made), stuck: false, text: "it".into() };
+        let bytes = minicbor::to_vec(&dispute).unwrap();
+        assert_eq!(minicbor::decode::<Dispute>(&bytes).unwrap(), dispute);
+    }
+    let unknown = Disputed { kind: 9, ..Disputed::default() };
+    assert!(unknown.note().is_none() && unknown.output().is_none());
 }
 
 proptest! {

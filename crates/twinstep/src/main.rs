@@ -1,8 +1,8 @@
 //! The command line: words to calls, results to text and exit status. No logic lives here.
 //!
 //! Exit status: 0 the guest switched itself off (or the command did what it was asked), 1 an error, 2 a wrong command line,
-//! 3 the guest crashed, 4 the guest asked for a reset, 5 the VM was stopped from outside, 6 a replay differs from its recording; with
-//! `--debug-exit` the guest's own, which is odd.
+//! 3 the guest crashed, 4 the guest asked for a reset, 5 the VM was stopped from outside, 6 a replay differs from its recording, 7 a vote is for the
+//! standby, 8 for neither side; with `--debug-exit` the guest's own, which is odd.
 mod commands;
 
 use std::process::ExitCode;
@@ -25,6 +25,8 @@ enum Command {
     Standby(commands::standby::Arguments),
     /// Replays a recording and checks it
     Replay(commands::replay::Arguments),
+    /// Says which side of a pair is right, when they have made different outputs: whose this host makes
+    Vote(commands::vote::Arguments),
     /// Shows where a running VM's time goes
     Stat(commands::stat::Arguments),
     /// Says how a VM and its pair do
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => commands::run::run(arguments),
         Command::Standby(arguments) => commands::standby::run(arguments),
         Command::Replay(arguments) => commands::replay::run(arguments),
+        Command::Vote(arguments) => commands::vote::run(arguments),
         Command::Stat(arguments) => commands::stat::run(arguments),
         Command::Status(arguments) => commands::status::run(arguments),
         Command::Top(arguments) => commands::top::run(arguments),

@@ -2,9 +2,14 @@
 mod common;
 
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use common::{Twinstep, boot, folder, text, turn, words};
 use rustix::process::Signal;
+use twinstep_host::arbiter::ArbiterOptions;
+use twinstep_host::packages::{Store, tell_on_stderr};
+use twinstep_host::passt::free_port;
 
 /// A standby that listens, and where.
 fn standby(name: &'static str, listen: &str, arbiter: &Path) -> (Twinstep, String) {
@@ -68,6 +73,78 @@ fn a_primary_goes_on_to_the_next_standby() {
     primary.kill();
     third.wait_said("live: live in epoch 3");
     remembers(third);
+}
+
+/// An etcd in a folder, and how it is written as an arbiter; nothing where there is no apt.
+fn etcd(folder: &Path) -> Option<(Child, String)> {
+    if Command::new("apt-get").arg("--version").output().is_err() {
+        eprintln!("skipped: this host has no apt-get");
+        return None;
+    }
+    let package = Store::open().unwrap().package("etcd-server", &mut tell_on_stderr).unwrap();
+    // A port that was free may be taken by somebody else before etcd has it.
+    for attempt in 0..5 {
+        let [clients, peers] = [(); 2].map(|()| format!("http://127.0.0.1:{}", free_port().unwrap()));
+        let mut child = Command::new(package.root.join("usr/bin/etcd"))
+            .args(["--initial-cluster", &format!("default={peers}"), "--listen-peer-urls", &peers])
+            .args([
+                "--initial-advertise-peer-urls",
+                &peers,
+                "--listen-client-urls",
+                &clients,
+                "--advertise-client-urls",
+                &clients,
+            ])
+            .arg("--data-dir")
+            .arg(folder.join(format!("etcd-{attempt}")))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let arbiter = clients.replace("http", "etcd");
+        let options = ArbiterOptions { place: Some(arbiter.clone().into()), ..ArbiterOptions::default() };
+        let spec = options.check().unwrap().unwrap();
+        while child.try_wait().unwrap().is_none() {
+            if spec.open().is_ok() {
+                return Some((child, arbiter));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    panic!("etcd does not start");
+}
+
+/// Nobody is told where a standby is: those that wait say so at etcd, and whoever needs one looks there.
+#[test]
+fn standbys_are_found_where_they_are_registered() {
+    let _turn = turn(2);
+    let folder = folder();
+    let Some((mut etcd, arbiter)) = etcd(folder.path()) else { return };
+    let protect = words(&["--protect", "registered", "--arbiter", &arbiter]);
+    let run = || Twinstep::run(&[&boot("128M", "shell"), &protect]);
+    run().end().refused(&["no standby is registered at the arbiter", "twinstep standby --register"]);
+    let standby = |name| {
+        let listen = ["standby", "--listen", "127.0.0.1:0", "--arbiter", &arbiter, "--register", "127.0.0.1"];
+        let standby = Twinstep::start(name, &words(&listen));
+        let address = standby.wait_said("primaries find this standby at ");
+        (standby, address)
+    };
+    let (mut second, _) = standby("second");
+    let mut primary = run();
+    primary.wait_said("protected: ");
+    begin(&mut primary);
+    let (third, to_third) = standby("third");
+    primary.kill();
+    // The survivor was told by nobody but etcd.
+    second.wait_said("live: live in epoch 2");
+    second.wait_said(&format!("reached: the standby at {to_third}"));
+    third.wait_said("protection has started");
+    second.kill();
+    third.wait_said("live: live in epoch 3");
+    remembers(third);
+    etcd.kill().unwrap();
+    etcd.wait().unwrap();
 }
 
 /// A standby that was lost and is there again, at the same place, is used again; and one that never went live waits for the next primary.

@@ -17,7 +17,9 @@ impl Pair {
         let arbiter = user.path().join("arbiter");
         std::fs::create_dir(&arbiter).unwrap();
         let common = words(&["--arbiter", &text(&arbiter), "--debug-faults", "--name"]);
-        let standby = user.start("standby", &[&common, &words(&["twin", "--listen", "127.0.0.1:0"])]);
+        let windows = text(&user.path().join("windows"));
+        let standby =
+            user.start("standby", &[&common, &words(&["twin", "--listen", "127.0.0.1:0", "--record-window", &windows])]);
         let address = standby.wait_said("waiting for a primary on ");
         let protect = words(&["db", "--protect", &address]);
         let mut primary = user.start("run", &[&common, &protect, &boot("256M", "shell"), &words(more)]);
@@ -43,6 +45,15 @@ impl Pair {
     }
 }
 
+/// What a third host says of what the two sides made, once the standby has recorded what led to it; and its exit status.
+fn vote(user: &User, standby: &Twinstep, says: &str, status: i32) {
+    let window = standby.wait_said("are recorded: `twinstep vote ");
+    let path = window.split_once('`').expect("the command ends").0;
+    let vote = user.ask("vote", &[path, "--json"]).with(status).json();
+    assert_eq!(vote["verdict"], says, "{vote}");
+    user.ask("vote", &[path]).with(status).shows(says).shows("bytes at the serial port");
+}
+
 /// The sums that the guest has printed.
 fn sums(console: &str) -> Vec<&str> {
     let is_sum = |word: &&str| word.len() == 32 && word.bytes().all(|b| b.is_ascii_hexdigit());
@@ -62,6 +73,7 @@ fn a_standby_that_went_wrong_is_made_right_before_it_is_needed() {
         pair.primary.wait_said("mismatch: output ");
         pair.primary.wait_said("resynced: the standby is equal again");
         pair.standby.wait_said("resynced: ");
+        vote(&pair.user, &pair.standby, "primary", 0);
         pair.primary.wait_console("second 2");
         pair.primary.type_line("md5sum < /tmp/f; echo third $((1 + 1))");
         pair.primary.wait_console("third 2");
@@ -99,6 +111,7 @@ fn a_primary_whose_memory_is_bad_gives_way() {
     let primary = pair.primary.end().with(1).says(&["memory of the primary's host is bad", "the standby takes over"]);
     pair.standby.wait_said("live: live in epoch 2");
     pair.standby.wait_console("second 2");
+    vote(&pair.user, &pair.standby, "standby", 7);
     pair.standby.type_line("poweroff -f");
     let standby = pair.standby.end().with(0);
     let (before, after) = (sums(&primary.console), sums(&standby.console));

@@ -62,9 +62,9 @@ struct Memory {
 
 /// Why a member gave no verdict.
 #[derive(Debug)]
-struct Failure {
+pub(super) struct Failure {
     kind: Kind,
-    why: String,
+    pub(super) why: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,12 +80,12 @@ enum Kind {
 }
 
 impl Failure {
-    fn strange(why: impl Into<String>) -> Self {
+    pub(super) fn strange(why: impl Into<String>) -> Self {
         Self { kind: Kind::Strange, why: why.into() }
     }
 }
 
-type Attempt<T> = std::result::Result<T, Failure>;
+pub(super) type Attempt<T> = std::result::Result<T, Failure>;
 
 /// etcd's answer to a transaction. What is not looked at may be anything.
 #[derive(Debug, Deserialize)]
@@ -100,7 +100,7 @@ struct TransactionAnswer {
 }
 
 #[derive(Debug, Deserialize)]
-struct Header {
+pub(super) struct Header {
     #[serde(rename = "revision")]
     _revision: IgnoredAny,
 }
@@ -112,14 +112,14 @@ struct StepAnswer {
 }
 
 #[derive(Debug, Deserialize)]
-struct RangeAnswer {
+pub(super) struct RangeAnswer {
     #[serde(default)]
-    kvs: Vec<KeyValue>,
+    pub(super) kvs: Vec<KeyValue>,
 }
 
 #[derive(Debug, Deserialize)]
-struct KeyValue {
-    key: String,
+pub(super) struct KeyValue {
+    pub(super) key: String,
     /// Left out when it is empty.
     #[serde(default)]
     value: String,
@@ -216,6 +216,11 @@ impl EtcdArbiter {
         Err(Error::new(what).because(failure.why).next(next))
     }
 
+    /// What all our keys begin with.
+    pub(super) fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     /// The key that says who owns an epoch.
     #[must_use]
     pub fn key(&self, vm: &str, epoch: u64) -> String {
@@ -230,8 +235,18 @@ impl EtcdArbiter {
         self.ask(&claim, |answer| verdict(answer, &key, owner)).map_err(|failure| failure.why)
     }
 
-    /// Asks one member after the other until one says something that `read` understands.
+    /// A transaction, and what `read` understands of the answer.
     fn ask<T>(&self, transaction: &Value, read: impl Fn(&TransactionAnswer) -> Attempt<T>) -> Attempt<T> {
+        self.call("kv/txn", transaction, read)
+    }
+
+    /// Asks one member after the other until one says something that `read` understands.
+    pub(super) fn call<A: for<'a> Deserialize<'a>, T>(
+        &self,
+        call: &str,
+        question: &Value,
+        read: impl Fn(&A) -> Attempt<T>,
+    ) -> Attempt<T> {
         let deadline = Instant::now() + self.patience;
         let (first, count) = (self.memory(|memory| memory.first), self.endpoints.len());
         let mut failures: Vec<Failure> = Vec::new();
@@ -240,7 +255,7 @@ impl EtcdArbiter {
             let left = deadline.saturating_duration_since(Instant::now());
             // The time for those after it is kept; what it does not use is theirs, too.
             let share = left / u32::try_from(count - n).unwrap_or(u32::MAX);
-            match self.ask_member(which, transaction, Instant::now() + share).and_then(|answer| read(&answer)) {
+            match self.ask_member(which, call, question, Instant::now() + share).and_then(|answer| read(&answer)) {
                 Ok(found) => {
                     self.memory(|memory| memory.first = which);
                     return Ok(found);
@@ -257,8 +272,14 @@ impl EtcdArbiter {
         Err(Failure { kind, why: failures.into_iter().map(|f| f.why).collect::<Vec<_>>().join("; ") })
     }
 
-    fn ask_member(&self, which: usize, transaction: &Value, deadline: Instant) -> Attempt<TransactionAnswer> {
-        let ask = |token: Option<&Secret>| self.post(which, "kv/txn", transaction, token, deadline);
+    fn ask_member<A: for<'a> Deserialize<'a>>(
+        &self,
+        which: usize,
+        call: &str,
+        question: &Value,
+        deadline: Instant,
+    ) -> Attempt<A> {
+        let ask = |token: Option<&Secret>| self.post(which, call, question, token, deadline);
         let Some((user, password)) = &self.login else { return ask(None) };
         if let Some(token) = self.memory(|memory| memory.token.clone()) {
             match ask(Some(&token)) {

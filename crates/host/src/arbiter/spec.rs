@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::net::Ipv6Addr;
 use std::path::PathBuf;
 
-use super::{Arbiter, DirectoryArbiter, EtcdArbiter};
+use super::{Arbiter, DirectoryArbiter, EtcdArbiter, Registry};
 use crate::error::{Error, Result};
 
 /// Where etcd listens if nothing else is said.
@@ -167,6 +167,20 @@ impl ArbiterSpec {
             Self::Directory(folder) => Box::new(DirectoryArbiter::open(folder)?),
             Self::Etcd(spec) => Box::new(EtcdArbiter::open(spec)?),
         })
+    }
+
+    /// Where standbys say that they wait.
+    ///
+    /// # Errors
+    /// If the arbiter is not etcd, or does not answer.
+    pub fn registry(&self) -> Result<Registry> {
+        match self {
+            Self::Etcd(spec) => Ok(Registry::new(EtcdArbiter::open(spec)?)),
+            Self::Directory(folder) => {
+                Err(Error::new(format!("standbys are registered at etcd, and the arbiter is the directory {}", folder.display()))
+                    .next("give --arbiter etcd://HOST, or name the standbys: --protect HOST:PORT,HOST:PORT"))
+            }
+        }
     }
 }
 

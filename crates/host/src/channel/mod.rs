@@ -16,6 +16,7 @@
 mod accept;
 mod reach;
 mod security;
+mod standbys;
 mod tls;
 
 #[cfg(test)]
@@ -28,6 +29,7 @@ use std::time::{Duration, Instant};
 pub use accept::accept;
 pub use reach::reach;
 pub use security::{ChannelOptions, Security};
+pub use standbys::{REGISTERED, Reach, Reached};
 
 /// What files and names of certificates are called and how they are checked, for who makes them.
 pub(crate) mod names {

@@ -42,7 +42,8 @@ fn bytes(output: &Output) -> &[u8] {
     }
 }
 
-fn what(output: &Output) -> String {
+/// What an output is: its kind, its length, whose it is.
+pub fn what(output: &Output) -> String {
     let n = bytes(output).len();
     match output {
         Output::NetTx { nic, frame } => format!("a frame of {n} bytes at card {nic} ({})", conversation(frame)),

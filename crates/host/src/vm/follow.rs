@@ -19,6 +19,7 @@ use super::mirror::Target;
 use super::replay::Vm;
 use super::resync::{self, Baseline};
 use super::standby::ToStandby;
+use super::window::Window;
 use crate::control::Ask;
 use crate::disk::Replica;
 use crate::error::{Error, Result};
@@ -73,6 +74,8 @@ pub(super) struct Follower {
     arrival: Option<Arrival>,
     cables: usize,
     tune: fn(&mut Config),
+    /// What is kept for a third opinion, if that was asked for.
+    window: Option<Window>,
     /// What makes it the primary's again.
     delta: Vec<u8>,
     /// Records that wait: for the first image, or while the machine stands still.
@@ -104,9 +107,10 @@ impl Follower {
         target: Target,
         cables: usize,
         tune: fn(&mut Config),
+        window: Option<Window>,
     ) -> Self {
         let (delta, waiting, held) = (Vec::new(), VecDeque::new(), VecDeque::new());
-        Self { inbox, to, target, arrival: None, cables, tune, delta, waiting, running: None, held, last_output: 0 }
+        Self { inbox, to, target, arrival: None, cables, tune, window, delta, waiting, running: None, held, last_output: 0 }
     }
 
     pub(super) fn run(mut self) {
@@ -211,6 +215,9 @@ impl Follower {
         self.target.finish()?;
         self.last_output = extra.last_output;
         let baseline = Baseline::new(&mut machine, self.target.replicas().to_vec())?;
+        if let Some(window) = &mut self.window {
+            window.begin(&mut machine, self.target.replicas(), self.last_output);
+        }
         let comparer = Some(Comparer::new(self.last_output));
         self.running =
             Some(Running { vm: Vm(machine, None), extra, baseline, comparer, still: false, uneven: None, ended: false });
@@ -230,6 +237,9 @@ impl Follower {
             return Err(Error::new(format!("the delta is of position {}, not {position}", running.vm.0.position())));
         }
         running.baseline.equal(&mut running.vm.0)?;
+        if let Some(window) = &mut self.window {
+            window.agreed(&mut running.vm.0, extra.last_output);
+        }
         running.comparer = Some(Comparer::new(extra.last_output));
         running.still = false;
         running.uneven = None;
@@ -244,6 +254,9 @@ impl Follower {
     /// From here on the machine is nobody's twin.
     fn diverge(&mut self) {
         let Some(running) = &mut self.running else { return };
+        if let Some(window) = self.window.take() {
+            window.end(&mut running.vm.0);
+        }
         running.still = false;
         running.uneven = None;
         for output in running.comparer.take().map_or(Vec::new(), Comparer::into_made) {
@@ -262,6 +275,9 @@ impl Follower {
         while self.running.as_ref().is_some_and(|running| !running.still)
             && let Some((seq, record)) = self.waiting.pop_front()
         {
+            if let Some(window) = &mut self.window {
+                window.entry(&record.bytes);
+            }
             if !self.follow(entry_of(&record)?)? {
                 // Without the primary, it is what comes next.
                 self.waiting.push_front((seq, record));
@@ -314,6 +330,11 @@ impl Follower {
                 let ours = running.vm.digest();
                 if ours == recorded {
                     running.baseline.equal(&mut running.vm.0)?;
+                    if let Some(window) = &mut self.window
+                        && running.comparer.as_ref().is_some_and(Comparer::is_even)
+                    {
+                        window.agreed(&mut running.vm.0, self.last_output);
+                    }
                     self.tell(ToStandby::Agreed(entry.position));
                 } else {
                     let text = running.vm.explain(&ours, &recorded);
@@ -378,6 +399,9 @@ impl Follower {
     fn stand_still(&mut self, text: String, found: Option<Mismatch>) -> Result<()> {
         let running = self.running.as_mut().expect("the caller looked");
         running.still = true;
+        if let Some(window) = &mut self.window {
+            window.dispute(self.last_output + 1, running.vm.position(), &text, found.as_ref());
+        }
         let changes = resync::changes(&mut running.vm.0, &mut running.baseline)?;
         let mut detail = Vec::new();
         if let Some((position, output)) = found.as_ref().and_then(|found| found.made.as_ref())
@@ -405,6 +429,9 @@ impl Follower {
         // What it made and the primary never noted is new to the world.
         outputs.extend(comparer.map_or(Vec::new(), Comparer::into_made));
         baseline.end(&mut vm.0);
+        if let Some(window) = self.window.take() {
+            window.end(&mut vm.0);
+        }
         let disks = self.target.replicas().to_vec();
         Ok(Replayed { machine: vm.0, disks, extra, reissue: outputs, last_output: self.last_output })
     }

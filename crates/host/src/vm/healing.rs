@@ -2,40 +2,41 @@
 //!
 //! *In*: where the primary stands; what became of attempts. *Out*: connections, and word for people. *Invariant*: the thread that drives the
 //! primary never waits for a connection to be made, and one attempt is under way at a time.
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use serde_json::{Map, json};
+use twinstep_pair::wire::MAX_STANDBYS;
 use twinstep_pair::{Healer, Nanos, PrimaryState, Setback};
 
-use crate::channel::Channel;
+use crate::channel::{Channel, REGISTERED, Reach, Reached};
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
-
-/// Makes a connection to the standby at a place. May take long.
-pub type Connect = Arc<dyn Fn(&str) -> Result<Channel> + Send + Sync>;
 
 /// What looks for standbys.
 pub struct Standbys {
     /// Which, and in which order.
     pub healer: Healer,
     /// How they are reached.
-    pub connect: Connect,
+    pub reach: Reach,
+    /// Where the one is that is connected already.
+    pub at: Option<String>,
 }
 
 /// At work, for a thread that is told of attempts by messages `M`.
 pub(super) struct Healing<M> {
     healer: Healer,
-    connect: Connect,
+    reach: Reach,
+    /// Where the one is that was connected last.
+    at: Option<String>,
     to: Sender<M>,
-    reached: fn(Result<Channel>) -> M,
+    reached: fn(Result<Reached>) -> M,
     events: Events,
 }
 
 impl<M: Send + 'static> Healing<M> {
-    pub(super) fn new(standbys: Standbys, to: Sender<M>, reached: fn(Result<Channel>) -> M, events: Events) -> Self {
-        let Standbys { healer, connect } = standbys;
-        Self { healer, connect, to, reached, events }
+    pub(super) fn new(standbys: Standbys, to: Sender<M>, reached: fn(Result<Reached>) -> M, events: Events) -> Self {
+        let Standbys { healer, reach, at } = standbys;
+        Self { healer, reach, at, to, reached, events }
     }
 
     /// The standby that was connected does not fit.
@@ -50,11 +51,11 @@ impl<M: Send + 'static> Healing<M> {
         let setback = self.healer.follow(now, state);
         self.say(setback, None);
         let Some(standby) = self.healer.poll(now) else { return };
-        let (connect, to, reached) = (self.connect.clone(), self.to.clone(), self.reached);
+        let (reach, to, reached) = (self.reach.clone(), self.to.clone(), self.reached);
         let place = self.place(standby);
         // A thread that is left over when the VM has ended ends with the process.
         let started = std::thread::Builder::new().name("connect".into()).spawn(move || {
-            let _ = to.send(reached(connect(&place)));
+            let _ = to.send(reached(reach.reach(&place)));
         });
         if let Err(e) = started {
             let _ = self.to.send((self.reached)(Err(Error::new("cannot start a thread").because(e))));
@@ -62,15 +63,15 @@ impl<M: Send + 'static> Healing<M> {
     }
 
     /// What became of the attempt: the connection, and what the standby is told of the others.
-    pub(super) fn reached(&mut self, result: Result<Channel>) -> Option<(Channel, Vec<String>)> {
+    pub(super) fn reached(&mut self, result: Result<Reached>) -> Option<(Channel, Vec<String>)> {
         match result {
-            Ok(stream) => {
+            Ok((stream, address)) => {
                 self.healer.connected();
                 let standby = self.healer.standby()?;
-                let place = self.place(standby);
-                let figures = Map::from_iter([("standby".to_owned(), json!(place))]);
-                self.events.say_with("reached", format!("the standby at {place} is reached"), figures);
-                Some((stream, self.healer.greeting(standby)))
+                let figures = Map::from_iter([("standby".to_owned(), json!(address))]);
+                self.events.say_with("reached", format!("the standby at {address} is reached"), figures);
+                self.at = Some(address);
+                Some((stream, self.told(standby)))
             }
             Err(e) => {
                 let setback = self.healer.not_reached(Nanos(now_ns()));
@@ -82,7 +83,17 @@ impl<M: Send + 'static> Healing<M> {
 
     /// What the standby that is connected is told of the others.
     pub(super) fn greeting(&self) -> Vec<String> {
-        self.healer.standby().map_or(Vec::new(), |standby| self.healer.greeting(standby))
+        self.healer.standby().map_or(Vec::new(), |standby| self.told(standby))
+    }
+
+    /// What a standby is told: itself first. One that was found among those registered is told where it was found, and to look there itself.
+    fn told(&self, standby: usize) -> Vec<String> {
+        let mut places = self.healer.greeting(standby);
+        if let (REGISTERED, Some(at)) = (self.place(standby).as_str(), &self.at) {
+            places.insert(0, at.clone());
+            places.truncate(MAX_STANDBYS);
+        }
+        places
     }
 
     /// When to follow again, if nothing else happens.
@@ -100,7 +111,10 @@ impl<M: Send + 'static> Healing<M> {
         if !failures.is_power_of_two() {
             return;
         }
-        let place = self.place(standby);
+        let place = match self.place(standby) {
+            registered if registered == REGISTERED => "one of the registered places".to_owned(),
+            place => place,
+        };
         let pause_ns = not_before.since(Nanos(now_ns())).0;
         let figures = Map::from_iter([
             ("standby".to_owned(), json!(place)),

@@ -12,6 +12,8 @@
 //! | [`standby`] | the secondary: replay from the network, go live |
 //! | `follow` | the standby's thread that owns the machine: replay, comparison |
 //! | [`resync`] | what makes a secondary equal to its primary again |
+//! | `window` | what a standby keeps for a third opinion |
+//! | [`vote`] | the third opinion |
 //! | [`difference`] | in what two outputs differ, for people |
 //! | [`disks`] | images opened as a machine's disks |
 //! | [`mirror`] | a standby's images made equal to the primary's |
@@ -35,3 +37,5 @@ pub mod resync;
 pub mod session;
 pub mod spec;
 pub mod standby;
+pub mod vote;
+mod window;

@@ -126,7 +126,23 @@ struct FileSink {
     path: PathBuf,
 }
 
-fn write_error(path: &Path, e: twinstep_log::WriteError) -> Error {
+/// What a recording of this machine says about itself.
+pub(super) fn metadata(machine: &Machine, digest_interval: u64) -> RecordingMetadata {
+    let (vendor, family) = identity::cpu();
+    let config = machine.config();
+    RecordingMetadata {
+        engine: identity::build(),
+        cpu_model: config.cpu_model.clone(),
+        ram_mib: config.ram_mib,
+        host_vendor: vendor,
+        host_family: family.to_string(),
+        nics: config.nics.iter().map(|&mac| NicMetadata { mac }).collect(),
+        digest_interval,
+        ..RecordingMetadata::default()
+    }
+}
+
+pub(super) fn write_error(path: &Path, e: twinstep_log::WriteError) -> Error {
     let full = e.is_disk_full();
     let error = Error::new(format!("cannot write the recording {}", path.display())).because(e);
     if full { error.next("make room on that file system, and record again") } else { error }
@@ -141,19 +157,7 @@ pub fn record(
     last_output: u64,
 ) -> Result<Box<dyn EntrySink>> {
     let file = File::create(path).at("create the recording", path)?;
-    let (vendor, family) = identity::cpu();
-    let config = machine.config();
-    let metadata = RecordingMetadata {
-        engine: identity::build(),
-        cpu_model: config.cpu_model.clone(),
-        ram_mib: config.ram_mib,
-        host_vendor: vendor,
-        host_family: family.to_string(),
-        nics: config.nics.iter().map(|&mac| NicMetadata { mac }).collect(),
-        disks: Vec::new(),
-        digest_interval,
-        note: String::new(),
-    };
+    let metadata = metadata(machine, digest_interval);
     let fail = |e| write_error(path, e);
     let output = BufWriter::with_capacity(1 << 20, file);
     let mut start = RecordingStart::new(output, &metadata, &build::image_metadata(machine), Compression::Lz4).map_err(fail)?;
@@ -178,7 +182,7 @@ impl EntrySink for FileSink {
 }
 
 /// What cannot be read, why, and the way out.
-fn unreadable(what: &str, path: &Path, e: ReadError) -> Error {
+pub(super) fn unreadable(what: &str, path: &Path, e: ReadError) -> Error {
     let next = match &e {
         ReadError::Newer { .. } => Some("use the Twinstep that wrote it, or a later one"),
         ReadError::Foreign { .. } if what == "recording" => Some("give a file that `twinstep run --record` wrote"),

@@ -18,14 +18,14 @@ use twinstep_pair::{
 };
 
 use super::disks;
-use super::healing::{Connect, Standbys};
+use super::healing::Standbys;
 use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
 use super::pairing::{PairThread, PairWiring};
 use super::replay;
 use super::spec::{Cable, VmSpec};
 use super::standby;
 use crate::arbiter::{self, ArbiterSpec};
-use crate::channel::{self, Channel, Security};
+use crate::channel::{Reach, Reached, Security};
 use crate::control::Control;
 use crate::disk::{Replica, Writer};
 use crate::error::{Context, Error, Result};
@@ -369,7 +369,8 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             return Err(Error::new("a protected VM needs an arbiter").next(arbiter::SYNTAX));
         }
     };
-    let standby = if options.protect.is_empty() { None } else { Some(reach_one(&options.protect, &options.security, events)?) };
+    let reach = reach(options);
+    let standby = if options.protect.is_empty() { None } else { Some(reach_one(&options.protect, &reach, events)?) };
     let recording = match &options.record {
         Some(path) => Some(replay::record(&machine, path, digest_interval, &disk_bytes, last_output)?),
         None => None,
@@ -388,7 +389,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     replicas.iter().try_for_each(|replica| replica.begin(writer, !options.protect.is_empty()))?;
     let pair = match standby.zip(arbiter) {
         None => None,
-        Some(((place, stream), arbiter)) => {
+        Some(((place, (stream, at)), arbiter)) => {
             control.board().set_vm(vm);
             control.board().set_peer(stream.peer().map(|address| address.to_string()));
             let primary = Primary::new(PrimarySetup {
@@ -411,7 +412,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             Some(PairThread::start(PairWiring {
                 primary,
                 stream: Some(stream),
-                standbys: Standbys { healer, connect: reaching(&options.security) },
+                standbys: Standbys { healer, reach, at: Some(at) },
                 arbiter,
                 outlet: outside.outlet(control.board())?,
                 vm: to_vm.clone(),
@@ -458,11 +459,11 @@ pub fn log_figures(stats: &RunStats) -> Map<String, serde_json::Value> {
 }
 
 /// Connects to the first standby of a list that can be reached; says which it is.
-fn reach_one(places: &[String], security: &Security, events: &Events) -> Result<(usize, Channel)> {
+fn reach_one(places: &[String], reach: &Reach, events: &Events) -> Result<(usize, Reached)> {
     let mut failure = None;
     for (standby, place) in places.iter().enumerate() {
-        match channel::reach(place, security) {
-            Ok(stream) => return Ok((standby, stream)),
+        match reach.reach(place) {
+            Ok(reached) => return Ok((standby, reached)),
             Err(e) if places.len() == 1 => return Err(e),
             Err(e) => {
                 events.say("no-standby", e.to_string());
@@ -477,10 +478,9 @@ fn reach_one(places: &[String], security: &Security, events: &Events) -> Result<
     })
 }
 
-/// How standbys are reached later.
-fn reaching(security: &Security) -> Connect {
-    let security = security.clone();
-    Arc::new(move |place| channel::reach(place, &security))
+/// How standbys are reached.
+fn reach(options: &RunOptions) -> Reach {
+    Reach::new(options.security.clone(), options.arbiter.clone())
 }
 
 /// Runs a machine that has just gone live, to its end.
@@ -523,7 +523,7 @@ pub fn run_live(
         Some(arbiter) if healer.places().next().is_some() => Some(PairThread::start(PairWiring {
             primary,
             stream: None,
-            standbys: Standbys { healer, connect: reaching(&options.security) },
+            standbys: Standbys { healer, reach: reach(options), at: None },
             arbiter: open_arbiter(arbiter, events)?,
             outlet: outside.outlet(control.board())?,
             vm: to_vm.clone(),

@@ -3,6 +3,7 @@
 //! *In*: a connection from a primary. *Out*: how it ended, and, if it went live, the machine with the outputs that the world may not have
 //! seen. *Invariant*: the protocol runs on a thread of its own, so that receipt is acknowledged at once, however busy the replay is.
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 
 use serde_json::{Map, json};
@@ -18,6 +19,7 @@ use super::mirror::Target;
 use super::pairing::{Asker, Closing, Connection};
 use super::resync::Changes;
 use super::spec::DiskSpec;
+use super::window::{Window, WindowNews};
 use crate::channel::Channel;
 use crate::control::Control;
 use crate::disk::{Replica, Writer};
@@ -49,6 +51,8 @@ pub struct StandbyWiring {
     pub control: Control,
     /// What the guest cannot see of the configuration.
     pub tune: fn(&mut Config),
+    /// The folder for windows: recordings of what led to different outputs.
+    pub record_window: Option<PathBuf>,
 }
 
 /// A machine that has gone live.
@@ -121,6 +125,8 @@ pub(super) enum ToStandby {
         seq: Seq,
         position: u64,
     },
+    /// What is kept for a third opinion: something that people should know.
+    Window(WindowNews),
     Failed(String),
     /// This process was told to end.
     Shutdown(String),
@@ -134,7 +140,8 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
     let connection = Connection::start(wiring.stream, sender.clone(), ToStandby::Bytes, ToStandby::Closed)?;
     let target = Target::new(wiring.disks, wiring.force_stale_disk, wiring.setup.owner.0);
     let owner = wiring.setup.owner.0;
-    let follower = Follower::new(replay_inbox, sender.clone(), target, wiring.cables, wiring.tune);
+    let window = wiring.record_window.map(|folder| Window::new(&folder, sender.clone())).transpose()?;
+    let follower = Follower::new(replay_inbox, sender.clone(), target, wiring.cables, wiring.tune, window);
     std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
     let asked = replay.clone();
     wiring.control.serve("standby", move |ask| asked.send(ToReplay::Ask(ask)).is_ok());
@@ -277,6 +284,11 @@ impl Driver {
                 self.events.say_with("resynced", text, figures);
                 self.board.resynced();
                 SecondaryEvent::ImageRestored { position, last_output }
+            }
+            ToStandby::Window(news) => {
+                let (what, text, figures) = news.event();
+                self.events.say_with(what, text, figures);
+                return;
             }
             ToStandby::Replayed { seq, position } => SecondaryEvent::Replayed { seq, position },
             ToStandby::Failed(reason) => {

@@ -11,6 +11,7 @@ pub use read::{RecordingEnd, RecordingReader};
 pub use write::{RecordingStart, RecordingWriter};
 
 use crate::container::Container;
+use crate::vote::Dispute;
 use minicbor::{Decode, Encode};
 
 /// The format of recordings that is written, and the latest that can be read.
@@ -51,6 +52,9 @@ pub struct RecordingMetadata {
     #[n(8)]
     #[cbor(default)]
     pub note: String,
+    /// Of a window: what the two sides of the pair disagree about at its end.
+    #[n(9)]
+    pub dispute: Option<Dispute>,
 }
 
 /// A network card of the recorded machine.

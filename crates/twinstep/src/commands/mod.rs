@@ -14,3 +14,4 @@ pub mod stat;
 pub mod status;
 pub mod switch;
 pub mod top;
+pub mod vote;

@@ -101,7 +101,7 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
     /// Protect with a standby at one of these addresses, such as a:7171,b:7171: with the first that can be reached, and when it is lost with
-    /// the next, and so on, while the guest runs
+    /// the next, and so on, while the guest runs; `registered` stands for all standbys that say at the arbiter that they wait (standby --register)
     #[arg(long, value_name = "ADDRESS,...", requires = "arbiter", value_delimiter = ',')]
     protect: Vec<String>,
     #[command(flatten)]

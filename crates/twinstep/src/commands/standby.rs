@@ -1,9 +1,11 @@
 //! `twinstep standby`.
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
+use twinstep_host::arbiter::Registration;
 use twinstep_host::channel;
 use twinstep_host::control::Control;
 use twinstep_host::events::Events;
@@ -43,6 +45,14 @@ pub struct Arguments {
     /// End when a primary was refused, or was lost without this standby going live, instead of waiting for the next one
     #[arg(long)]
     once: bool,
+    /// Say at the arbiter, which is etcd then, that this standby waits, and that primaries reach it at this host (with the port of --listen) or
+    /// address: they find it with `run --protect registered`
+    #[arg(long, value_name = "HOST[:PORT]")]
+    register: Option<String>,
+    /// Keep in this folder the last state that both sides had, and when they make different outputs, a recording of what led to it, with which
+    /// `twinstep vote` on a third host says which side is right. Takes the guest's RAM there once, and once more for each of at most four recordings
+    #[arg(long, value_name = "DIR")]
+    record_window: Option<PathBuf>,
     #[command(flatten)]
     pair: super::run::PairArguments,
     #[command(flatten)]
@@ -77,6 +87,17 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     // The same for every primary, also if the system has chosen it.
     let address = listener.local_addr()?;
     security.allows(address.ip())?;
+    let registration = match &arguments.register {
+        None => None,
+        Some(place) => {
+            let place = if place.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) {
+                place.clone()
+            } else {
+                format!("{place}:{}", address.port())
+            };
+            Some(Registration::start(arbiter.registry()?, place, events.clone())?)
+        }
+    };
     let address = address.to_string();
     let options = RunOptions {
         no_input: v.no_input,
@@ -92,7 +113,13 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         let opened = session::open_arbiter(&arbiter, &events)?;
         let figures = serde_json::Map::from_iter([("address".to_owned(), address.clone().into())]);
         events.say_with("listening", format!("waiting for a primary on {address}"), figures);
+        if let Some(registration) = &registration {
+            registration.waits(true);
+        }
         let stream = channel::accept(&listener, &security, &events)?;
+        if let Some(registration) = &registration {
+            registration.waits(false);
+        }
         // Another primary is told at once that nobody waits for it here.
         drop(listener);
         let outcome = standby::serve(StandbyWiring {
@@ -117,6 +144,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             signals: signals.clone(),
             control: control.clone(),
             tune: |_| {},
+            record_window: arguments.record_window.clone(),
         })?;
         let reason = match outcome {
             Outcome::Live(live) => {

@@ -29,7 +29,7 @@ use super::live::{Outlet, ToVm};
 use super::mirror::{Mirror, Mirrored};
 use super::precopy::{self, CopyId, CopyNews, Copying};
 use super::resync::{self, Delta};
-use crate::channel::Channel;
+use crate::channel::{Channel, Reached};
 use crate::disk::{Replica, Writer};
 use crate::error::{Context, Result};
 use crate::events::{Events, now_ns};
@@ -91,7 +91,7 @@ pub enum ToPair {
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
     /// What became of the attempt to reach a standby.
-    Reached(Result<Channel>),
+    Reached(Result<Reached>),
     /// Somebody wants the standby to go live.
     HandOver,
     /// This host has failed: fall silent, so that the secondary takes over. Outputs that were not released never leave.
@@ -537,7 +537,7 @@ impl Driver {
     }
 
     /// A standby was reached, or not: the connection is taken over if the VM still has none.
-    fn reached(&mut self, result: Result<Channel>) -> Option<Vec<String>> {
+    fn reached(&mut self, result: Result<Reached>) -> Option<Vec<String>> {
         let (stream, standbys) = self.healing.reached(result)?;
         if self.primary.state() != PrimaryState::Unprotected || self.connection.is_some() {
             return None;
@@ -660,7 +660,7 @@ impl Driver {
         let text = difference::describe(output, self.unmatched.get(output), theirs);
         let figures = Map::from_iter([("output".to_owned(), json!(output)), ("position".to_owned(), json!(position))]);
         let text = format!(
-            "{text}. Two sides cannot tell which of them is wrong; the primary is believed. The replay of a recording on a third host can"
+            "{text}. Two sides cannot tell which of them is wrong; the primary is believed. A third host can, if the standby records what led to it (--record-window, `twinstep vote`)"
         );
         self.events.say_with("mismatch", text, figures);
     }
