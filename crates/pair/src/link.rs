@@ -4,7 +4,7 @@
 //! a connection; the next one starts with a new `Link`, so a half-received frame or an old version can't leak into it.
 
 use crate::config::Config;
-use crate::detector::Detector;
+use crate::detector::{Detector, Grace};
 use crate::types::Nanos;
 use crate::wire::{Decoder, MAX_VERSION, Message, WireError, encode};
 
@@ -68,13 +68,20 @@ impl Link {
         self.detector.forget();
     }
 
-    /// How long the peer has been silent, if that is too long.
-    pub(crate) fn silence(&mut self, now: Nanos, timeout: Nanos) -> Option<Nanos> {
-        self.detector.look(now, timeout)
+    /// The peer gave a sign of life beside the channel.
+    pub(crate) fn beat(&mut self, now: Nanos) {
+        self.detector.beat(now);
+    }
+
+    /// How long the peer has been silent, in words, if that is too long.
+    pub(crate) fn silence(&mut self, now: Nanos, timeout: Nanos, grace: Grace) -> Option<String> {
+        let silence = self.detector.look(now, timeout, grace)?;
+        let alive = if self.detector.beats(now, timeout) { " on the channel, though it is alive" } else { "" };
+        Some(format!("{silence}{alive}"))
     }
 
     /// When time alone makes something happen here.
-    pub(crate) fn deadline(&self, timeout: Nanos) -> Nanos {
-        self.beat_at.min(self.detector.deadline(timeout))
+    pub(crate) fn deadline(&self, timeout: Nanos, grace: Grace) -> Nanos {
+        self.beat_at.min(self.detector.deadline(timeout, grace))
     }
 }

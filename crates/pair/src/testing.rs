@@ -30,7 +30,7 @@ pub(crate) fn primary_setup() -> PrimarySetup {
 }
 
 pub(crate) fn secondary_setup() -> SecondarySetup {
-    SecondarySetup { config: config(), host: host(), owner: SECONDARY, expect: Expectation::default() }
+    SecondarySetup { config: config(), host: host(), owner: SECONDARY, expect: Expectation::default(), beats: None }
 }
 
 pub(crate) fn hello() -> Hello {
@@ -48,7 +48,7 @@ pub(crate) fn hello() -> Hello {
 }
 
 pub(crate) fn reply() -> HelloReply {
-    HelloReply { version: MAX_VERSION, vm: VM, epoch: Epoch::FIRST, owner: SECONDARY, host: host() }
+    HelloReply { version: MAX_VERSION, vm: VM, epoch: Epoch::FIRST, owner: SECONDARY, host: host(), beats: None }
 }
 
 /// A connection to that standby was made.

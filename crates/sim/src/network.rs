@@ -69,6 +69,11 @@ impl Direction {
         Some((*due).max(now))
     }
 
+    /// Whether nothing arrives now.
+    pub(crate) fn is_blocked(&self, now: Nanos) -> bool {
+        self.blocked_until > now
+    }
+
     /// Nothing arrives until then.
     pub(crate) fn block(&mut self, until: Nanos) {
         self.blocked_until = self.blocked_until.max(until);

@@ -56,8 +56,23 @@ pub(crate) struct Profile {
     pub(crate) hosts: usize,
     /// How often a host whose process has ended starts a standby.
     pub(crate) restart_percent: u64,
+    /// Signs of life beside the channel.
+    pub(crate) beats: Beats,
+    /// How many of them get lost.
+    pub(crate) beats_lost_percent: u64,
     /// The primary knows an address of its own host, where a standby may wait later.
     pub(crate) own_place: bool,
+}
+
+/// Which way signs of life beside the channel take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Beats {
+    /// There are none.
+    None,
+    /// The channel's: what blocks that blocks them.
+    SamePath,
+    /// Another one, which is never cut.
+    OwnPath,
 }
 
 /// The ways in which things go wrong.
@@ -138,8 +153,8 @@ impl Profile {
             lazy_percent: random.pick(&[0, 20, 90]),
             // What enters must fit through the network: a log that can't be sent holds the guest back for good.
             input_padding_max: random.pick(&[0, 30, if ns_per_byte >= 2_000 { 30 } else { 400 }]),
-            image_padding: random.pick(&[0, 100, 2_000]),
-            // A second copy must be over before the world is, also through the smallest window.
+            // A third copy must be over before the world is, also through the smallest window.
+            image_padding: random.pick(&[0, 100, if slow_network { 500 } else { 2_000 }]),
             rounds_bytes: random.pick(&[0, 200, if slow_network { 200 } else { 5_000 }]),
             take_delay_max_ns: random.pick(&[10_000, 300_000, 2_000_000]),
             pause_during_copy: random.percent(30),
@@ -148,6 +163,8 @@ impl Profile {
             hosts: random.pick(&[2, 3, 3]),
             restart_percent: random.pick(&[0, 50, 100]),
             own_place: random.percent(50),
+            beats: random.pick(&[Beats::None, Beats::SamePath, Beats::OwnPath]),
+            beats_lost_percent: random.pick(&[0, 0, 30]),
         }
     }
 

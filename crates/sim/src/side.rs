@@ -11,7 +11,7 @@ use twinstep_pair::{
 };
 
 use crate::machine::{Machine, Output};
-use crate::profile::Profile;
+use crate::profile::{Beats, Profile};
 
 /// The kind of record that holds an input.
 pub(crate) const INPUT: u8 = 1;
@@ -170,6 +170,7 @@ impl Side {
             host: host_identity(),
             owner: owner(index),
             expect: Expectation { vm: Some(VM), ..Expectation::default() },
+            beats: (profile.beats != Beats::None).then(|| place(host)),
         })
         .expect("profiles are sound");
         Side::new(Role::Secondary(Box::new(secondary.with_bugs(bugs(bug)))), host)

@@ -5,7 +5,7 @@
 use twinstep_pair::{Nanos, PrimaryEvent, PrimaryState, SecondaryEvent};
 
 use crate::network::Connection;
-use crate::profile::{CALM_FROM, MAX_HOSTS};
+use crate::profile::{Beats, CALM_FROM, MAX_HOSTS};
 use crate::side::{Role, Side, place};
 use crate::world::{Happening, World};
 
@@ -107,6 +107,37 @@ impl World {
         let other = 1 - connection.end_of(side);
         connection.toward[other].send(self.now, bytes, &self.profile, &mut self.random);
         self.plan_delivery(index, other);
+    }
+
+    /// A side sends a sign of life beside the channel.
+    pub(crate) fn beat(&mut self, side: usize) {
+        let Some(index) = self.sides[side].connection else {
+            return;
+        };
+        if self.random.percent(self.profile.beats_lost_percent) {
+            return;
+        }
+        let connection = &self.connections[index];
+        let end = 1 - connection.end_of(side);
+        let way = &connection.toward[end];
+        // Not bound to the connection's order, and not to its end.
+        let blocked = self.profile.beats == Beats::SamePath && (way.silent || way.is_blocked(self.now));
+        if !blocked {
+            let delay = self.random.between(self.profile.delay_min_ns, self.profile.delay_max_ns);
+            self.plan(delay, Happening::Beat(index, end));
+        }
+    }
+
+    pub(crate) fn beat_arrives(&mut self, index: usize, end: usize) -> Result<(), String> {
+        let side = self.connections[index].ends[end];
+        // Hosts know by the process that sent it of which connection it is.
+        if self.sides[side].connection != Some(index) {
+            return Ok(());
+        }
+        match self.sides[side].role {
+            Role::Primary(_) => self.tell_primary(side, PrimaryEvent::Beat),
+            Role::Secondary(_) => self.tell_secondary(side, SecondaryEvent::Beat),
+        }
     }
 
     /// One delivery is planned as long as anything is in flight.

@@ -31,6 +31,8 @@ pub(crate) enum Happening {
     Tick(usize, Nanos),
     /// Bytes may have arrived: connection, end.
     Deliver(usize, usize),
+    /// A sign of life beside the channel arrives: connection, end.
+    Beat(usize, usize),
     /// Released outputs leave the host.
     Leave(usize, u64),
     /// A claim arrives; the answer takes so long, if it gets back at all, and so long if it is said again.
@@ -72,7 +74,7 @@ impl Happening {
             | Happening::Restored(side)
             | Happening::Heal(side)
             | Happening::Reach(side, _) => Some(side),
-            Happening::Deliver(connection, end) => Some(connections[connection].ends[end]),
+            Happening::Deliver(connection, end) | Happening::Beat(connection, end) => Some(connections[connection].ends[end]),
             Happening::Claim(..) | Happening::Client(_) | Happening::Restart(_) | Happening::Fault => None,
         }
     }
@@ -190,6 +192,7 @@ impl World {
                 Ok(())
             }
             Happening::Deliver(connection, end) => self.deliver(connection, end),
+            Happening::Beat(connection, end) => self.beat_arrives(connection, end),
             Happening::Leave(side, up_to) => self.leave(side, up_to),
             Happening::Claim(side, claim, answers, again) => {
                 let verdict = self.arbiter.decide(&claim);
@@ -326,7 +329,8 @@ impl World {
                 let position = state.machine.position;
                 self.give_primary(side, PrimaryEvent::ImageCut { position });
             }
-            PrimaryAction::Agreed { .. } | PrimaryAction::CopyReport(_) => {}
+            PrimaryAction::Agreed { .. } | PrimaryAction::CopyReport(_) | PrimaryAction::OpenBeats { .. } => {}
+            PrimaryAction::Beat => self.beat(side),
             PrimaryAction::WantImage { bytes } => {
                 self.sides[side].image_wanted += bytes;
                 let delay = self.random.between(0, 100_000);
@@ -368,6 +372,8 @@ impl World {
 
     fn do_for_secondary(&mut self, side: usize, action: SecondaryAction) -> Result<(), String> {
         match action {
+            SecondaryAction::OpenBeats { .. } => {}
+            SecondaryAction::Beat => self.beat(side),
             SecondaryAction::Send(bytes) => self.send(side, bytes),
             SecondaryAction::Disconnect => self.disconnect(side),
             SecondaryAction::Prepare(_) => self.sides[side].image.clear(),

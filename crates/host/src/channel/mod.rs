@@ -14,6 +14,7 @@
 //!
 //! The bytes on the wire before the first frame are in `docs/protocol-pair.md`, "Encryption"; who can do what is in `docs/threat-model.md`.
 mod accept;
+mod beats;
 mod reach;
 mod security;
 mod standbys;
@@ -27,6 +28,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 pub use accept::accept;
+pub use beats::{BeatKey, Beats};
 pub use reach::reach;
 pub use security::{ChannelOptions, Security};
 pub use standbys::{REGISTERED, Reach, Reached};
@@ -58,6 +60,18 @@ impl Channel {
     /// The other side's address.
     pub fn peer(&self) -> Option<SocketAddr> {
         self.stream.peer_addr().ok()
+    }
+
+    /// What signs of life beside this channel are sealed with.
+    ///
+    /// # Errors
+    /// If TLS has no key for it.
+    pub fn beat_key(&self) -> Result<BeatKey> {
+        let key = match &self.tls {
+            Some((opener, _)) => opener.export(b"EXPORTER-twinstep-heartbeat").what("cannot make a key for heartbeats")?,
+            None => [0; 32],
+        };
+        Ok(BeatKey { key, peer: self.peer().map(|peer| peer.ip()) })
     }
 
     /// Two halves, for a thread each.

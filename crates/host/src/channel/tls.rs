@@ -60,6 +60,11 @@ pub(super) struct Opener {
 }
 
 impl Opener {
+    /// A secret of this session's two ends, for this purpose (RFC 8446, section 7.5).
+    pub(super) fn export(&self, purpose: &[u8]) -> io::Result<[u8; 32]> {
+        lock(&self.shared).export_keying_material([0; 32], purpose, None).map_err(broken)
+    }
+
     /// As [`Read::read`]: at least one byte, or 0 once the other side has said that no more comes. A connection that ends without
     /// that word was cut, and is an error.
     pub(super) fn read(&mut self, stream: &mut impl Read, plain: &mut [u8]) -> io::Result<usize> {

@@ -2,8 +2,10 @@
 //!
 //! *In*: a connection from a primary. *Out*: how it ended, and, if it went live, the machine with the outputs that the world may not have
 //! seen. *Invariant*: the protocol runs on a thread of its own, so that receipt is acknowledged at once, however busy the replay is.
+use std::net::UdpSocket;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 
 use serde_json::{Map, json};
@@ -20,7 +22,7 @@ use super::pairing::{Asker, Closing, Connection};
 use super::resync::Changes;
 use super::spec::DiskSpec;
 use super::window::{Window, WindowNews};
-use crate::channel::Channel;
+use crate::channel::{Beats, Channel};
 use crate::control::Control;
 use crate::disk::{Replica, Writer};
 use crate::error::{Context, Error, Result};
@@ -35,6 +37,8 @@ pub struct StandbyWiring {
     pub setup: SecondarySetup,
     /// The primary's connection.
     pub stream: Channel,
+    /// Where the primary's signs of life beside the connection come, if anywhere: what `setup.beats` says.
+    pub beat_socket: Option<Arc<UdpSocket>>,
     /// The arbiter.
     pub arbiter: Box<dyn Arbiter + Send>,
     /// Where the disks are on this host. An image that is not there is made.
@@ -86,6 +90,8 @@ pub enum Outcome {
 /// What the protocol's thread is told.
 #[derive(Debug)]
 pub(super) enum ToStandby {
+    /// A sign of life of the primary beside the channel.
+    Beat,
     Bytes(Vec<u8>),
     Closed(String),
     Verdict(Epoch, Verdict),
@@ -158,6 +164,9 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
         owner,
         vm: VmId::default(),
         connection: Some(connection),
+        beat_socket: wiring.beat_socket,
+        beats: None,
+        to_self: sender.clone(),
         closing: Closing::default(),
         asker: Asker::new(wiring.arbiter, sender, ToStandby::Verdict),
         replay,
@@ -176,6 +185,10 @@ struct Driver {
     /// Whose standby it is.
     vm: VmId,
     connection: Option<Connection>,
+    /// Where the primary's signs of life beside it come, if anywhere, and what hears them.
+    beat_socket: Option<Arc<UdpSocket>>,
+    beats: Option<Beats>,
+    to_self: Sender<ToStandby>,
     closing: Closing,
     asker: Asker<ToStandby>,
     replay: Sender<ToReplay>,
@@ -222,13 +235,14 @@ impl Driver {
     fn take(&mut self, message: ToStandby) {
         let event = match message {
             // Of a connection that was given up, nothing is wanted.
-            ToStandby::Bytes(_) | ToStandby::Closed(_) if self.connection.is_none() => return,
+            ToStandby::Bytes(_) | ToStandby::Beat | ToStandby::Closed(_) if self.connection.is_none() => return,
             ToStandby::Bytes(bytes) => {
                 self.meter.heard(now_ns());
                 SecondaryEvent::Bytes(bytes)
             }
+            ToStandby::Beat => SecondaryEvent::Beat,
             ToStandby::Closed(reason) => {
-                self.connection = None;
+                (self.connection, self.beats) = (None, None);
                 self.meter.lost();
                 self.events.say("peer-lost", format!("the primary is gone: {reason}"));
                 SecondaryEvent::PeerClosed { reason }
@@ -301,6 +315,17 @@ impl Driver {
         self.secondary.handle(now(), event);
     }
 
+    fn open_beats(&mut self, peer: [u8; 16]) {
+        let (Some(connection), Some(socket)) = (&self.connection, &self.beat_socket) else { return };
+        let inbox = self.to_self.clone();
+        let heard = move || inbox.send(ToStandby::Beat).is_ok();
+        match Beats::listen(socket.clone(), &connection.beat_key, self.owner, peer, heard) {
+            Ok(beats) => self.beats = Some(beats),
+            // The channel's own heartbeats do without.
+            Err(e) => self.events.say("no-heartbeats", e.to_string()),
+        }
+    }
+
     fn act(&mut self) {
         while let Some(action) = self.secondary.poll() {
             match action {
@@ -309,7 +334,10 @@ impl Driver {
                         connection.send(bytes);
                     }
                 }
+                SecondaryAction::OpenBeats { peer } => self.open_beats(peer.0),
+                SecondaryAction::Beat => self.beats.iter_mut().for_each(Beats::send),
                 SecondaryAction::Disconnect => {
+                    self.beats = None;
                     if let Some(connection) = self.connection.take() {
                         self.closing = connection.close();
                         self.meter.lost();

@@ -71,6 +71,8 @@ pub enum PrimaryEvent {
         /// For people.
         reason: String,
     },
+    /// A sign of life came beside the channel, and it is certain that it is of the one who is connected: see [`PrimaryAction::OpenBeats`].
+    Beat,
     /// Time has passed; due at [`super::Primary::deadline`].
     Tick,
 }
@@ -82,6 +84,16 @@ pub enum PrimaryAction {
     Send(Vec<u8>),
     /// Close the connection, after sending what is queued, and forget it: no event of it is wanted any more.
     Disconnect,
+    /// The standby also takes signs of life beside the channel, at this place ([`HelloReply::beats`](crate::wire::HelloReply::beats)). Until the connection is gone, what comes back from
+    /// this process is a [`PrimaryEvent::Beat`].
+    OpenBeats {
+        /// Where.
+        to: String,
+        /// The standby's process.
+        peer: OwnerId,
+    },
+    /// Send a sign of life beside the channel; it may get lost.
+    Beat,
     /// The standby can replay this machine. Begin to produce the image.
     StartImage,
     /// The secondary has made another output. Tell people what differs, and begin to produce the image of a resync: whatever the

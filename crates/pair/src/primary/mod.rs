@@ -47,6 +47,7 @@ use std::collections::VecDeque;
 use crate::arbiter::{Arbitration, Claim, Next, Verdict};
 use crate::bugs::{Bug, Bugs};
 use crate::config::{Commit, ConfigError};
+use crate::detector::Grace;
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
@@ -79,6 +80,8 @@ pub struct Primary {
     epoch: Epoch,
     position: u64,
     link: Option<Link>,
+    /// The secondary takes signs of life beside the channel.
+    beats: bool,
     image: Image,
     /// There is one from the image's cut until the secondary is lost.
     backlog: Option<Backlog>,
@@ -115,6 +118,7 @@ impl Primary {
             epoch: setup.epoch,
             position: 0,
             link: None,
+            beats: false,
             image: Image::default(),
             backlog: None,
             outputs: HeldOutputs::new(setup.last_output, setup.last_left),
@@ -175,7 +179,7 @@ impl Primary {
 
     /// When a [`PrimaryEvent::Tick`] is due, if nothing else happens before.
     pub fn deadline(&self) -> Option<Nanos> {
-        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout()));
+        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout(), self.grace()));
         let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
         let stall = self.may_stall().then(|| self.last_progress.plus(self.setup.config.stall_timeout));
         [link, arbitration, stall, self.claim_at].into_iter().flatten().min()
@@ -213,6 +217,11 @@ impl Primary {
             PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),
             PrimaryEvent::HandOver { reason } => self.on_hand_over(now, reason),
+            PrimaryEvent::Beat => {
+                if let Some(link) = &mut self.link {
+                    link.beat(now);
+                }
+            }
             PrimaryEvent::Tick => self.on_tick(now),
         }
         self.settle(now);
@@ -302,6 +311,8 @@ impl Primary {
         link.agree(reply.version);
         self.image = Image::default();
         self.enter(PrimaryState::Copying, "the standby can replay this machine");
+        self.beats = reply.beats.is_some();
+        self.actions.extend(reply.beats.map(|to| PrimaryAction::OpenBeats { to, peer: reply.owner }));
         self.actions.push_back(PrimaryAction::StartImage);
         self.want_image();
     }
@@ -638,6 +649,10 @@ impl Primary {
 
     // ---- time and bounds ----
 
+    fn grace(&self) -> Grace {
+        if self.bugs.has(Bug::BeatIsEnough) { Grace::endless() } else { Grace::of_primary(&self.setup.config) }
+    }
+
     fn peer_timeout(&self) -> Nanos {
         let config = &self.setup.config;
         if self.state >= PrimaryState::Protected { config.peer_timeout } else { config.copy_timeout }
@@ -649,15 +664,18 @@ impl Primary {
     }
 
     fn on_tick(&mut self, now: Nanos) {
-        let timeout = self.peer_timeout();
+        let (timeout, grace) = (self.peer_timeout(), self.grace());
         if let Some(link) = &mut self.link {
             let greeted = self.state != PrimaryState::Greeting;
             if link.beat_due(now, &self.setup.config) && greeted {
                 let position = self.position;
                 self.send(&Message::Heartbeat { time: now, position });
+                if self.beats {
+                    self.actions.push_back(PrimaryAction::Beat);
+                }
             }
         }
-        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout)) {
+        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout, grace)) {
             self.lose_peer(now, &format!("nothing was heard from the standby for {silence}"));
         }
         if self.may_stall() && now.since(self.last_progress) >= self.setup.config.stall_timeout {

@@ -88,6 +88,8 @@ pub enum SecondaryEvent {
         /// For people.
         reason: String,
     },
+    /// A sign of life came beside the channel, and it is certain that it is of the one who is connected: see [`SecondaryAction::OpenBeats`].
+    Beat,
     /// Time has passed; due at [`super::Secondary::deadline`].
     Tick,
 }
@@ -99,6 +101,13 @@ pub enum SecondaryAction {
     Send(Vec<u8>),
     /// Close the connection, after sending what is queued, and forget it: no event of it is wanted any more.
     Disconnect,
+    /// Until the connection is gone, a sign of life from this process beside the channel is a [`SecondaryEvent::Beat`]; they come at the place that this standby has named.
+    OpenBeats {
+        /// The primary's process.
+        peer: OwnerId,
+    },
+    /// Send a sign of life beside the channel, to where the last one came from, if any has come; it may get lost.
+    Beat,
     /// A primary was accepted: make room for its machine.
     Prepare(Hello),
     /// The next bytes of the image.
@@ -213,4 +222,6 @@ pub struct SecondarySetup {
     pub owner: OwnerId,
     /// Which machines it may accept.
     pub expect: Expectation,
+    /// Where this host takes signs of life beside the channel, if it does.
+    pub beats: Option<String>,
 }

@@ -30,6 +30,7 @@ use std::collections::VecDeque;
 use crate::arbiter::{Arbitration, Claim, Next, Verdict};
 use crate::bugs::{Bug, Bugs};
 use crate::config::{Commit, Config, ConfigError};
+use crate::detector::Grace;
 use crate::heal::Healer;
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
@@ -148,7 +149,7 @@ impl Secondary {
 
     /// When a [`SecondaryEvent::Tick`] is due, if nothing else happens before.
     pub fn deadline(&self) -> Option<Nanos> {
-        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout()));
+        let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout(), self.grace()));
         let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
         [link, arbitration, self.report_at].into_iter().flatten().min()
     }
@@ -182,6 +183,11 @@ impl Secondary {
             SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             SecondaryEvent::Shutdown { reason } => self.on_shutdown(reason),
             SecondaryEvent::Failed { reason } => self.say_goodbye(reason),
+            SecondaryEvent::Beat => {
+                if let Some(link) = &mut self.link {
+                    link.beat(now);
+                }
+            }
             SecondaryEvent::Tick => self.on_tick(now),
         }
         assert!(self.actions.len() <= MAX_ACTIONS, "the host does not poll");
@@ -286,7 +292,11 @@ impl Secondary {
             epoch: hello.epoch,
             owner: self.setup.owner,
             host: self.setup.host.clone(),
+            beats: self.setup.beats.clone(),
         }));
+        if self.setup.beats.is_some() {
+            self.actions.push_back(SecondaryAction::OpenBeats { peer: hello.owner });
+        }
         self.link.as_mut().expect("the hello came over it").agree(version);
         self.actions.push_back(SecondaryAction::Prepare(hello.clone()));
         self.enter(SecondaryState::Copying, &format!("VM {} in epoch {} is accepted", hello.vm.vm, hello.epoch));
@@ -611,17 +621,24 @@ impl Secondary {
 
     // ---- time ----
 
+    fn grace(&self) -> Grace {
+        if self.bugs.has(Bug::BeatIsEnough) { Grace::endless() } else { Grace::of_secondary(&self.setup.config) }
+    }
+
     fn peer_timeout(&self) -> Nanos {
         if self.entitled { self.setup.config.peer_timeout } else { self.setup.config.copy_timeout }
     }
 
     fn on_tick(&mut self, now: Nanos) {
-        let timeout = self.peer_timeout();
+        let (timeout, grace) = (self.peer_timeout(), self.grace());
         if let Some(link) = &mut self.link {
             let greeted = self.state != SecondaryState::Listening;
             if link.beat_due(now, &self.setup.config) && greeted {
                 let position = self.replayed_position;
                 self.send(&Message::Heartbeat { time: now, position });
+                if self.setup.beats.is_some() {
+                    self.actions.push_back(SecondaryAction::Beat);
+                }
             }
         }
         if self.report_at.is_some_and(|at| now >= at) {
@@ -629,7 +646,7 @@ impl Secondary {
             self.report_at = None;
             self.ack_due = true;
         }
-        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout)) {
+        if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout, grace)) {
             self.lose_peer(now, &format!("nothing was heard from the primary for {silence}"));
         }
         if let Some(arbitration) = &mut self.arbitration {

@@ -103,6 +103,8 @@ pub struct HelloReply {
     pub owner: OwnerId,
     /// The secondary's host.
     pub host: HostIdentity,
+    /// Where the secondary takes signs of life beside the channel, in the hosts' words; at most [`MAX_STANDBY_BYTES`] long. Nothing: nowhere.
+    pub beats: Option<String>,
 }
 
 impl HostIdentity {
@@ -196,6 +198,9 @@ struct WireGreeting {
     /// Only in a hello.
     #[n(13)]
     standbys: Option<Vec<String>>,
+    /// Only in a reply.
+    #[n(15)]
+    beats: Option<String>,
 }
 
 impl WireGreeting {
@@ -216,6 +221,9 @@ impl WireGreeting {
         let standbys = greeting.standbys.as_deref().unwrap_or_default();
         if standbys.len() > MAX_STANDBYS || standbys.iter().any(|place| place.len() > MAX_STANDBY_BYTES) {
             return Err("its list of standbys is too long");
+        }
+        if greeting.beats.as_ref().is_some_and(|place| place.len() > MAX_STANDBY_BYTES) {
+            return Err("its place for signs of life is too long");
         }
         Ok(greeting)
     }
@@ -255,6 +263,7 @@ impl Hello {
                 OnMismatch::Stop => 1,
             }),
             standbys: Some(self.standbys.clone()),
+            beats: None,
         }
         .to_bytes()
     }
@@ -315,6 +324,7 @@ impl HelloReply {
             name: None,
             on_mismatch: None,
             standbys: None,
+            beats: self.beats.clone(),
         }
         .to_bytes()
     }
@@ -331,6 +341,7 @@ impl HelloReply {
             epoch: Epoch(greeting.epoch),
             owner: OwnerId(greeting.owner),
             host,
+            beats: greeting.beats,
         })
     }
 }

@@ -30,7 +30,14 @@ fn hello() -> Hello {
 }
 
 fn reply() -> HelloReply {
-    HelloReply { version: MAX_VERSION, vm: VmId([0x11; 16]), epoch: Epoch(3), owner: OwnerId([0x33; 16]), host: host() }
+    HelloReply {
+        version: MAX_VERSION,
+        vm: VmId([0x11; 16]),
+        epoch: Epoch(3),
+        owner: OwnerId([0x33; 16]),
+        host: host(),
+        beats: Some("10.0.0.2:7171".to_owned()),
+    }
 }
 
 fn record(position: u64, kind: u8, bytes: &[u8]) -> Record {

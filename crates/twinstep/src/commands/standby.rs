@@ -1,12 +1,13 @@
 //! `twinstep standby`.
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
 use twinstep_host::arbiter::Registration;
-use twinstep_host::channel;
+use twinstep_host::channel::{self, Security};
 use twinstep_host::control::Control;
 use twinstep_host::events::Events;
 use twinstep_host::identity;
@@ -22,6 +23,10 @@ pub struct Arguments {
     /// Where to wait for the primary, such as 0.0.0.0:7171
     #[arg(long, value_name = "ADDRESS")]
     listen: String,
+    /// Where to take heartbeats beside the channel (UDP): best an address in another network than --listen's, so that a cut channel is told from a dead host
+    /// [default: the address of --listen]
+    #[arg(long, value_name = "ADDRESS")]
+    heartbeat: Option<String>,
     #[command(flatten)]
     channel: super::channel::ChannelArguments,
     /// With TLS: a name or address that the primary's certificate must be for [default: any that the authority vouches for] (several times: one of them)
@@ -57,6 +62,28 @@ pub struct Arguments {
     pair: super::run::PairArguments,
     #[command(flatten)]
     visibility: super::run::Visibility,
+}
+
+/// Where heartbeats beside the channel come: where it was said, or else where the channel does, if that can be had.
+fn open_for_heartbeats(
+    wanted: Option<&str>,
+    listening: &str,
+    security: &Security,
+    events: &Events,
+) -> anyhow::Result<Option<Arc<UdpSocket>>> {
+    match (wanted, UdpSocket::bind(wanted.unwrap_or(listening))) {
+        (_, Ok(socket)) => {
+            security.allows(socket.local_addr()?.ip())?;
+            Ok(Some(Arc::new(socket)))
+        }
+        (Some(place), Err(e)) => Err(e).with_context(|| {
+            format!("cannot take heartbeats at {place} (--heartbeat: an address of this host, and a free port)")
+        }),
+        (None, Err(e)) => {
+            events.say("no-heartbeats", format!("no heartbeats beside the channel: cannot open {listening} for UDP: {e}"));
+            Ok(None)
+        }
+    }
 }
 
 fn vm_name(name: &str) -> Result<String, String> {
@@ -99,6 +126,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
     };
     let address = address.to_string();
+    let beat_socket = open_for_heartbeats(arguments.heartbeat.as_deref(), &address, &security, &events)?;
+    let beats = beat_socket.as_ref().map(|socket| socket.local_addr()).transpose()?;
     let options = RunOptions {
         no_input: v.no_input,
         serial: v.serial,
@@ -134,8 +163,10 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 host: identity::host(),
                 // Another one for each primary: what this process had won for one VM is not another's.
                 owner: OwnerId(identity::random_id()),
+                beats: beats.map(|address| address.to_string()),
             },
             stream,
+            beat_socket: beat_socket.clone(),
             arbiter: opened,
             disks: spec.disk.clone(),
             force_stale_disk: arguments.pair.force_stale_disk,

@@ -177,7 +177,8 @@ impl Host {
     /// Starts a standby here.
     pub fn stand_by(&mut self, storm: &Path, court: &Court) {
         let listen = format!("{}:{PORT}", street::address(self.number));
-        self.start("standby", storm, court, &words(&["--listen", &listen, "--expect-vm", VM]));
+        let heartbeat = format!("{}:{PORT}", street::lan_address(self.number));
+        self.start("standby", storm, court, &words(&["--listen", &listen, "--heartbeat", &heartbeat, "--expect-vm", VM]));
     }
 
     /// Its disk image.

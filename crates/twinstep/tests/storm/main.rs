@@ -256,7 +256,8 @@ impl<'a> Storm<'a> {
                 self.fenced(loser, before)?;
                 lasts();
                 link(true);
-                Ok(format!("h{winner} went on"))
+                // Both hear at the same time that the other is alive, and the primary has less patience. Of a link that is cut one way, they learn at different times.
+                if round.fault == Fault::CutLink { is(primary, winner) } else { Ok(format!("h{winner} went on")) }
             }
             Fault::CutArbiter => {
                 (0..self.hosts.len()).for_each(|host| self.court.open(host, false));

@@ -3,6 +3,7 @@
 //! ```text
 //!   street (here) ── bridge `lan`:  the guests' Ethernet                   client eth0 10.0.2.100
 //!                 │     lan0, lan1, lan2 ── eth0 ─ br0 ─ tap0 in h0, h1, h2     (guest 10.0.2.15)
+//!                 │     heartbeats beside the channel go by this one: br0 10.0.2.201 to 203
 //!                 └─ bridge `hosts`: between them                         court eth0 10.77.0.100
 //!                       host0, host1, host2 ── eth1 10.77.0.1 to 3 in h0, h1, h2
 //! ```
@@ -32,6 +33,11 @@ pub fn namespace(host: usize) -> String {
 /// A host's address for other hosts.
 pub fn address(host: usize) -> String {
     format!("10.77.0.{}", host + 1)
+}
+
+/// Its address on the LAN.
+pub fn lan_address(host: usize) -> String {
+    format!("10.0.2.{}", 201 + host)
 }
 
 /// The etcd's.
@@ -80,7 +86,8 @@ pub fn build() {
             Some(&place),
             &format!(
                 "link set lo up\nlink add br0 type bridge\nlink set eth0 master br0\ntuntap add dev tap0 mode tap\nlink set tap0 master br0\n\
-                 link set br0 up\nlink set eth0 up\nlink set tap0 up\naddress add {}/24 dev eth1\nlink set eth1 up\n",
+                 link set br0 up\naddress add {}/24 dev br0\nlink set eth0 up\nlink set tap0 up\naddress add {}/24 dev eth1\nlink set eth1 up\n",
+                lan_address(host),
                 address(host)
             ),
         );

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, json};
 use twinstep_machine::Output;
 use twinstep_pair::{
-    Arbiter, Claim, Epoch, Nanos, Notice, OutputId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record, StopReason,
-    Verdict,
+    Arbiter, Claim, Epoch, Nanos, Notice, OutputId, OwnerId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record,
+    StopReason, Verdict,
 };
 
 use self::feed::Feed;
@@ -29,7 +29,7 @@ use super::live::{Outlet, ToVm};
 use super::mirror::{Mirror, Mirrored};
 use super::precopy::{self, CopyId, CopyNews, Copying};
 use super::resync::{self, Delta};
-use crate::channel::{Channel, Reached};
+use crate::channel::{BeatKey, Beats, Channel, Reached};
 use crate::disk::{Replica, Writer};
 use crate::error::{Context, Result};
 use crate::events::{Events, now_ns};
@@ -86,6 +86,8 @@ pub enum ToPair {
     NoDelta(String),
     /// Bytes from the standby, on the connection of this number.
     Bytes(u64, Vec<u8>),
+    /// A sign of life beside the connection of this number.
+    Beat(u64),
     /// The connection of this number is gone.
     Closed(u64, String),
     /// The arbiter's answer.
@@ -107,6 +109,8 @@ pub enum ToPair {
 pub(super) struct Connection {
     writer: Sender<Vec<u8>>,
     closing: Closing,
+    /// For signs of life beside it.
+    pub(super) beat_key: BeatKey,
 }
 
 /// A connection that nothing more is put into. Its threads still send what was put in, and read until the other side has closed as well.
@@ -138,6 +142,7 @@ impl Connection {
         bytes: impl Fn(Vec<u8>) -> M + Send + 'static,
         closed: impl Fn(String) -> M + Send + 'static,
     ) -> Result<Self> {
+        let beat_key = stream.beat_key()?;
         let (mut reading, mut writing) = stream.split()?;
         let reader = std::thread::Builder::new()
             .name("channel-read".into())
@@ -174,7 +179,7 @@ impl Connection {
                 writing.finish();
             })
             .what("cannot start a thread")?;
-        Ok(Self { writer, closing: Closing(vec![reader, write_thread]) })
+        Ok(Self { writer, closing: Closing(vec![reader, write_thread]), beat_key })
     }
     /// Queues bytes.
     pub(super) fn send(&self, bytes: Vec<u8>) {
@@ -289,6 +294,7 @@ impl PairThread {
             inbox,
             connection,
             connections: 0,
+            beats: None,
             closing: Closing::default(),
             outlet: wiring.outlet,
             vm: wiring.vm,
@@ -377,6 +383,8 @@ struct Driver {
     connection: Option<Connection>,
     /// The number of the newest connection: what still comes on an earlier one is wanted by nobody.
     connections: u64,
+    /// Signs of life beside it.
+    beats: Option<Beats>,
     closing: Closing,
     asker: Asker<ToPair>,
     outlet: Outlet,
@@ -456,10 +464,21 @@ impl Driver {
     }
 
     fn disconnect(&mut self) {
-        self.mirror = None;
+        (self.mirror, self.beats) = (None, None);
         if let Some(connection) = self.connection.take() {
             self.closing = connection.close();
             self.meter.lost();
+        }
+    }
+
+    fn open_beats(&mut self, to: &str, peer: OwnerId) {
+        let Some(connection) = &self.connection else { return };
+        let (number, inbox) = (self.connections, self.to_self.clone());
+        let heard = move || inbox.send(ToPair::Beat(number)).is_ok();
+        match Beats::toward(to, &connection.beat_key, self.writer.owner, peer.0, heard) {
+            Ok(beats) => self.beats = Some(beats),
+            // The channel's own heartbeats do without.
+            Err(e) => self.events.say("no-heartbeats", e.to_string()),
         }
     }
 
@@ -500,16 +519,18 @@ impl Driver {
                 PrimaryEvent::PeerClosed { reason }
             }
             // Of a connection that was given up, nothing is wanted.
-            ToPair::Bytes(number, _) | ToPair::Closed(number, _) if self.connection.is_none() || number != self.connections => {
+            ToPair::Bytes(number, _) | ToPair::Beat(number) | ToPair::Closed(number, _)
+                if self.connection.is_none() || number != self.connections =>
+            {
                 return;
             }
             ToPair::Bytes(_, bytes) => {
                 self.meter.heard(now_ns());
                 PrimaryEvent::Bytes(bytes)
             }
+            ToPair::Beat(_) => PrimaryEvent::Beat,
             ToPair::Closed(_, reason) => {
-                self.connection = None;
-                self.mirror = None;
+                (self.connection, self.mirror, self.beats) = (None, None, None);
                 self.meter.lost();
                 PrimaryEvent::PeerClosed { reason }
             }
@@ -569,6 +590,8 @@ impl Driver {
                         connection.send(bytes);
                     }
                 }
+                PrimaryAction::OpenBeats { to, peer } => self.open_beats(&to, peer),
+                PrimaryAction::Beat => self.beats.iter_mut().for_each(Beats::send),
                 PrimaryAction::Disconnect => self.disconnect(),
                 PrimaryAction::StartImage => self.start_image(),
                 PrimaryAction::CopyReport(bytes) => {
