@@ -50,11 +50,13 @@ pub enum Bug {
     ForgetStandbys,
     /// The secondary acknowledges an image's bytes when they come, and not when its host has used them up.
     AckImageBeforeTaken,
+    /// A primary that was stalled goes on releasing what it finds acknowledged.
+    ReleaseAfterStall,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 22] = [
+    pub const ALL: [Bug; 23] = [
         Bug::ReleaseBeforeAck,
         Bug::LiveWithoutArbiter,
         Bug::ForgetReissue,
@@ -77,6 +79,7 @@ impl Bug {
         Bug::HealOnce,
         Bug::ForgetStandbys,
         Bug::AckImageBeforeTaken,
+        Bug::ReleaseAfterStall,
     ];
 }
 

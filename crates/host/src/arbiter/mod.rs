@@ -4,10 +4,12 @@
 //! owner ever wins, whatever crashes in between; the owner who has won wins again when it asks again; and an answer
 //! that can't be had is never taken for a win.
 //!
-//! There are two: a directory ([`DirectoryArbiter`]) and etcd ([`EtcdArbiter`]). [`ArbiterSpec`] says which one a command line means.
+//! There are two: a directory ([`DirectoryArbiter`]) and etcd ([`EtcdArbiter`]). [`ArbiterSpec`] says which one a command line means. When neither answers, a person may
+//! decide ([`ManualOverride`]).
 
 mod directory;
 mod etcd;
+mod manual;
 mod secrets;
 mod spec;
 
@@ -15,6 +17,7 @@ use std::fmt;
 
 pub use directory::DirectoryArbiter;
 pub use etcd::EtcdArbiter;
+pub use manual::{ManualOverride, OverridableArbiter};
 pub use spec::{ArbiterOptions, ArbiterSpec, EtcdSpec, Login, SYNTAX, TlsFiles};
 
 /// The arbiter's answer.

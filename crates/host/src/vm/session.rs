@@ -13,18 +13,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Map, json};
 use twinstep_machine::offload::LargeSegment;
 use twinstep_machine::{BootError, ConfigError, Input, MAX_FRAME, Machine, Output};
-use twinstep_pair::{
-    Claim, Config as PairConfig, Epoch, Healer, Nanos, OwnerId, Primary, PrimaryEvent, PrimarySetup, Verdict, VmId, VmIdentity,
-};
+use twinstep_pair::{Config as PairConfig, Epoch, Healer, Nanos, OwnerId, Primary, PrimaryEvent, PrimarySetup, VmId, VmIdentity};
 
 use super::disks;
 use super::healing::{Connect, Standbys};
 use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
-use super::pairing::{PairThread, PairWiring};
+use super::pairing::{Identify, PairThread, PairWiring, ToPair};
 use super::replay;
 use super::spec::{Cable, VmSpec};
 use super::standby;
-use crate::arbiter::{self, ArbiterSpec};
+use crate::arbiter::{self, ArbiterSpec, OverridableArbiter};
 use crate::channel::{self, Channel, Security};
 use crate::control::Control;
 use crate::disk::{Replica, Writer};
@@ -34,7 +32,7 @@ use crate::guest::Network;
 use crate::identity;
 use crate::metrics;
 use crate::net::tap::Tap;
-use crate::net::{Arrival, Backend, Link};
+use crate::net::{Arrival, Backend, Link, Token};
 use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
 use crate::perf_map::PerfMap;
@@ -92,28 +90,16 @@ pub struct SessionEnd {
     pub stats: RunStats,
 }
 
-/// The arbiter as the pair asks it.
-struct PairArbiter {
-    arbiter: Box<dyn arbiter::Arbiter>,
-    events: Events,
+/// Opens an arbiter for the pair of the VM that `control` is of.
+pub fn open_arbiter(spec: &ArbiterSpec, control: &Control, events: &Events) -> Result<Box<dyn twinstep_pair::Arbiter + Send>> {
+    Ok(Box::new(OverridableArbiter::open(spec, control.manual_override(), events)?))
 }
 
-impl twinstep_pair::Arbiter for PairArbiter {
-    fn test_and_set(&mut self, claim: &Claim) -> Verdict {
-        match self.arbiter.claim(&claim.vm.to_string(), claim.epoch.0, &claim.owner.to_string()) {
-            arbiter::Verdict::Won => Verdict::Won,
-            arbiter::Verdict::Lost { .. } => Verdict::Lost,
-            arbiter::Verdict::Unreachable { why } => {
-                self.events.say("arbiter-unreachable", why);
-                Verdict::Unreachable
-            }
-        }
-    }
-}
-
-/// Opens an arbiter for the pair.
-pub fn open_arbiter(spec: &ArbiterSpec, events: &Events) -> Result<Box<dyn twinstep_pair::Arbiter + Send>> {
-    Ok(Box::new(PairArbiter { arbiter: spec.open()?, events: events.clone() }))
+/// What was decided by hand and was wrong ends the machine.
+fn stop_when_overruled(control: &Control, to_vm: &Sender<ToVm>) {
+    let to_vm = to_vm.clone();
+    // A machine that has ended has stopped.
+    control.manual_override().stop_by(Box::new(move |why| _ = to_vm.send(ToVm::Fail(why))));
 }
 
 /// The cables and the terminal of a machine.
@@ -211,6 +197,33 @@ impl Outside {
             read_terminal(to_vm.clone(), raw.is_some())?;
         }
         Ok(Self { links, serial, _passts: passts, _raw: raw })
+    }
+
+    /// What tells the networks in which epoch of its life a VM runs here.
+    fn identify(&self, writer: Writer) -> Identify {
+        let links = self.links.clone();
+        Arc::new(move |epoch| {
+            let token = Token { vm: writer.vm, epoch, owner: writer.owner };
+            links.iter().for_each(|link| link.identify(token));
+        })
+    }
+
+    /// People are told when a switch refuses this side's frames, and the pair, which finds out whether that is right.
+    fn when_fenced(&self, events: &Events, pair: Option<&PairThread>) {
+        for (nic, link) in self.links.iter().enumerate() {
+            let (events, pair) = (events.clone(), pair.map(|pair| pair.sender.clone()));
+            link.when_fenced(Box::new(move |epoch| {
+                let figures = Map::from_iter([("epoch".to_owned(), json!(epoch)), ("nic".to_owned(), json!(nic))]);
+                let text = format!(
+                    "the switch of card {nic} refuses this side's frames: it has seen epoch {epoch} of this VM elsewhere"
+                );
+                events.say_with("fenced", text, figures);
+                if let Some(pair) = &pair {
+                    // One that has ended wants nothing.
+                    let _ = pair.send(ToPair::Fenced(epoch));
+                }
+            }));
+        }
     }
 
     /// What leaves by it is counted on the board.
@@ -350,6 +363,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         metrics::serve(address, control.inquiry(), events)?;
     }
     answer_questions(&control, side, &to_vm);
+    stop_when_overruled(&control, &to_vm);
     let vm = VmId(identity::random_id());
     let owner = OwnerId(identity::random_id());
     let replicas = disks::open(&spec.disk)?;
@@ -364,7 +378,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     // serves the first who connects, so nothing that can be refused comes after.
     let arbiter = match (options.protect.is_empty(), &options.arbiter) {
         (true, _) => None,
-        (false, Some(spec)) => Some(open_arbiter(spec, events)?),
+        (false, Some(spec)) => Some(open_arbiter(spec, &control, events)?),
         (false, None) => {
             return Err(Error::new("a protected VM needs an arbiter").next(arbiter::SYNTAX));
         }
@@ -406,6 +420,8 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                 last_left: last_output,
             })
             .what("the pair's settings do not fit")?;
+            let identify = outside.identify(writer);
+            identify(writer.epoch);
             let mut healer = Healer::new(options.protect.iter().cloned(), None, &options.pair);
             healer.begin_with(place);
             Some(PairThread::start(PairWiring {
@@ -414,6 +430,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                 standbys: Standbys { healer, connect: reaching(&options.security) },
                 arbiter,
                 outlet: outside.outlet(control.board())?,
+                identify,
                 vm: to_vm.clone(),
                 disks: replicas.clone(),
                 writer,
@@ -423,6 +440,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             })?)
         }
     };
+    outside.when_fenced(events, pair.as_ref());
     let wiring = Wiring {
         inbox,
         outlet: outside.outlet(control.board())?,
@@ -496,9 +514,12 @@ pub fn run_live(
     let (to_vm, inbox): (Sender<ToVm>, Receiver<ToVm>) = channel();
     end_on_signals(signals, &to_vm);
     answer_questions(control, "survivor", &to_vm);
+    stop_when_overruled(control, &to_vm);
     control.board().took_over(live.epoch.0);
     let waiting = Arc::new(AtomicUsize::new(0));
     let outside = Outside::open(spec, options, &to_vm, &waiting, taps)?;
+    let identify = outside.identify(live.writer);
+    identify(live.epoch.0);
     // The network learns where the machine is now, before it hears from it.
     for (link, mac) in outside.links.iter().zip(&live.machine.config().nics) {
         link.announce(*mac);
@@ -524,8 +545,9 @@ pub fn run_live(
             primary,
             stream: None,
             standbys: Standbys { healer, connect: reaching(&options.security) },
-            arbiter: open_arbiter(arbiter, events)?,
+            arbiter: open_arbiter(arbiter, control, events)?,
             outlet: outside.outlet(control.board())?,
+            identify,
             vm: to_vm.clone(),
             disks: live.disks.clone(),
             writer: live.writer,
@@ -538,6 +560,7 @@ pub fn run_live(
             None
         }
     };
+    outside.when_fenced(events, pair.as_ref());
     let wiring = Wiring {
         inbox,
         outlet,

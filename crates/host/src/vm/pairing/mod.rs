@@ -90,6 +90,8 @@ pub enum ToPair {
     Closed(u64, String),
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
+    /// A switch refuses our frames: it has seen this epoch of the VM, which is another side's.
+    Fenced(u64),
     /// What became of the attempt to reach a standby.
     Reached(Result<Channel>),
     /// Somebody wants the standby to go live.
@@ -232,6 +234,8 @@ pub struct PairWiring {
     pub arbiter: Box<dyn Arbiter + Send>,
     /// Where outputs go.
     pub outlet: Outlet,
+    /// Tells the networks in which epoch the VM runs here.
+    pub identify: Identify,
     /// The machine's thread.
     pub vm: Sender<ToVm>,
     /// The machine's disks.
@@ -245,6 +249,9 @@ pub struct PairWiring {
     /// Bounds of the first copy.
     pub copy: twinstep_migrate::Config,
 }
+
+/// Tells the networks in which epoch the VM runs here.
+pub type Identify = Arc<dyn Fn(u64) + Send + Sync>;
 
 fn connection(stream: Channel, number: u64, to: &Sender<ToPair>) -> Result<Connection> {
     let bytes = move |bytes| ToPair::Bytes(number, bytes);
@@ -291,6 +298,8 @@ impl PairThread {
             connections: 0,
             closing: Closing::default(),
             outlet: wiring.outlet,
+            identify: wiring.identify,
+            may_leave: 0,
             vm: wiring.vm,
             disks: wiring.disks,
             writer: wiring.writer,
@@ -380,6 +389,9 @@ struct Driver {
     closing: Closing,
     asker: Asker<ToPair>,
     outlet: Outlet,
+    identify: Identify,
+    /// The last output that was released.
+    may_leave: OutputId,
     vm: Sender<ToVm>,
     events: Events,
     /// Outputs that may not leave yet, with the time they were made.
@@ -523,6 +535,14 @@ impl Driver {
                 Some(standbys) => PrimaryEvent::PeerConnected { standbys },
                 None => return,
             },
+            // The switch may be wrong. So may this side, and the arbiter knows.
+            ToPair::Fenced(epoch) => {
+                if self.connection.is_none() {
+                    return;
+                }
+                self.disconnect();
+                PrimaryEvent::PeerClosed { reason: format!("a switch says that epoch {epoch} of this VM is another side's") }
+            }
             ToPair::HandOver => PrimaryEvent::HandOver { reason: "somebody asked for it".into() },
             ToPair::Abandon => {
                 self.events.say("abandoned", "this host has failed; the secondary may take over");
@@ -595,6 +615,8 @@ impl Driver {
                 PrimaryAction::GoAlone { epoch, reason } => {
                     let figures = Map::from_iter([("epoch".to_owned(), json!(epoch.0))]);
                     self.events.say_with("alone", format!("going on alone in epoch {epoch}: {reason}"), figures);
+                    self.writer.epoch = epoch.0;
+                    (self.identify)(epoch.0);
                     // Before anything leaves that only this side has made.
                     self.note(|disk| disk.alone(epoch.0, None));
                 }
@@ -617,6 +639,7 @@ impl Driver {
                 }
             }
         }
+        self.let_leave();
         let state = self.primary.state();
         self.healing.follow(state);
         if state != self.last_state {
@@ -717,10 +740,25 @@ impl Driver {
     }
 
     fn release(&mut self, up_to: OutputId) {
-        let now_ns = now_ns();
-        while self.held.front().is_some_and(|(id, ..)| *id <= up_to) {
-            let (_, made_ns, output) = self.held.pop_front().expect("just seen");
+        self.may_leave = up_to;
+        self.let_leave();
+    }
+
+    /// Lets outputs leave that were released. This process may be stopped at any moment, also between a release and its execution, and when it wakes up the VM may be
+    /// another side's: so the clock is read before each of them, and after a stall the peer or the arbiter is heard first.
+    fn let_leave(&mut self) {
+        let mut left = None;
+        while self.held.front().is_some_and(|(id, ..)| *id <= self.may_leave) {
+            let now_ns = now_ns();
+            if self.primary.was_stalled(Nanos(now_ns)) {
+                self.primary.handle(Nanos(now_ns), PrimaryEvent::Tick);
+            }
+            if self.primary.is_unsure() {
+                break;
+            }
+            let (id, made_ns, output) = self.held.pop_front().expect("just seen");
             (self.outlet)(output);
+            left = Some(id);
             let held = now_ns.saturating_sub(made_ns);
             // One that may leave at once was not held.
             if matches!(self.last_state, PrimaryState::Protected | PrimaryState::Deciding) {
@@ -730,7 +768,9 @@ impl Driver {
             self.report.held_sum_ns += held;
             self.report.held_outputs += 1;
         }
-        self.primary.handle(now(), PrimaryEvent::OutputsLeft { up_to });
+        if let Some(up_to) = left {
+            self.primary.handle(now(), PrimaryEvent::OutputsLeft { up_to });
+        }
     }
 
     fn tell_vm(&mut self, message: ToVm) {
