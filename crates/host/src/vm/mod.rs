@@ -22,6 +22,7 @@
 mod arrival;
 pub mod build;
 pub mod difference;
+mod disk_writer;
 pub mod disks;
 mod follow;
 mod healing;

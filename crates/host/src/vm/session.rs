@@ -12,9 +12,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, json};
 use twinstep_machine::offload::LargeSegment;
-use twinstep_machine::{BootError, ConfigError, Input, MAX_FRAME, Machine, Output};
+use twinstep_machine::{BootError, ConfigError, DiskRequest, DiskWanted, Input, MAX_FRAME, Machine, Output};
 use twinstep_pair::{Config as PairConfig, Epoch, Healer, Nanos, OwnerId, Primary, PrimaryEvent, PrimarySetup, VmId, VmIdentity};
 
+use super::disk_writer::DiskWriter;
 use super::disks;
 use super::healing::{Connect, Standbys};
 use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
@@ -105,6 +106,7 @@ fn stop_when_overruled(control: &Control, to_vm: &Sender<ToVm>) {
 /// The cables and the terminal of a machine.
 struct Outside {
     links: Vec<Arc<Link>>,
+    disks: Option<DiskWriter>,
     serial: Option<std::fs::File>,
     /// Ends with the session.
     _passts: Vec<passt::Passt>,
@@ -138,6 +140,7 @@ impl Outside {
     fn open(
         spec: &VmSpec,
         options: &RunOptions,
+        disks: &[Replica],
         to_vm: &Sender<ToVm>,
         waiting: &Arc<AtomicUsize>,
         mut taps: Taps,
@@ -196,7 +199,8 @@ impl Outside {
         if !options.no_input {
             read_terminal(to_vm.clone(), raw.is_some())?;
         }
-        Ok(Self { links, serial, _passts: passts, _raw: raw })
+        let disks = DiskWriter::start(disks, to_vm.clone())?;
+        Ok(Self { links, disks, serial, _passts: passts, _raw: raw })
     }
 
     /// What tells the networks in which epoch of its life a VM runs here.
@@ -206,6 +210,26 @@ impl Outside {
             let token = Token { vm: writer.vm, epoch, owner: writer.owner };
             links.iter().for_each(|link| link.identify(token));
         })
+    }
+
+    /// The pair is told when what was written to shared disks is durable.
+    fn when_written(&self, pair: Option<&PairThread>) {
+        if let Some((disks, pair)) = self.disks.as_ref().zip(pair) {
+            let pair = pair.sender.clone();
+            // One that has ended wants nothing.
+            disks.when_written(Box::new(move |outputs| _ = pair.send(ToPair::Written(outputs))));
+        }
+    }
+
+    /// What the side that is gone may not have written to shared disks is written again, in order, before anything is read from them; then every flush that the guest
+    /// waits for is done.
+    fn settle_disks(&self, writes: Vec<Output>, machine: &Machine, to_vm: &Sender<ToVm>) -> Result<()> {
+        let Some(disks) = &self.disks else { return Ok(()) };
+        disks.put_again(writes)?;
+        for DiskRequest { disk, request, .. } in machine.disk_requests().into_iter().filter(|r| r.wanted == DiskWanted::Flush) {
+            to_vm.send(ToVm::Input(Input::DiskDone { disk, request, data: Vec::new() })).expect("the inbox is the caller's");
+        }
+        Ok(())
     }
 
     /// People are told when a switch refuses this side's frames, and the pair, which finds out whether that is right.
@@ -228,7 +252,7 @@ impl Outside {
 
     /// What leaves by it is counted on the board.
     fn outlet(&self, board: &Board) -> Result<Outlet> {
-        let links = self.links.clone();
+        let (links, disks) = (self.links.clone(), self.disks.clone());
         let mut serial: Box<dyn Write + Send> = match &self.serial {
             Some(file) => Box::new(file.try_clone().what("cannot share the serial port's file")?),
             None => Box::new(std::io::stdout()),
@@ -242,6 +266,11 @@ impl Outside {
             Output::NetTxGso { nic, mut frame, segment_size } => {
                 if let Some(link) = links.get(usize::from(nic)) {
                     link.send_large(&mut frame, segment_size);
+                }
+            }
+            output @ (Output::DiskWrite { .. } | Output::DiskFlush { .. }) => {
+                if let Some(disks) = &disks {
+                    disks.put(output);
                 }
             }
             Output::Serial(bytes) | Output::Console(bytes) => {
@@ -389,7 +418,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         None => None,
     };
     let waiting = Arc::new(AtomicUsize::new(0));
-    let outside = Outside::open(spec, options, &to_vm, &waiting, Taps(Vec::new()))?;
+    let outside = Outside::open(spec, options, &replicas, &to_vm, &waiting, Taps(Vec::new()))?;
     if options.from.is_none() {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut seed = [0; 32];
@@ -441,6 +470,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         }
     };
     outside.when_fenced(events, pair.as_ref());
+    outside.when_written(pair.as_ref());
     let wiring = Wiring {
         inbox,
         outlet: outside.outlet(control.board())?,
@@ -454,7 +484,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(machine, wiring);
-    end_in_order(&end, &stats, pair, &replicas, events)?;
+    end_in_order(&end, &stats, pair, &outside, &replicas, events)?;
     Ok(SessionEnd { end, stats })
 }
 
@@ -517,7 +547,7 @@ pub fn run_live(
     stop_when_overruled(control, &to_vm);
     control.board().took_over(live.epoch.0);
     let waiting = Arc::new(AtomicUsize::new(0));
-    let outside = Outside::open(spec, options, &to_vm, &waiting, taps)?;
+    let outside = Outside::open(spec, options, &live.disks, &to_vm, &waiting, taps)?;
     let identify = outside.identify(live.writer);
     identify(live.epoch.0);
     // The network learns where the machine is now, before it hears from it.
@@ -526,7 +556,11 @@ pub fn run_live(
     }
     let mut outlet = outside.outlet(control.board())?;
     let reissued = live.reissue.len();
-    live.reissue.into_iter().for_each(&mut outlet);
+    let to_disks = |output: &Output| matches!(output, Output::DiskWrite { .. } | Output::DiskFlush { .. });
+    let (disks, others): (Vec<Output>, Vec<Output>) = live.reissue.into_iter().partition(to_disks);
+    others.into_iter().for_each(&mut outlet);
+    let writes = disks.into_iter().filter(|output| matches!(output, Output::DiskWrite { .. })).collect();
+    outside.settle_disks(writes, &live.machine, &to_vm)?;
     let figures = Map::from_iter([
         ("epoch".to_owned(), json!(live.epoch.0)),
         ("reissued".to_owned(), json!(reissued)),
@@ -561,6 +595,7 @@ pub fn run_live(
         }
     };
     outside.when_fenced(events, pair.as_ref());
+    outside.when_written(pair.as_ref());
     let wiring = Wiring {
         inbox,
         outlet,
@@ -574,12 +609,19 @@ pub fn run_live(
         perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(live.machine, wiring);
-    end_in_order(&end, &stats, pair, &live.disks, events)?;
+    end_in_order(&end, &stats, pair, &outside, &live.disks, events)?;
     Ok(SessionEnd { end, stats })
 }
 
 /// Waits for the pair, tells people how it ended, and closes the disks unless the VM goes on elsewhere or nobody knows.
-fn end_in_order(end: &End, stats: &RunStats, pair: Option<PairThread>, disks: &[Replica], events: &Events) -> Result<()> {
+fn end_in_order(
+    end: &End,
+    stats: &RunStats,
+    pair: Option<PairThread>,
+    outside: &Outside,
+    disks: &[Replica],
+    events: &Events,
+) -> Result<()> {
     let mut figures = log_figures(stats);
     let mut in_order = !matches!(end, End::HostFailure(_));
     if let Some(pair) = pair {
@@ -590,5 +632,11 @@ fn end_in_order(end: &End, stats: &RunStats, pair: Option<PairThread>, disks: &[
         figures.insert("held_max_ns".into(), json!(report.held_max_ns));
     }
     events.say_with("ended", end.text(), figures);
-    if in_order { disks.iter().try_for_each(Replica::close) } else { Ok(()) }
+    if !in_order {
+        return Ok(());
+    }
+    if let Some(writer) = &outside.disks {
+        writer.put_again(Vec::new())?;
+    }
+    disks.iter().try_for_each(Replica::close)
 }

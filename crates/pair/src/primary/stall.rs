@@ -16,7 +16,7 @@ impl Primary {
     /// Whether nobody may rely on its right to the epoch now: it has not heard of the secondary since a stall, or the secondary is lost and the arbiter has
     /// not answered. A host that was stopped itself between a release and its execution looks again ([`Primary::was_stalled`]) and waits while this holds.
     pub fn is_unsure(&self) -> bool {
-        self.woken.is_some() || matches!(self.state, PrimaryState::Deciding | PrimaryState::Stopped)
+        self.woken.is_some() || self.state == PrimaryState::Deciding
     }
 
     /// Whether it was not called for so long before `now` that its secondary may have given it up. The next event, whatever it is, makes it ask.

@@ -7,6 +7,7 @@ mod feed;
 mod image;
 #[cfg(test)]
 mod image_tests;
+mod leaving;
 
 use std::collections::VecDeque;
 use std::io::Read;
@@ -90,6 +91,8 @@ pub enum ToPair {
     Closed(u64, String),
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
+    /// So many outputs to shared disks, the oldest ones, have been carried out and are durable.
+    Written(u64),
     /// A switch refuses our frames: it has seen this epoch of the VM, which is another side's.
     Fenced(u64),
     /// What became of the attempt to reach a standby.
@@ -300,6 +303,8 @@ impl PairThread {
             outlet: wiring.outlet,
             identify: wiring.identify,
             may_leave: 0,
+            given: 0,
+            writing: VecDeque::new(),
             vm: wiring.vm,
             disks: wiring.disks,
             writer: wiring.writer,
@@ -369,7 +374,8 @@ impl Unmatched {
 fn cost(output: &Output) -> usize {
     super::live::weight(match output {
         Output::NetTx { frame, .. } | Output::NetTxGso { frame, .. } => frame,
-        Output::Serial(bytes) | Output::Console(bytes) => bytes,
+        Output::Serial(bytes) | Output::Console(bytes) | Output::DiskWrite { data: bytes, .. } => bytes,
+        Output::DiskFlush { .. } => &[],
     })
 }
 
@@ -392,6 +398,9 @@ struct Driver {
     identify: Identify,
     /// The last output that was released.
     may_leave: OutputId,
+    /// The last one that was given to the outlet, and those to shared disks among them that have not been carried out.
+    given: OutputId,
+    writing: VecDeque<OutputId>,
     vm: Sender<ToVm>,
     events: Events,
     /// Outputs that may not leave yet, with the time they were made.
@@ -535,6 +544,11 @@ impl Driver {
                 Some(standbys) => PrimaryEvent::PeerConnected { standbys },
                 None => return,
             },
+            ToPair::Written(outputs) => {
+                let done = usize::try_from(outputs).map_or(self.writing.len(), |outputs| outputs.min(self.writing.len()));
+                self.writing.drain(..done);
+                PrimaryEvent::OutputsLeft { up_to: self.left() }
+            }
             // The switch may be wrong. So may this side, and the arbiter knows.
             ToPair::Fenced(epoch) => {
                 if self.connection.is_none() {
@@ -736,40 +750,6 @@ impl Driver {
         });
         if let serde_json::Value::Object(figures) = figures {
             self.events.figures("status", figures);
-        }
-    }
-
-    fn release(&mut self, up_to: OutputId) {
-        self.may_leave = up_to;
-        self.let_leave();
-    }
-
-    /// Lets outputs leave that were released. This process may be stopped at any moment, also between a release and its execution, and when it wakes up the VM may be
-    /// another side's: so the clock is read before each of them, and after a stall the peer or the arbiter is heard first.
-    fn let_leave(&mut self) {
-        let mut left = None;
-        while self.held.front().is_some_and(|(id, ..)| *id <= self.may_leave) {
-            let now_ns = now_ns();
-            if self.primary.was_stalled(Nanos(now_ns)) {
-                self.primary.handle(Nanos(now_ns), PrimaryEvent::Tick);
-            }
-            if self.primary.is_unsure() {
-                break;
-            }
-            let (id, made_ns, output) = self.held.pop_front().expect("just seen");
-            (self.outlet)(output);
-            left = Some(id);
-            let held = now_ns.saturating_sub(made_ns);
-            // One that may leave at once was not held.
-            if matches!(self.last_state, PrimaryState::Protected | PrimaryState::Deciding) {
-                self.meter.committed(now_ns, held);
-            }
-            self.report.held_max_ns = self.report.held_max_ns.max(held);
-            self.report.held_sum_ns += held;
-            self.report.held_outputs += 1;
-        }
-        if let Some(up_to) = left {
-            self.primary.handle(now(), PrimaryEvent::OutputsLeft { up_to });
         }
     }
 
