@@ -66,6 +66,8 @@ const PORT_NIC: u8 = 1;
 const PORT_SERIAL: u8 = 2;
 const PORT_CONSOLE: u8 = 3;
 const PORT_NIC_GSO: u8 = 4;
+const PORT_DISK: u8 = 5;
+const PORT_DISK_FLUSH: u8 = 6;
 
 const END_POWER_OFF: u8 = 1;
 const END_RESET: u8 = 2;
@@ -204,6 +206,8 @@ fn note_layout(note: &OutputNote) -> NoteLayout {
         OutputPort::Serial => (PORT_SERIAL, 0, 0),
         OutputPort::Console => (PORT_CONSOLE, 0, 0),
         OutputPort::NicGso { nic, segment_size } => (PORT_NIC_GSO, nic, segment_size),
+        OutputPort::Disk(disk) => (PORT_DISK, disk, 0),
+        OutputPort::DiskFlush(disk) => (PORT_DISK_FLUSH, disk, 0),
     };
     let (length, digest) = (U32::new(note.length), U128::new(note.digest));
     NoteLayout { port, nic, segment_size: U16::new(segment_size), length, digest }
@@ -273,7 +277,8 @@ fn decode_payload(kind: EntryKind, payload: &[u8]) -> Result<Event, &'static str
         | EntryKind::Seed
         | EntryKind::WallClock
         | EntryKind::PowerButton
-        | EntryKind::NetRxGso => input::decode(kind, payload).map(Event::Input),
+        | EntryKind::NetRxGso
+        | EntryKind::DiskDone => input::decode(kind, payload).map(Event::Input),
         EntryKind::Output => decode_note(payload).map(Event::Output),
         EntryKind::Digest => Ok(Event::Digest(payload.to_vec())),
         EntryKind::Progress if payload.is_empty() => Ok(Event::Progress),
@@ -293,6 +298,8 @@ fn decode_note(payload: &[u8]) -> Result<OutputNote, &'static str> {
         (PORT_SERIAL, 0) => OutputPort::Serial,
         (PORT_CONSOLE, 0) => OutputPort::Console,
         (PORT_NIC_GSO, nic) => OutputPort::NicGso { nic, segment_size },
+        (PORT_DISK, disk) => OutputPort::Disk(disk),
+        (PORT_DISK_FLUSH, disk) => OutputPort::DiskFlush(disk),
         (PORT_SERIAL | PORT_CONSOLE, _) => return Err("a network card is named for an output that has none"),
         _ => return Err("the output port is not known"),
     };

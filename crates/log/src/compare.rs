@@ -151,13 +151,15 @@ fn same_port(output: &Output, port: OutputPort) -> bool {
         Output::NetTx { nic, .. } | Output::NetTxGso { nic, .. } => nic_of(port) == Some(*nic),
         Output::Serial(_) => port == OutputPort::Serial,
         Output::Console(_) => port == OutputPort::Console,
+        Output::DiskWrite { disk, .. } => port == OutputPort::Disk(*disk),
+        Output::DiskFlush { disk, .. } => port == OutputPort::DiskFlush(*disk),
     }
 }
 
 fn nic_of(port: OutputPort) -> Option<u8> {
     match port {
         OutputPort::Nic(nic) | OutputPort::NicGso { nic, .. } => Some(nic),
-        OutputPort::Serial | OutputPort::Console => None,
+        OutputPort::Serial | OutputPort::Console | OutputPort::Disk(_) | OutputPort::DiskFlush(_) => None,
     }
 }
 

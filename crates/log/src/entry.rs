@@ -4,7 +4,7 @@
 //! **Out:** [`Entry`] values, each stamped with the position at which it happened.
 //! **Invariant:** in one log positions never go back; entries at the same position happened in the order of the log.
 use twinstep_machine::door::{Input, Output};
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 /// One thing that happened, and when.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,6 +92,10 @@ pub enum OutputPort {
     Serial,
     /// The virtio console.
     Console,
+    /// A write to a shared disk, counted from 0.
+    Disk(u8),
+    /// A flush of a shared disk.
+    DiskFlush(u8),
 }
 
 impl std::fmt::Display for OutputPort {
@@ -101,6 +105,8 @@ impl std::fmt::Display for OutputPort {
             OutputPort::NicGso { nic, segment_size } => write!(f, "network card {nic} in pieces of {segment_size}"),
             OutputPort::Serial => f.write_str("serial port"),
             OutputPort::Console => f.write_str("virtio console"),
+            OutputPort::Disk(disk) => write!(f, "shared disk {disk}"),
+            OutputPort::DiskFlush(disk) => write!(f, "shared disk {disk}, as a flush"),
         }
     }
 }
@@ -112,7 +118,7 @@ pub struct OutputNote {
     pub port: OutputPort,
     /// How many bytes it has.
     pub length: u32,
-    /// XXH3-128 of its bytes, seed 0. Finds faults, not forgers.
+    /// XXH3-128 of its bytes, seed 0. Finds faults, not forgers. The bytes of a write to a disk are its offset (u64, little-endian) and its data, those of a flush the number of its request.
     pub digest: u128,
 }
 
@@ -122,14 +128,24 @@ impl OutputNote {
     /// # Panics
     /// If the output has 4 GiB or more; a machine's largest is a frame or a burst of console bytes.
     pub fn of(output: &Output) -> Self {
-        let (port, bytes) = match output {
-            Output::NetTx { nic, frame } => (OutputPort::Nic(*nic), frame),
-            &Output::NetTxGso { nic, ref frame, segment_size } => (OutputPort::NicGso { nic, segment_size }, frame),
-            Output::Serial(bytes) => (OutputPort::Serial, bytes),
-            Output::Console(bytes) => (OutputPort::Console, bytes),
+        let (port, head, bytes): (_, Option<u64>, &[u8]) = match output {
+            Output::NetTx { nic, frame } => (OutputPort::Nic(*nic), None, frame),
+            &Output::NetTxGso { nic, ref frame, segment_size } => (OutputPort::NicGso { nic, segment_size }, None, frame),
+            Output::Serial(bytes) => (OutputPort::Serial, None, bytes),
+            Output::Console(bytes) => (OutputPort::Console, None, bytes),
+            Output::DiskWrite { disk, offset, data } => (OutputPort::Disk(*disk), Some(*offset), data),
+            Output::DiskFlush { disk, request } => (OutputPort::DiskFlush(*disk), Some(*request), &[]),
         };
-        let length = u32::try_from(bytes.len()).expect("an output is smaller than 4 GiB");
-        Self { port, length, digest: xxh3_128(bytes) }
+        let Some(head) = head else {
+            let length = u32::try_from(bytes.len()).expect("an output is smaller than 4 GiB");
+            return Self { port, length, digest: xxh3_128(bytes) };
+        };
+        let head = head.to_le_bytes();
+        let mut hash = Xxh3::new();
+        hash.update(&head);
+        hash.update(bytes);
+        let length = u32::try_from(head.len() + bytes.len()).expect("an output is smaller than 4 GiB");
+        Self { port, length, digest: hash.digest128() }
     }
 }
 
@@ -162,6 +178,8 @@ pub enum EntryKind {
     PowerButton = 7,
     /// [`Input::NetRxGso`].
     NetRxGso = 8,
+    /// [`Input::DiskDone`].
+    DiskDone = 9,
     /// [`Event::Output`].
     Output = 64,
     /// [`Event::Digest`].
@@ -174,7 +192,7 @@ pub enum EntryKind {
 
 impl EntryKind {
     /// Every kind, in the order of their numbers.
-    pub const ALL: [EntryKind; 12] = [
+    pub const ALL: [EntryKind; 13] = [
         EntryKind::Clock,
         EntryKind::NetRx,
         EntryKind::Serial,
@@ -183,6 +201,7 @@ impl EntryKind {
         EntryKind::WallClock,
         EntryKind::PowerButton,
         EntryKind::NetRxGso,
+        EntryKind::DiskDone,
         EntryKind::Output,
         EntryKind::Digest,
         EntryKind::Progress,
@@ -215,6 +234,7 @@ impl EntryKind {
             EntryKind::WallClock => "wall-clock",
             EntryKind::PowerButton => "power-button",
             EntryKind::NetRxGso => "net-rx-gso",
+            EntryKind::DiskDone => "disk-done",
             EntryKind::Output => "output",
             EntryKind::Digest => "digest",
             EntryKind::Progress => "progress",
@@ -252,5 +272,8 @@ mod tests {
         let large = |segment_size| OutputNote::of(&Output::NetTxGso { nic: 0, frame: b"abc".to_vec(), segment_size });
         assert_ne!(note(0, b"abc"), large(1));
         assert_ne!(large(1), large(2));
+        let write = |offset| OutputNote::of(&Output::DiskWrite { disk: 0, offset, data: vec![1; 512] });
+        assert_ne!(write(0), write(512));
+        assert_eq!(write(512).digest, xxh3_128(&[&512u64.to_le_bytes()[..], &[1; 512]].concat()));
     }
 }

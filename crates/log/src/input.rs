@@ -17,6 +17,7 @@ pub(crate) fn kind(input: &Input) -> EntryKind {
         Input::WallClock(_) => EntryKind::WallClock,
         Input::PowerButton => EntryKind::PowerButton,
         Input::NetRxGso { .. } => EntryKind::NetRxGso,
+        Input::DiskDone { .. } => EntryKind::DiskDone,
     }
 }
 
@@ -38,6 +39,11 @@ pub(crate) fn encode(input: &Input, out: &mut Vec<u8>) {
             out.push(*nic);
             out.extend_from_slice(&segment_size.to_le_bytes());
             out.extend_from_slice(frame);
+        }
+        Input::DiskDone { disk, request, data } => {
+            out.push(*disk);
+            out.extend_from_slice(&request.to_le_bytes());
+            out.extend_from_slice(data);
         }
     }
 }
@@ -63,6 +69,12 @@ pub(crate) fn decode(kind: EntryKind, payload: &[u8]) -> Result<Input, &'static 
                 Ok(Input::NetRxGso { nic, frame: frame.to_vec(), segment_size: u16::from_le_bytes([low, high]) })
             }
             _ => Err("no network card and no size of pieces are named"),
+        },
+        EntryKind::DiskDone => match payload.split_first_chunk::<9>() {
+            Some(([disk, request @ ..], data)) => {
+                Ok(Input::DiskDone { disk: *disk, request: u64::from_le_bytes(*request), data: data.to_vec() })
+            }
+            None => Err("no disk and no request are named"),
         },
         EntryKind::Output | EntryKind::Digest | EntryKind::Progress | EntryKind::End => Err("not an input"),
     }

@@ -46,10 +46,10 @@ pub struct Disputed {
     /// At which position it was made.
     #[n(0)]
     pub position: u64,
-    /// 1 frame, 2 large segment, 3 serial, 4 console.
+    /// 1 frame, 2 large segment, 3 serial, 4 console, 5 write to a shared disk, 6 flush of one.
     #[n(1)]
     pub kind: u8,
-    /// Which network card.
+    /// Which network card or disk.
     #[n(2)]
     pub card: u8,
     /// Bytes of the pieces of a large segment.
@@ -66,6 +66,10 @@ pub struct Disputed {
     #[n(6)]
     #[cbor(with = "minicbor::bytes", default)]
     pub bytes: Vec<u8>,
+    /// Where a write begins, or the number of a flush; if the bytes are known.
+    #[n(7)]
+    #[cbor(default)]
+    pub number: u64,
 }
 
 impl Disputed {
@@ -76,19 +80,23 @@ impl Disputed {
             OutputPort::NicGso { nic, segment_size } => (2, nic, segment_size),
             OutputPort::Serial => (3, 0, 0),
             OutputPort::Console => (4, 0, 0),
+            OutputPort::Disk(disk) => (5, disk, 0),
+            OutputPort::DiskFlush(disk) => (6, disk, 0),
         };
         let digest = note.digest.to_le_bytes();
-        Self { position, kind, card, segment_size, length: note.length, digest, bytes: Vec::new() }
+        Self { position, kind, card, segment_size, length: note.length, digest, bytes: Vec::new(), number: 0 }
     }
 
     /// An output that was made; its bytes are kept if there are at most `max_bytes`.
     pub fn made(position: u64, output: &Output, max_bytes: usize) -> Self {
-        let (Output::NetTx { frame: bytes, .. }
-        | Output::NetTxGso { frame: bytes, .. }
-        | Output::Serial(bytes)
-        | Output::Console(bytes)) = output;
-        let kept = if bytes.len() <= max_bytes { bytes.clone() } else { Vec::new() };
-        Self { bytes: kept, ..Self::noted(position, &OutputNote::of(output)) }
+        let (bytes, number) = match output {
+            Output::NetTx { frame: bytes, .. } | Output::NetTxGso { frame: bytes, .. } => (bytes.as_slice(), 0),
+            Output::Serial(bytes) | Output::Console(bytes) => (bytes.as_slice(), 0),
+            Output::DiskWrite { offset, data, .. } => (data.as_slice(), *offset),
+            Output::DiskFlush { request, .. } => (&[][..], *request),
+        };
+        let kept = if bytes.len() <= max_bytes { bytes.to_vec() } else { Vec::new() };
+        Self { bytes: kept, number, ..Self::noted(position, &OutputNote::of(output)) }
     }
 
     /// Its note; none if it is of a kind that this build does not know.
@@ -98,6 +106,8 @@ impl Disputed {
             2 => OutputPort::NicGso { nic: self.card, segment_size: self.segment_size },
             3 => OutputPort::Serial,
             4 => OutputPort::Console,
+            5 => OutputPort::Disk(self.card),
+            6 => OutputPort::DiskFlush(self.card),
             _ => return None,
         };
         Some(OutputNote { port, length: self.length, digest: u128::from_le_bytes(self.digest) })
@@ -111,6 +121,8 @@ impl Disputed {
             2 => Output::NetTxGso { nic: self.card, frame: bytes, segment_size: self.segment_size },
             3 => Output::Serial(bytes),
             4 => Output::Console(bytes),
+            5 => Output::DiskWrite { disk: self.card, offset: self.number, data: bytes },
+            6 if bytes.is_empty() => Output::DiskFlush { disk: self.card, request: self.number },
             _ => return None,
         };
         (self.note() == Some(OutputNote::of(&output))).then_some(output)

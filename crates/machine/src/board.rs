@@ -37,6 +37,8 @@ pub(crate) struct Board {
     pub(crate) outputs: Vec<(Position, Output)>,
     /// The host failed; nothing goes on until it did its part.
     pub(crate) failure: Option<Failure>,
+    /// A device waits for the host: the run is left, so that it need not wait for long.
+    pub(crate) asks: bool,
     /// The run loop must look at the board.
     pub(crate) attention: bool,
     pub(crate) stats: DeviceStats,
@@ -58,6 +60,7 @@ impl Board {
             pci,
             outputs: Vec::new(),
             failure: None,
+            asks: false,
             attention: false,
             stats: DeviceStats::default(),
             activity,
@@ -74,6 +77,7 @@ impl Board {
             outputs: &mut self.outputs,
             messages: &mut messages,
             failure: &mut self.failure,
+            asks: &mut self.asks,
         };
         let result = f(&mut self.pci, &mut cx);
         self.deliver(messages);
@@ -84,7 +88,7 @@ impl Board {
     fn with_pci_write(&mut self, position: Position, f: impl FnOnce(&mut PciHost, &mut Cx)) {
         let before = self.pci.deadline_ns();
         self.with_pci(position, f);
-        self.attention |= self.failure.is_some() || self.pci.deadline_ns() != before;
+        self.attention |= self.failure.is_some() || self.asks || self.pci.deadline_ns() != before;
     }
 
     fn deliver(&mut self, messages: impl IntoIterator<Item = Message>) {

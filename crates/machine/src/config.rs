@@ -28,6 +28,8 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Serial number the guest reads; the first 20 bytes count.
     pub serial: String,
+    /// What is on it is not part of the machine: what the guest reads comes in by the door, and what it writes leaves by it ([`crate::disk`]).
+    pub shared: bool,
 }
 
 /// Why a machine cannot be built.

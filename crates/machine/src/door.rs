@@ -39,6 +39,15 @@ pub enum Input {
     WallClock(u64),
     /// Somebody pressed the power button (ACPI).
     PowerButton,
+    /// A request to a shared disk is done ([`crate::disk`]).
+    DiskDone {
+        /// Which disk, from 0.
+        disk: u8,
+        /// Which request.
+        request: u64,
+        /// What was read; nothing for a flush.
+        data: Vec<u8>,
+    },
 }
 
 /// Something the machine does to the world.
@@ -64,4 +73,20 @@ pub enum Output {
     Serial(Vec<u8>),
     /// Bytes written to the virtio console.
     Console(Vec<u8>),
+    /// The guest writes to a shared disk ([`crate::disk`]).
+    DiskWrite {
+        /// Which disk, from 0.
+        disk: u8,
+        /// First byte; a multiple of 512.
+        offset: u64,
+        /// Whole sectors.
+        data: Vec<u8>,
+    },
+    /// The guest waits until all its writes so far are on a shared disk's stable storage.
+    DiskFlush {
+        /// Which disk, from 0.
+        disk: u8,
+        /// The request, for [`Input::DiskDone`].
+        request: u64,
+    },
 }

@@ -44,7 +44,7 @@ pub use boot::BootError;
 pub use config::{Config, ConfigError, DiskConfig};
 pub use digest::Digest;
 pub use dirty::{ConsumerId, PageSet, Start};
-pub use disk::{Disk, DiskError, MemoryDisk};
+pub use disk::{Disk, DiskError, DiskRequest, DiskWanted, ElsewhereDisk, MemoryDisk};
 pub use door::{Input, Output};
 pub use machine::{InputError, MAX_FRAME, Machine, Pause};
 pub use payload::{Payload, RestoreError};

@@ -9,7 +9,7 @@ use crate::boot::{self, BootError};
 use crate::config::{Config, ConfigError};
 use crate::digest::{Digest, RamDigest};
 use crate::dirty::{ConsumerId, DirtyTracker, PageSet, Start};
-use crate::disk::Disk;
+use crate::disk::{Disk, DiskRequest, DiskWanted};
 use crate::door::{Input, Output};
 use crate::memory;
 use crate::offload::LargeSegment;
@@ -39,6 +39,8 @@ pub enum Pause {
         /// Guest time at which it wakes by itself, if ever.
         wake_ns: Option<u64>,
     },
+    /// The guest waits for a shared disk ([`Machine::disk_requests`]). It may run on meanwhile.
+    DiskRequest,
     /// The guest switched itself off.
     PoweredOff,
     /// The guest asked for a reset: build a new machine.
@@ -67,6 +69,16 @@ pub enum InputError {
         nic: u8,
         /// How many there are.
         cards: usize,
+    },
+    /// No request of a shared disk waits for this.
+    #[error("no request {request} of disk {disk} waits for {bytes} bytes")]
+    DiskDone {
+        /// The disk named.
+        disk: u8,
+        /// The request named.
+        request: u64,
+        /// Bytes given.
+        bytes: usize,
     },
     /// Not an Ethernet frame a card can take.
     #[error("a frame of {0} bytes is outside 14..=9216")]
@@ -101,6 +113,7 @@ struct Head {
 /// Where the functions of each kind are on the PCI bus (index into the host's functions).
 #[derive(Debug, Clone, Copy)]
 struct Slots {
+    disks: usize,
     nics: usize,
     console: usize,
     rng: usize,
@@ -236,6 +249,9 @@ impl Machine {
                 Some(Ending::Crashed(reason)) => return Pause::Crashed { reason: reason.clone() },
                 None => {}
             }
+            if std::mem::take(&mut self.board.asks) {
+                return Pause::DiskRequest;
+            }
             if self.cpu.0.state().halted {
                 return Pause::Idle { wake_ns: self.wake_ns() };
             }
@@ -287,6 +303,16 @@ impl Machine {
         self.board.power.crash("interrupts without end at one instruction");
     }
 
+    /// What its shared disks wait for, by disk, then oldest first: reads, and flushes, which have left as outputs as well. Each waits until [`Input::DiskDone`] is given, also over a save and
+    /// restore.
+    pub fn disk_requests(&self) -> Vec<DiskRequest> {
+        let disks = 0..self.config.disks.len();
+        let of = |disk: usize| self.board.pci.functions.get(self.slots.disks + disk).map_or(Vec::new(), |f| f.waits_for());
+        disks
+            .flat_map(|disk| of(disk).into_iter().map(move |(request, wanted)| DiskRequest { disk: disk as u8, request, wanted }))
+            .collect()
+    }
+
     /// Counters since this machine was made.
     pub fn stats(&self) -> MachineStats {
         MachineStats { cpu: self.cpu.0.stats(), devices: self.board.stats }
@@ -331,6 +357,9 @@ impl Machine {
             Input::Seed(seed) => self.board.receive(position, self.slots.rng, Received::Seed(seed)),
             Input::WallClock(ns) => self.board.rtc.set_wall_clock(ns),
             Input::PowerButton => self.board.press_power_button(),
+            Input::DiskDone { disk, request, data } => {
+                self.board.receive(position, self.slots.disks + usize::from(disk), Received::DiskDone { request, data });
+            }
         }
         self.settle();
         self.board.activity.set(Activity::Host);
@@ -340,6 +369,18 @@ impl Machine {
     fn check(&self, input: &Input) -> Result<(), InputError> {
         if let Some(failure) = &self.board.failure {
             return Err(InputError::HostFailure(failure.message.clone()));
+        }
+        if let Input::DiskDone { disk, request, data } = input {
+            let waits = self.disk_requests().into_iter().find(|waits| (waits.disk, waits.request) == (*disk, *request));
+            let length = match waits.map(|waits| waits.wanted) {
+                Some(DiskWanted::Read { length, .. }) => Some(length as usize),
+                Some(DiskWanted::Flush) => Some(0),
+                None => None,
+            };
+            return match length {
+                Some(length) if length == data.len() => Ok(()),
+                _ => Err(InputError::DiskDone { disk: *disk, request: *request, bytes: data.len() }),
+            };
         }
         let (Input::NetRx { nic, frame } | Input::NetRxGso { nic, frame, .. }) = input else { return Ok(()) };
         let cards = self.config.nics.len();
@@ -506,7 +547,7 @@ impl Machine {
 fn functions(config: &Config, disks: Vec<Box<dyn Disk>>) -> (Vec<VirtioPci>, Slots) {
     let mut functions = Vec::new();
     for (i, (disk, settings)) in disks.into_iter().zip(&config.disks).enumerate() {
-        functions.push(VirtioPci::new(Box::new(virtio::Block::new(disk, settings)), i));
+        functions.push(VirtioPci::new(Box::new(virtio::Block::new(disk, i as u8, settings)), i));
     }
     let nics = functions.len();
     for (i, mac) in config.nics.iter().enumerate() {
@@ -515,7 +556,7 @@ fn functions(config: &Config, disks: Vec<Box<dyn Disk>>) -> (Vec<VirtioPci>, Slo
     let console = functions.len();
     functions.push(VirtioPci::new(Box::new(virtio::Console::new()), 0));
     functions.push(VirtioPci::new(Box::new(virtio::Rng::new()), 0));
-    (functions, Slots { nics, console, rng: console + 1 })
+    (functions, Slots { disks: 0, nics, console, rng: console + 1 })
 }
 
 #[cfg(test)]

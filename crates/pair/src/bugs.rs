@@ -52,11 +52,13 @@ pub enum Bug {
     AckImageBeforeTaken,
     /// A peer that gives signs of life beside a dead channel is waited for without end.
     BeatIsEnough,
+    /// A primary that was stalled goes on releasing what it finds acknowledged.
+    ReleaseAfterStall,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 23] = [
+    pub const ALL: [Bug; 24] = [
         Bug::ReleaseBeforeAck,
         Bug::LiveWithoutArbiter,
         Bug::ForgetReissue,
@@ -80,6 +82,7 @@ impl Bug {
         Bug::ForgetStandbys,
         Bug::AckImageBeforeTaken,
         Bug::BeatIsEnough,
+        Bug::ReleaseAfterStall,
     ];
 }
 

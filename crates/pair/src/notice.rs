@@ -42,6 +42,11 @@ pub enum Notice {
         /// Why not.
         reason: String,
     },
+    /// This side was not running for so long that the other one may have given it up. Outputs wait until that is known.
+    Stalled {
+        /// How long.
+        stall: Nanos,
+    },
     /// The guest is held back, or is no longer.
     Throttle {
         /// Why, while it is held back.
@@ -60,6 +65,9 @@ impl fmt::Display for Notice {
             ),
             Notice::HandOverRefused { reason } => write!(f, "not handed over: {reason}"),
             Notice::ShutdownRefused { reason } => write!(f, "not ended: {reason}"),
+            Notice::Stalled { stall } => {
+                write!(f, "this side was not running for {stall}: nothing leaves until the other one was heard again")
+            }
             Notice::Throttle { reason: Some(reason) } => write!(f, "the guest is held back: {reason}"),
             Notice::Throttle { reason: None } => write!(f, "the guest runs freely again"),
         }

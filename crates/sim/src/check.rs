@@ -68,6 +68,20 @@ impl Checker {
         Ok(())
     }
 
+    /// A side that slept for long while another took its VM over lets nothing leave when it wakes up.
+    pub(crate) fn check_late(&self, sides: &[Side], side: usize, up_to: u64, config: &Config) -> Result<(), String> {
+        let primary = &sides[side];
+        let asleep = primary.stalled_from..primary.stalled_until;
+        let long = asleep.end.since(asleep.start) >= Nanos(config.peer_timeout.0 / 2);
+        let heir = sides.iter().position(|other| other.live_at.is_some_and(|at| asleep.contains(&at)));
+        match heir {
+            Some(heir) if long && heir != side && up_to > primary.made_freely => {
+                Err(format!("side {side} wakes up and releases output {up_to}, although side {heir} has gone live meanwhile"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A secondary that may go live from now on knows of everything the world has seen, and nothing that
     /// it could not make again is still to be seen.
     pub(crate) fn check_entitled(&mut self, index: usize, side: &Side, seen: u64, table: &TableArbiter) -> Result<(), String> {

@@ -30,7 +30,14 @@ impl World {
                 }
             }
             Fault::Partition => self.partition(victim, until),
-            Fault::Stall => self.sides[victim].stalled_until = until,
+            Fault::Stall => {
+                let side = &mut self.sides[victim];
+                // One stall after the other is one.
+                if side.stalled_until < self.now {
+                    side.stalled_from = self.now;
+                }
+                side.stalled_until = until;
+            }
             Fault::ReplayStall => {
                 for side in &mut self.sides {
                     side.replay_stalled_until = until;

@@ -53,6 +53,10 @@ pub(crate) struct Side {
     /// The last one it was connected to.
     pub(crate) peer: Option<usize>,
     pub(crate) stalled_until: Nanos,
+    /// Since when, then.
+    pub(crate) stalled_from: Nanos,
+    /// When it began to run the VM after its primary.
+    pub(crate) live_at: Option<Nanos>,
     pub(crate) tick_at: Option<Nanos>,
     pub(crate) last_leave: Nanos,
     // As a primary:
@@ -120,6 +124,8 @@ impl Side {
             connection: None,
             peer: None,
             stalled_until: Nanos(0),
+            stalled_from: Nanos(0),
+            live_at: None,
             tick_at: None,
             last_leave: Nanos(0),
             throttled: false,

@@ -337,6 +337,7 @@ impl World {
                 self.plan(delay, Happening::Feed(side));
             }
             PrimaryAction::Release { up_to } => {
+                self.checker.check_late(&self.sides, side, up_to, &self.profile.config)?;
                 self.checker.check_release(&self.sides, side, up_to, self.profile.config.commit)?;
                 // Some hosts write at once and report later, others have a queue.
                 if self.sides[side].last_leave <= self.now && self.random.percent(50) {
@@ -418,6 +419,7 @@ impl World {
                 self.checker.check_owner(side, epoch)?;
                 self.outside.check_survivor(&self.sides[side].machine)?;
                 self.checker.live += 1;
+                self.sides[side].live_at = Some(self.now);
                 self.outside.duplicates_allowed = true;
                 self.sides[side].outputs.retain(|id, _| reissue.contains(id));
                 self.sides[side].become_primary(self.bug);

@@ -39,6 +39,8 @@ enum Command {
     Demo(commands::demo::Arguments),
     /// Has the standby of a running VM go live, and ends it here: for maintenance of this host
     Failover(commands::failover::Arguments),
+    /// Shows whose a VM's epochs are, and lets a person decide where no arbiter can be reached
+    Arbiter(commands::arbiter::Arguments),
     /// Makes certificates for the hosts of pairs
     Pki(commands::pki::Arguments),
     /// Breaks things on purpose, for tests
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Events(arguments) => commands::events::run(arguments),
         Command::Demo(arguments) => commands::demo::run(arguments),
         Command::Failover(arguments) => commands::failover::run(arguments),
+        Command::Arbiter(arguments) => commands::arbiter::run(arguments),
         Command::Pki(arguments) => commands::pki::run(arguments),
         Command::Debug(arguments) => commands::debug::run(arguments),
         Command::Doctor(arguments) => commands::doctor::run(arguments),

@@ -167,7 +167,7 @@ fn a_vm_that_runs_alone() {
     // Programs speak the same.
     let mut raw = BufReader::new(UnixStream::connect(user.path().join("twinstep/solo.sock")).unwrap());
     for (request, part) in [
-        ("{\"v\":1,\"do\":\"identify\"}", "[\"identify\",\"stat\",\"status\",\"events\",\"failover\",\"flip-bit\"]"),
+        ("{\"v\":1,\"do\":\"identify\"}", "[\"identify\",\"stat\",\"status\",\"events\",\"failover\",\"override\",\"flip-bit\"]"),
         ("{\"v\":1,\"do\":\"status\"}", "\"state\":\"unprotected\""),
         ("{\"v\":1,\"do\":\"events\"}", "\"events\":["),
         ("{\"v\":1,\"do\":\"events\",\"last\":3}", "\"code\":\"bad-request\""),

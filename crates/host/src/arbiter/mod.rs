@@ -4,11 +4,12 @@
 //! owner ever wins, whatever crashes in between; the owner who has won wins again when it asks again; and an answer
 //! that can't be had is never taken for a win.
 //!
-//! There are two: a directory ([`DirectoryArbiter`]) and etcd ([`EtcdArbiter`]). [`ArbiterSpec`] says which one a command line means. In etcd standbys may say
-//! as well where they wait ([`Registry`]); that decides nothing.
+//! There are two: a directory ([`DirectoryArbiter`]) and etcd ([`EtcdArbiter`]). [`ArbiterSpec`] says which one a command line means. When neither answers, a person may
+//! decide ([`ManualOverride`]). In etcd standbys may say as well where they wait ([`Registry`]); that decides nothing.
 
 mod directory;
 mod etcd;
+mod manual;
 mod registry;
 mod secrets;
 mod spec;
@@ -17,6 +18,7 @@ use std::fmt;
 
 pub use directory::DirectoryArbiter;
 pub use etcd::EtcdArbiter;
+pub use manual::{ManualOverride, OverridableArbiter};
 pub use registry::{Registration, Registry};
 pub use spec::{ArbiterOptions, ArbiterSpec, EtcdSpec, Login, SYNTAX, TlsFiles};
 

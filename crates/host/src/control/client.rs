@@ -11,7 +11,7 @@ use serde::Deserialize;
 use twinstep_machine::faults::Bit;
 
 use super::folder;
-use super::wire::{self, Begun, Flipped, History, Identity, Request, Stat, Status};
+use super::wire::{self, Begun, Flipped, History, Identity, Overridden, Request, Stat, Status};
 use crate::error::{Error, Result};
 use crate::events::Kept;
 
@@ -101,6 +101,10 @@ impl Connection {
     /// Has the standby go live.
     pub fn fail_over(&mut self) -> Result<Begun> {
         self.request(Request::FailOver)
+    }
+    /// Decides in place of an arbiter that cannot be reached.
+    pub fn override_arbiter(&mut self) -> Result<Overridden> {
+        self.request(Request::Override)
     }
     /// Flips a bit of the machine.
     pub fn flip(&mut self, bit: Bit) -> Result<Flipped> {

@@ -15,8 +15,9 @@ use twinstep_machine::faults::Bit;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::wire::{self, Begun, Code, Flipped, History, Identity, Refusal, Request, Stat, Status};
+use super::wire::{self, Begun, Code, Flipped, History, Identity, Overridden, Refusal, Request, Stat, Status};
 use super::{Answer, Ask, Question, VmFigures, folder};
+use crate::arbiter::ManualOverride;
 use crate::error::{Context, Result};
 use crate::events::Events;
 use crate::identity;
@@ -55,6 +56,7 @@ struct Shared {
     events: Events,
     /// Bits may be flipped.
     faults: AtomicBool,
+    manual: ManualOverride,
     /// Woken once, at the end; never cleared.
     end: Wake,
 }
@@ -98,6 +100,7 @@ impl Control {
             board: Board::new(if side == "standby" { "listening" } else { "unprotected" }),
             events: events.clone(),
             faults: AtomicBool::new(false),
+            manual: ManualOverride::default(),
             end: Wake::new()?,
         });
         let accepting = shared.clone();
@@ -117,6 +120,10 @@ impl Control {
     /// The VM's name.
     pub fn name(&self) -> &str {
         &self.shared().name
+    }
+    /// What a person may decide here.
+    pub fn manual_override(&self) -> &ManualOverride {
+        &self.shared().manual
     }
     /// Where the pair's figures are published.
     pub fn board(&self) -> &Board {
@@ -319,6 +326,10 @@ impl Client {
             Ok(Request::Identify) => self.say(&Ok(shared.identity())),
             Ok(Request::FlipBit(bit)) => self.say(&shared.flip(bit)),
             Ok(Request::FailOver) => self.say(&shared.fail_over()),
+            Ok(Request::Override) => {
+                let decided = shared.manual.decide().map(|epoch| Overridden { epoch });
+                self.say(&decided.map_err(|why| Refusal::new(Code::BadRequest, why)))
+            }
             Ok(Request::Status) => self.say(&Ok(shared.status())),
             Ok(Request::Events) => self.say(&Ok(History { events: shared.events.history() })),
             Ok(Request::Stat) => {

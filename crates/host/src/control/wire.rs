@@ -31,18 +31,21 @@ pub enum Request {
     Events,
     /// Have the standby go live and end here.
     FailOver,
+    /// The other side is dead: decide in place of the arbiter, which cannot be reached.
+    Override,
     /// Flip this bit ([`twinstep_machine::faults`]). Refused unless the VM was started for that.
     FlipBit(Bit),
 }
 
 impl Request {
     /// All of them, by name.
-    pub const ALL: [(&'static str, Request); 6] = [
+    pub const ALL: [(&'static str, Request); 7] = [
         ("identify", Request::Identify),
         ("stat", Request::Stat),
         ("status", Request::Status),
         ("events", Request::Events),
         ("failover", Request::FailOver),
+        ("override", Request::Override),
         ("flip-bit", Request::FlipBit(Bit::Ram(0, 0))),
     ];
 
@@ -188,6 +191,13 @@ pub struct Identity {
 /// It was asked for; how it goes, status and events tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Begun {}
+
+/// A person has decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overridden {
+    /// The epoch that is this side's now.
+    pub epoch: u64,
+}
 
 /// A bit was flipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,11 +5,12 @@
 //!
 //! The format is what the user says, or what the file's name says; the content is never asked, because a guest that writes a header into its disk could
 //! make a guesser open other files the next time. For the same reason a qcow2 image may refer to no other file.
-//! A [`Replica`] is an image with what is remembered of it: which blocks changed, and in its sidecar whose disk it is and how new.
+//! A [`SharedDisk`] is one image for several hosts. A [`Replica`] is an image with what is remembered of it: which blocks changed, and in its sidecar whose disk it is and how new.
 
 mod qcow2;
 mod raw;
 mod replica;
+mod shared;
 mod sidecar;
 
 use std::fs::{File, OpenOptions};
@@ -22,6 +23,7 @@ use crate::error::{Context, Error, Result};
 use qcow2::Qcow2Image;
 use raw::RawImage;
 pub use replica::{BLOCK_BYTES, Replica, Writer};
+pub use shared::{SharedDisk, Write};
 pub use sidecar::{Baseline, Role, State};
 
 /// The unit of size.
@@ -70,6 +72,8 @@ impl Format {
 #[derive(Debug)]
 enum Bytes {
     Raw(RawImage),
+    /// Nobody reads or writes it here: it is a [`SharedDisk`]'s.
+    Shared,
     Qcow2(Box<Qcow2Image>),
 }
 
@@ -102,6 +106,27 @@ impl Image {
         Self::new(bytes, path, access)
     }
 
+    /// Opens a raw image that another host may have open as well, without a lock.
+    fn open_shared(path: &Path) -> Result<Self> {
+        let file = open_file(path, Access::ReadWrite, false)?;
+        Self::new(Bytes::Raw(RawImage::new(file, path)?), path, Access::ReadWrite)
+    }
+
+    /// In place of an image that is shared.
+    fn of_shared(path: &Path, size: u64) -> Self {
+        Self { bytes: Bytes::Shared, path: path.to_owned(), size, access: Access::ReadWrite }
+    }
+
+    /// Takes the lock that keeps other processes from opening the image to write; false if one has it.
+    fn try_lock(&self) -> Result<bool> {
+        let Bytes::Raw(raw) = &self.bytes else { return Ok(false) };
+        match flock(raw.file(), FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+            Err(e) => Err(Error::new(format!("cannot lock the disk image {}", self.path.display())).because(e)),
+        }
+    }
+
     /// Makes an image of `size` bytes, all zero, that must not be there yet. It takes room only as it is written.
     pub fn create(path: &Path, format: Option<Format>, size: u64) -> Result<Self> {
         let file = open_file(path, Access::ReadWrite, true)?;
@@ -126,6 +151,7 @@ impl Image {
         let size = match &bytes {
             Bytes::Raw(raw) => raw.size(),
             Bytes::Qcow2(qcow2) => qcow2.size(),
+            Bytes::Shared => 0,
         };
         if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(Error::new(format!(
@@ -162,6 +188,7 @@ impl Image {
         let read = match &self.bytes {
             Bytes::Raw(raw) => raw.read_at(offset, to),
             Bytes::Qcow2(qcow2) => qcow2.read_at(offset, to),
+            Bytes::Shared => Err(not_here()),
         };
         read.map_err(|e| self.failed("read", offset, length, e))
     }
@@ -177,6 +204,7 @@ impl Image {
         let written = match &self.bytes {
             Bytes::Raw(raw) => raw.write_at(offset, from),
             Bytes::Qcow2(qcow2) => qcow2.write_at(offset, from),
+            Bytes::Shared => Err(not_here()),
         };
         written.map_err(|e| self.failed("write", offset, from.len(), e))
     }
@@ -189,6 +217,7 @@ impl Image {
         let flushed = match &self.bytes {
             Bytes::Raw(raw) => raw.flush(),
             Bytes::Qcow2(qcow2) => qcow2.flush(),
+            Bytes::Shared => Ok(()),
         };
         flushed.map_err(|e| with_advice(Error::new(format!("cannot flush the disk image {}", self.path.display())), e))
     }
@@ -205,6 +234,15 @@ impl Image {
         let path = self.path.display();
         with_advice(Error::new(format!("cannot {verb} {length} bytes at {offset} of the disk image {path}")), e)
     }
+}
+
+fn not_here() -> std::io::Error {
+    std::io::Error::other("it is shared, and not read or written like this")
+}
+
+fn in_use(path: &Path) -> Error {
+    Error::new(format!("the disk image {} is in use by another process", path.display()))
+        .next("stop the other VM, or give each its own copy (two writers would destroy the file system in it)")
 }
 
 fn with_advice(error: Error, e: std::io::Error) -> Error {
@@ -244,10 +282,7 @@ fn lock(file: &File, path: &Path, access: Access) -> Result<()> {
     };
     match flock(file, how) {
         Ok(()) => Ok(()),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            Err(Error::new(format!("the disk image {} is in use by another process", path.display()))
-                .next("stop the other VM, or give each its own copy (two writers would destroy the file system in it)"))
-        }
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(in_use(path)),
         Err(e) => Err(Error::new(format!("cannot lock the disk image {}", path.display())).because(e)),
     }
 }

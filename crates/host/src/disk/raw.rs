@@ -22,6 +22,9 @@ impl RawImage {
         let size = file.seek(SeekFrom::End(0)).at("measure", path)?;
         Ok(Self { file, size })
     }
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
     pub(super) fn size(&self) -> u64 {
         self.size
     }

@@ -11,7 +11,7 @@ use twinstep_migrate::Eras;
 use twinstep_pair::{OwnerId, VmId};
 
 use super::sidecar::{Baseline, Role, Sidecar, State};
-use super::{Access, Format, Image};
+use super::{Access, Format, Image, SharedDisk};
 use crate::arbiter::Arbiter;
 use crate::error::{Error, Result};
 use crate::identity;
@@ -41,6 +41,8 @@ struct Inner {
 pub struct Replica {
     inner: Arc<Mutex<Inner>>,
     size: u64,
+    /// It is no replica but an image that all sides share: it has no blocks that could differ, and nothing is remembered of it here.
+    shared: Option<SharedDisk>,
 }
 
 /// Who writes to an image.
@@ -72,7 +74,20 @@ impl Replica {
 
     fn new(image: Image, sidecar: Option<Sidecar>) -> Self {
         let size = image.size();
-        Self { inner: Arc::new(Mutex::new(Inner { image, unsent: None, changes: None, sidecar })), size }
+        Self { inner: Arc::new(Mutex::new(Inner { image, unsent: None, changes: None, sidecar })), size, shared: None }
+    }
+
+    /// In the place of a replica, an image that all sides share.
+    pub fn of_shared(path: &Path, format: Option<Format>) -> Result<Self> {
+        let shared = SharedDisk::open(path, format)?;
+        let inner = Inner { image: Image::of_shared(path, shared.size()), unsent: None, changes: None, sidecar: None };
+        Ok(Self { inner: Arc::new(Mutex::new(inner)), size: shared.size(), shared: Some(shared) })
+    }
+
+    /// The image that all sides share, if this is one.
+    #[must_use]
+    pub fn shared(&self) -> Option<&SharedDisk> {
+        self.shared.as_ref()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -87,7 +102,7 @@ impl Replica {
     /// Blocks of [`BLOCK_BYTES`]; the last may be shorter.
     #[must_use]
     pub fn blocks(&self) -> usize {
-        blocks_of(self.size)
+        if self.shared.is_some() { 0 } else { blocks_of(self.size) }
     }
     /// Whether it may be written.
     #[must_use]
@@ -242,6 +257,9 @@ impl Replica {
     }
     /// A VM begins to write on its own. An image that has no sidecar gets one if the VM is to be protected: only then there will be another replica.
     pub fn begin(&self, writer: Writer, protect: bool) -> Result<()> {
+        if let Some(shared) = &self.shared {
+            return shared.begin(writer);
+        }
         self.store(protect.then(identity::random_id), |state| {
             (state.vm, state.epoch, state.owner) = (writer.vm, writer.epoch, writer.owner);
             state.role = Role::Alone;
@@ -254,6 +272,9 @@ impl Replica {
     }
     /// This side goes on alone, in this epoch.
     pub fn alone(&self, epoch: u64, owner: Option<[u8; 16]>) -> Result<()> {
+        if let Some(shared) = &self.shared {
+            return shared.take_over(epoch, owner);
+        }
         self.store(None, |state| {
             state.role = Role::Alone;
             state.epoch = epoch;
@@ -263,6 +284,9 @@ impl Replica {
     }
     /// A standby begins to make it a replica of this disk. Without a sidecar nothing was known of it.
     pub fn copying(&self, disk: [u8; 16], generation: u64, writer: Writer) -> Result<()> {
+        if let Some(shared) = &self.shared {
+            return shared.follow(writer);
+        }
         self.store(Some(disk), |state| {
             (state.disk, state.generation) = (disk, generation);
             (state.vm, state.epoch, state.owner) = (writer.vm, writer.epoch, writer.owner);
@@ -275,6 +299,9 @@ impl Replica {
     }
     /// Nobody writes any more, and everything is durable.
     pub fn close(&self) -> Result<()> {
+        if let Some(shared) = &self.shared {
+            return shared.close();
+        }
         self.flush()?;
         self.store(None, |state| state.role = Role::Closed)
     }
@@ -292,6 +319,9 @@ impl Replica {
             Role::Copying => return stale("it was being copied from another host when that was interrupted".into()),
             Role::Following => {
                 return stale("it followed a primary on another host, which was ahead of it when this side ended".into());
+            }
+            Role::Shared => {
+                return stale("several hosts share it, and one of them may be live on it: say share=on".into());
             }
             Role::Closed | Role::Alone | Role::Protected => {}
         }

@@ -40,6 +40,9 @@ pub enum Role {
     /// A standby is being sent it: it is a mixture.
     #[n(4)]
     Copying,
+    /// Several hosts can reach it, and this VM, epoch and process is the one that writes to it.
+    #[n(5)]
+    Shared,
 }
 
 /// What is remembered of an image besides its blocks.
@@ -135,20 +138,7 @@ impl Sidecar {
                 .because(why)
                 .next("use the Twinstep that wrote it; or remove it: then nothing is known of the image, and it counts as new")
         };
-        let mut newest: Option<(u64, State)> = None;
-        let mut why = "it is no sidecar of a disk image".to_owned();
-        for slot in 0..2 {
-            let mut bytes = [0; SLOT_BYTES];
-            if file.read_exact_at(&mut bytes, slot * SLOT_BYTES as u64).is_err() {
-                continue;
-            }
-            match read_slot(&bytes) {
-                Ok((sequence, state)) if newest.as_ref().is_none_or(|(n, _)| *n < sequence) => newest = Some((sequence, state)),
-                Ok(_) => {}
-                Err(e) => why = e,
-            }
-        }
-        let (sequence, mut state) = newest.ok_or_else(|| unusable(why))?;
+        let (sequence, mut state) = newest_state(&file).map_err(unusable)?;
         if state.bytes != bytes {
             return Err(unusable(format!("it is of a disk of {} bytes, the image has {bytes}", state.bytes)));
         }
@@ -178,6 +168,28 @@ impl Sidecar {
         let mut sidecar = Self { file, path, image: image.to_owned(), state: state.clone(), sequence: 0, changed, blocks };
         sidecar.store(state)?;
         Ok(sidecar)
+    }
+
+    /// Takes in what another process may have stored.
+    pub(super) fn reload(&mut self) -> Result<()> {
+        let found = newest_state(&self.file);
+        let found = found.map_err(|why| Error::new(format!("{} cannot be used", self.path.display())).because(why))?;
+        (self.sequence, self.state) = found;
+        Ok(())
+    }
+
+    /// Takes the lock under which several processes use it; false if another one has it.
+    pub(super) fn try_lock(&self) -> Result<bool> {
+        match self.file.try_lock() {
+            Ok(()) => Ok(true),
+            Err(std::fs::TryLockError::WouldBlock) => Ok(false),
+            Err(std::fs::TryLockError::Error(e)) => Err(e).at("lock", &self.path),
+        }
+    }
+
+    /// Gives the lock back.
+    pub(super) fn unlock(&self) -> Result<()> {
+        self.file.unlock().at("unlock", &self.path)
     }
 
     pub(super) fn state(&self) -> &State {
@@ -228,6 +240,24 @@ impl Sidecar {
     pub(super) fn changed(&self) -> &PageSet {
         &self.changed
     }
+}
+
+/// The state in the sound slot that was written last, with its sequence number; or why there is none.
+fn newest_state(file: &File) -> std::result::Result<(u64, State), String> {
+    let mut newest: Option<(u64, State)> = None;
+    let mut why = "it is no sidecar of a disk image".to_owned();
+    for slot in 0..2 {
+        let mut bytes = [0; SLOT_BYTES];
+        if file.read_exact_at(&mut bytes, slot * SLOT_BYTES as u64).is_err() {
+            continue;
+        }
+        match read_slot(&bytes) {
+            Ok((sequence, state)) if newest.as_ref().is_none_or(|(n, _)| *n < sequence) => newest = Some((sequence, state)),
+            Ok(_) => {}
+            Err(e) => why = e,
+        }
+    }
+    newest.ok_or(why)
 }
 
 fn write_slot(sequence: u64, state: &State) -> Vec<u8> {

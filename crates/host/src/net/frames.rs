@@ -8,6 +8,8 @@
 use std::io::Read;
 use std::ops::Range;
 
+use super::token;
+
 /// Bytes of the length in front of a frame.
 pub const HEADER: usize = 4;
 
@@ -19,6 +21,15 @@ pub const MAX_FRAME: usize = 69_632;
 
 /// How much one read asks for.
 const READ_SIZE: usize = 64 << 10;
+
+/// What a stream consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece<'a> {
+    /// A frame with its length in front.
+    Frame(&'a [u8]),
+    /// A message between cable and switch ([`token::Message`]), without the word in front.
+    Message(&'a [u8]),
+}
 
 /// A length that can't be meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -106,13 +117,14 @@ impl Decoder {
         got
     }
 
-    /// The next whole frame with its length in front, or `None` if more must be read first.
-    pub fn next_frame(&mut self) -> Result<Option<&[u8]>, BadLength> {
+    /// The next whole frame or message, or `None` if more must be read first.
+    pub fn next_piece(&mut self) -> Result<Option<Piece<'_>>, BadLength> {
         let rest = &self.buffer[self.held.clone()];
         let Some(header) = rest.first_chunk::<HEADER>() else { return Ok(None) };
         let announced = u32::from_be_bytes(*header);
-        let length = announced as usize;
-        if length == 0 || length > MAX_FRAME {
+        let is_message = announced & token::MESSAGE != 0;
+        let length = (announced & !token::MESSAGE) as usize;
+        if length == 0 || length > if is_message { token::LONGEST } else { MAX_FRAME } {
             return Err(BadLength(announced));
         }
         let whole = HEADER + length;
@@ -121,7 +133,21 @@ impl Decoder {
         }
         let from = self.held.start;
         self.held.start += whole;
-        Ok(Some(&self.buffer[from..from + whole]))
+        let piece = &self.buffer[from..from + whole];
+        Ok(Some(if is_message { Piece::Message(&piece[HEADER..]) } else { Piece::Frame(piece) }))
+    }
+}
+
+#[cfg(test)]
+impl Decoder {
+    /// The next whole frame, where nobody sends messages.
+    pub(crate) fn next_frame(&mut self) -> Result<Option<&[u8]>, BadLength> {
+        self.next_piece().map(|piece| {
+            piece.map(|piece| match piece {
+                Piece::Frame(frame) => frame,
+                Piece::Message(message) => panic!("a message: {message:?}"),
+            })
+        })
     }
 }
 
@@ -173,7 +199,7 @@ mod tests {
             let mut stream = &bytes[..];
             'all: while decoder.fill(&mut stream).unwrap() > 0 {
                 loop {
-                    match decoder.next_frame() {
+                    match decoder.next_piece() {
                         Ok(Some(_)) => {}
                         Ok(None) => break,
                         Err(_) => break 'all,

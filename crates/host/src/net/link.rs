@@ -1,7 +1,8 @@
 //! The thread behind a cable, and the queue in front of it.
 //!
 //! *In*: frames from the VM (`send`), frames from the other side. *Out*: the same, on the other side. *Invariant*: `send` never blocks; the lock is held for
-//! one write at most; the queue is bounded; a frame is written whole or, when its socket broke half-way, not continued on the next one.
+//! one write at most; the queue is bounded; a frame is written whole or, when its socket broke half-way, not continued on the next one; a cable that was told whose it is
+//! says so to its switch on every connection before any frame.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice, Write};
@@ -19,8 +20,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use twinstep_machine::offload::LargeSegment;
 
 use super::coalesce::Coalescer;
-use super::frames::{self, Decoder, ETHERNET_HEADER, HEADER, MAX_FRAME, Mac};
+use super::frames::{self, Decoder, ETHERNET_HEADER, HEADER, MAX_FRAME, Mac, Piece};
 use super::tap::Tap;
+use super::token::{Message, Token};
 use super::{Receive, announcement};
 use crate::error::{Context, Error, Result};
 use crate::wake::Wake;
@@ -50,6 +52,9 @@ pub struct Statistics {
     pub reconnected: u64,
 }
 
+/// Who is told when a switch refuses a cable's frames, and with which epoch of the VM it explains that. It is called in the cable's thread.
+pub type TellFenced = Box<dyn FnMut(u64) + Send>;
+
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
@@ -70,6 +75,25 @@ struct State {
     mac: Option<Mac>,
     /// The longest large segment that is sent as it is; longer ones are cut.
     whole: usize,
+    fence: Fence,
+}
+
+/// What a cable has to do with epochs.
+#[derive(Default)]
+struct Fence {
+    /// The other side is a switch, which understands tokens.
+    switch: bool,
+    /// Whose cable this is.
+    token: Option<Token>,
+    /// The switch refuses our frames, since the VM is live elsewhere in this epoch.
+    fenced: Option<u64>,
+    tell: Option<TellFenced>,
+}
+
+impl std::fmt::Debug for Fence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fence").field("token", &self.token).field("fenced", &self.fenced).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -99,6 +123,31 @@ impl Shared {
         }
         taken
     }
+
+    /// Tells a switch whose cable this is, if it is anybody's.
+    fn say_token(&self, state: &mut State, stream: &UnixStream) {
+        if let Some(token) = state.fence.token.filter(|_| state.fence.switch) {
+            let wire = Message::Token(token).wire();
+            if !self.put(state, stream, [&wire, &[]]) {
+                // The queue is full, or the socket broken. Frames must not go out as if they were an earlier epoch's: on the next connection it is said first.
+                let _ = stream.shutdown(std::net::Shutdown::Both);
+            }
+        }
+    }
+
+    /// The switch has said something.
+    fn told(&self, message: &[u8]) -> std::result::Result<(), super::token::Unknown> {
+        let Message::Fenced { epoch } = Message::parse(message)? else { return Ok(()) };
+        let mut state = self.state();
+        // An answer to an earlier word of ours may still have been on its way.
+        if state.fence.token.is_some_and(|token| token.epoch <= epoch) && state.fence.fenced.is_none() {
+            state.fence.fenced = Some(epoch);
+            if let Some(tell) = &mut state.fence.tell {
+                tell(epoch);
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Link {
@@ -110,6 +159,13 @@ impl Link {
         Self::start(Line::Socket(stream), whole, move |shared| socket_thread(shared, for_thread, path, receive))
     }
 
+    /// Over a socket connected to a switch of ours.
+    pub fn over_switch(stream: UnixStream, path: PathBuf, receive: Receive) -> Result<Self> {
+        let link = Self::over_socket(stream, Some(path), 0, receive)?;
+        link.shared.state().fence.switch = true;
+        Ok(link)
+    }
+
     /// Over an open TAP device.
     pub fn over_tap(tap: Tap, receive: Receive) -> Result<Self> {
         let tap = Arc::new(tap);
@@ -119,7 +175,7 @@ impl Link {
 
     fn start(line: Line, whole: usize, work: impl FnOnce(&Shared) + Send + 'static) -> Result<Self> {
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { line, queue: VecDeque::new(), mac: None, whole }),
+            state: Mutex::new(State { line, queue: VecDeque::new(), mac: None, whole, fence: Fence::default() }),
             wake: Wake::new()?,
             stop: AtomicBool::new(false),
             sent: AtomicU64::new(0),
@@ -142,6 +198,8 @@ impl Link {
         state.mac = Mac::source(frame).filter(|mac| !mac.is_group()).or(state.mac);
         let taken = match &state.line {
             Line::Broken => false,
+            // The switch would refuse it as well.
+            _ if state.fence.fenced.is_some() => false,
             Line::Tap(tap) => tap.send(frame).unwrap_or(false),
             Line::Socket(stream) => {
                 let stream = Arc::clone(stream);
@@ -166,6 +224,7 @@ impl Link {
         state.mac = Mac::source(frame).filter(|mac| !mac.is_group()).or(state.mac);
         let taken = match &state.line {
             Line::Broken => 0,
+            _ if state.fence.fenced.is_some() => 0,
             Line::Tap(tap) => {
                 let tap = Arc::clone(tap);
                 large.frames(frame).iter().filter(|piece| tap.send(piece).unwrap_or(false)).count()
@@ -185,6 +244,26 @@ impl Link {
     /// Tells switches where this address is: to be called when a machine goes live.
     pub fn announce(&self, mac: [u8; 6]) {
         self.send(&announcement(Mac(mac)));
+    }
+
+    /// Says whose cable this is: frames sent from now on are this one's. Only switches are told; to others it means nothing.
+    pub fn identify(&self, token: Token) {
+        let mut state = self.shared.state();
+        state.fence.token = Some(token);
+        state.fence.fenced = None;
+        if let Line::Socket(stream) = &state.line {
+            let stream = Arc::clone(stream);
+            self.shared.say_token(&mut state, &stream);
+        }
+    }
+
+    /// Who is to be told when the switch refuses this cable's frames; at once, if it does already.
+    pub fn when_fenced(&self, mut tell: TellFenced) {
+        let mut state = self.shared.state();
+        if let Some(epoch) = state.fence.fenced {
+            tell(epoch);
+        }
+        state.fence.tell = Some(tell);
     }
 
     /// What has gone through.
@@ -292,6 +371,9 @@ fn socket_thread(shared: &Shared, mut stream: Arc<UnixStream>, path: Option<Path
         Shared::count(&shared.reconnected);
         let mut state = shared.state();
         state.line = Line::Socket(Arc::clone(&stream));
+        // A switch that was started anew may know less than the one before.
+        state.fence.fenced = None;
+        shared.say_token(&mut state, &stream);
         // The other side may have frames for us, and knows us by what we send.
         if let Some(mac) = state.mac {
             let frame = announcement(mac);
@@ -323,7 +405,14 @@ fn serve(shared: &Shared, stream: &UnixStream, receive: &mut Receive) -> Result<
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => continue,
             Err(e) => return Err(e).what("cannot receive"),
         }
-        while let Some(frame) = decoder.next_frame().what("the other side does not speak our protocol")? {
+        while let Some(piece) = decoder.next_piece().what("the other side does not speak our protocol")? {
+            let frame = match piece {
+                Piece::Frame(frame) => frame,
+                Piece::Message(message) => {
+                    shared.told(message).what("the switch is of another build")?;
+                    continue;
+                }
+            };
             Shared::count(&shared.received);
             if shared.stop.load(Ordering::Relaxed) || coalescer.push(&frame[HEADER..], receive).is_break() {
                 return Ok(ControlFlow::Break(()));

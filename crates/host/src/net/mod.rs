@@ -8,6 +8,7 @@ mod coalesce;
 pub mod frames;
 mod link;
 pub mod tap;
+pub mod token;
 
 use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
@@ -18,6 +19,7 @@ pub use coalesce::Arrival;
 use frames::Mac;
 pub use link::{Link, Statistics};
 use tap::Tap;
+pub use token::Token;
 
 /// Where a cable goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,8 +49,10 @@ impl Backend {
             Self::Switch(path) | Self::Passt(path) => {
                 let stream = UnixStream::connect(path).map_err(|e| self.unreachable(e))?;
                 // passt ends the guest's connections itself, and takes segments as long as IP allows. Behind a switch is an Ethernet.
-                let whole = if matches!(self, Self::Passt(_)) { LONGEST_FOR_PASST } else { 0 };
-                Link::over_socket(stream, Some(path.clone()), whole, receive)
+                match self {
+                    Self::Passt(_) => Link::over_socket(stream, Some(path.clone()), LONGEST_FOR_PASST, receive),
+                    _ => Link::over_switch(stream, path.clone(), receive),
+                }
             }
             Self::Tap(name) => Link::over_tap(Tap::open(name)?, receive),
         }

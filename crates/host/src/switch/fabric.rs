@@ -26,13 +26,22 @@
 //! What a guest has certainly got is not delivered again, because each frame costs its heir time in the very moment the client
 //! is waiting for. A TCP segment is certain when the guest itself has acknowledged it: a protected machine's output leaves only after its
 //! standby has all the input before it. Of segments without data only a connection's newest is kept, since acknowledgements are cumulative.
+//!
+//! # Fencing
+//!
+//! A port may say whose it is: a VM, an epoch, a process ([`Token`]). Once a later epoch of that VM has been seen, ports of earlier ones are *fenced*: what they
+//! send is refused and counted, nothing is sent to them but word of it, and their addresses are waited for as if the port had gone. So a host that hung while another took its VM over
+//! cannot draw the guest's traffic back to itself, whenever it wakes up. Ports that say nothing (passt, other switches, VMs that are not protected) are as on any switch.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::fences::Fences;
 use super::tcp::Segment;
+use crate::net::Token;
 use crate::net::frames::{HEADER, Mac};
+use crate::net::token::Message;
 
 /// A frame with its length in front, as it goes over the wire.
 pub type WireFrame = Arc<[u8]>;
@@ -93,6 +102,26 @@ pub enum Event {
     Up(PortId),
     /// A port is gone, and why.
     Down(PortId, String),
+    /// A port has said whose it is.
+    Named(PortId, Token),
+    /// A later epoch of a port's VM has been seen: its frames are refused from now on.
+    Fenced {
+        /// Which port.
+        port: PortId,
+        /// Whose it is.
+        token: Token,
+        /// The later epoch, or the same one with another owner.
+        by: u64,
+    },
+    /// A fenced port is gone, after so many of its frames were refused.
+    Refused {
+        /// Which port.
+        port: PortId,
+        /// How many.
+        frames: u64,
+    },
+    /// What a port says of itself could not be looked up at the arbiter; it is believed.
+    Unproven(PortId, String),
     /// An address has lost its port; frames to it are kept.
     Lost(Mac),
     /// An address that had lost its port is back.
@@ -207,6 +236,12 @@ struct Port {
     dropped: u64,
     /// Bytes of the first frame in the queue that are on their way already.
     written: usize,
+    /// Whose it is, if it has said so.
+    token: Option<Token>,
+    /// It is stale, on account of this epoch.
+    fenced: Option<u64>,
+    /// Frames refused.
+    refused: u64,
 }
 
 impl Port {
@@ -271,6 +306,7 @@ pub struct Fabric {
     ports: BTreeMap<PortId, Port>,
     addresses: BTreeMap<Mac, PortId>,
     away: BTreeMap<Mac, Away>,
+    fences: Fences,
     next_port: u64,
     events: VecDeque<Event>,
 }
@@ -286,6 +322,19 @@ impl Fabric {
         Self { limits, ..Self::default() }
     }
 
+    /// The newest epochs that an earlier switch has seen.
+    #[must_use]
+    pub fn with_fences(mut self, fences: Fences) -> Self {
+        self.fences = fences;
+        self
+    }
+
+    /// The newest epochs seen.
+    #[must_use]
+    pub fn fences(&self) -> &Fences {
+        &self.fences
+    }
+
     /// A new port.
     pub fn attach(&mut self) -> PortId {
         let id = PortId(self.next_port);
@@ -297,8 +346,20 @@ impl Fabric {
 
     /// A port is gone. Its addresses are waited for.
     pub fn detach(&mut self, id: PortId, why: impl Into<String>, now: Duration) {
-        let Some(mut port) = self.ports.remove(&id) else { return };
+        if !self.ports.contains_key(&id) {
+            return;
+        }
         self.events.push_back(Event::Down(id, why.into()));
+        self.lose_addresses(id, now);
+        let port = self.ports.remove(&id).expect("just seen");
+        if port.fenced.is_some() {
+            self.events.push_back(Event::Refused { port: id, frames: port.refused });
+        }
+    }
+
+    /// The addresses of a port are waited for, with what it was to get.
+    fn lose_addresses(&mut self, id: PortId, now: Duration) {
+        let Some(port) = self.ports.get_mut(&id) else { return };
         let owned: Vec<Mac> = self.addresses.iter().filter(|(_, owner)| **owner == id).map(|(mac, _)| *mac).collect();
         for mac in owned {
             self.addresses.remove(&mac);
@@ -311,9 +372,46 @@ impl Fabric {
         }
     }
 
+    /// A port says whose it is. `over`: an epoch that makes it a stale one, if somebody knows of one (the arbiter).
+    pub fn name(&mut self, id: PortId, token: Token, over: Option<u64>, now: Duration) {
+        let Some(port) = self.ports.get_mut(&id) else { return };
+        port.token = Some(token);
+        self.events.push_back(Event::Named(id, token));
+        let over = over.or_else(|| self.fences.enter(&token));
+        match over {
+            None => port.fenced = None,
+            // Also if it was fenced before: it asks again, so it is told again.
+            Some(by) => self.fence(id, by, now),
+        }
+        let stale = |port: &Port| port.token.filter(|_| port.fenced.is_none()).and_then(|token| self.fences.over(&token));
+        let stale: Vec<(PortId, u64)> = self.ports.iter().filter_map(|(id, port)| Some((*id, stale(port)?))).collect();
+        for (id, by) in stale {
+            self.fence(id, by, now);
+        }
+    }
+
+    fn fence(&mut self, id: PortId, by: u64, now: Duration) {
+        self.lose_addresses(id, now);
+        let Some(port) = self.ports.get_mut(&id) else { return };
+        if let (None, Some(token)) = (port.fenced.replace(by), port.token) {
+            self.events.push_back(Event::Fenced { port: id, token, by });
+        }
+        // But for a frame that is half written, nothing more than the word.
+        let half = if port.written > 0 { port.queue.pop() } else { None };
+        port.queue = Store::default();
+        let word: WireFrame = Message::Fenced { epoch: by }.wire().into();
+        for item in half.into_iter().chain([Queued { frame: word, again: true }]) {
+            port.queue.push(item, self.limits.queue);
+        }
+    }
+
     /// A frame arrived at a port. Frames too short to have addresses are dropped.
     pub fn frame(&mut self, from: PortId, frame: &[u8], now: Duration) {
         let ethernet = &frame[HEADER..];
+        if let Some(port) = self.ports.get_mut(&from).filter(|port| port.fenced.is_some()) {
+            port.refused += 1;
+            return;
+        }
         let (Some(source), Some(destination)) = (Mac::source(ethernet), Mac::destination(ethernet)) else { return };
         if !source.is_group() {
             self.learn(source, from, now);
@@ -343,7 +441,7 @@ impl Fabric {
     }
 
     fn enqueue(&mut self, id: PortId, item: Queued) {
-        let Some(port) = self.ports.get_mut(&id) else { return };
+        let Some(port) = self.ports.get_mut(&id).filter(|port| port.fenced.is_none()) else { return };
         // Like any switch: what does not fit is dropped, the newest first, and TCP slows down.
         port.dropped += u64::from(!port.queue.push(item, self.limits.queue));
     }
@@ -406,6 +504,23 @@ impl Fabric {
     #[must_use]
     pub fn dropped(&self, id: PortId) -> u64 {
         self.ports.get(&id).map_or(0, |port| port.dropped)
+    }
+
+    /// Frames of a port that were refused since it is stale.
+    #[must_use]
+    pub fn refused(&self, id: PortId) -> u64 {
+        self.ports.get(&id).map_or(0, |port| port.refused)
+    }
+
+    /// Whether a port is stale.
+    #[must_use]
+    pub fn is_fenced(&self, id: PortId) -> bool {
+        self.ports.get(&id).is_some_and(|port| port.fenced.is_some())
+    }
+
+    /// What a port says of itself is believed, although the arbiter could not say so.
+    pub fn unproven(&mut self, id: PortId, why: impl Into<String>) {
+        self.events.push_back(Event::Unproven(id, why.into()));
     }
 
     /// Throws away what was kept too long.

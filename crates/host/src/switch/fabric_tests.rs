@@ -275,3 +275,95 @@ proptest! {
         prop_assert!(seen.values().all(|n| *n <= 10));
     }
 }
+
+fn token(epoch: u64, owner: u8) -> Token {
+    Token { vm: [7; 16], epoch, owner: [owner; 16] }
+}
+
+#[test]
+fn a_stale_port_is_refused_and_told() {
+    let mut f = Fabric::new(Limits::default());
+    let [world, primary] = [f.attach(), f.attach()];
+    f.name(primary, token(1, 1), None, at(0));
+    f.frame(primary, &frame(ALL, B, "hello"), at(0));
+    assert_eq!(drain(&mut f, world, at(0)), ["hello"]);
+    f.frame(world, &frame(B, A, "for the guest"), at(10));
+    // The host hangs, and another takes its VM over.
+    let survivor = f.attach();
+    f.name(survivor, token(2, 2), None, at(20));
+    assert!(f.is_fenced(primary) && !f.is_fenced(survivor));
+    f.frame(survivor, &frame(ALL, B, "here I am"), at(20));
+    assert_eq!(drain(&mut f, world, at(20)), ["here I am"]);
+    assert_eq!(drain(&mut f, survivor, at(20)), ["for the guest"]);
+    // It returns: what it sends is nowhere to be seen, and the guest's traffic stays where the guest is.
+    f.frame(primary, &frame(A, B, "late"), at(30));
+    f.frame(primary, &frame(ALL, B, "late, too"), at(30));
+    assert!(!f.has_waiting(world));
+    f.frame(world, &frame(B, A, "again"), at(30));
+    f.frame(world, &frame(ALL, A, "everyone"), at(30));
+    assert_eq!(drain(&mut f, survivor, at(30)), ["again", "everyone"]);
+    assert_eq!(f.refused(primary), 2);
+    // All that it gets is the word.
+    let told: Vec<Vec<u8>> = f.waiting(primary, 9).map(<[u8]>::to_vec).collect();
+    assert_eq!(told, [Message::Fenced { epoch: 2 }.wire()]);
+    f.detach(primary, "gone", at(40));
+    let events: Vec<Event> = f.take_events().collect();
+    assert!(events.contains(&Event::Fenced { port: primary, token: token(1, 1), by: 2 }), "{events:?}");
+    assert!(events.contains(&Event::Refused { port: primary, frames: 2 }), "{events:?}");
+    // Its return as a new port is no better.
+    let again = f.attach();
+    f.name(again, token(1, 1), None, at(50));
+    f.frame(again, &frame(ALL, B, "still me"), at(50));
+    assert!(!f.has_waiting(world) && f.is_fenced(again));
+}
+
+#[test]
+fn a_side_that_wins_is_not_stale_on_any_of_its_cards() {
+    let mut f = Fabric::new(Limits::default());
+    let [world, left, right] = [f.attach(), f.attach(), f.attach()];
+    for port in [left, right] {
+        f.name(port, token(1, 1), None, at(0));
+    }
+    f.name(left, token(2, 1), None, at(1));
+    f.frame(right, &frame(ALL, B, "between two words"), at(1));
+    assert_eq!(drain(&mut f, world, at(1)), ["between two words"]);
+    f.name(right, token(2, 1), None, at(2));
+    assert!(!f.is_fenced(left) && !f.is_fenced(right));
+    // One that was wrongly suspected, and wins afterwards, is heard again.
+    let other = f.attach();
+    f.name(other, token(3, 2), None, at(3));
+    assert!(f.is_fenced(left));
+    f.name(left, token(4, 1), None, at(4));
+    assert!(!f.is_fenced(left) && f.is_fenced(other));
+}
+
+#[test]
+fn what_somebody_else_knows_of_a_port_counts() {
+    let mut f = Fabric::new(Limits::default());
+    let [world, stale] = [f.attach(), f.attach()];
+    f.name(stale, token(1, 1), Some(2), at(0));
+    f.frame(stale, &frame(ALL, B, "late"), at(0));
+    assert!(!f.has_waiting(world));
+    // It has not become the newest by that.
+    let live = f.attach();
+    f.name(live, token(2, 2), None, at(0));
+    assert!(!f.is_fenced(live));
+}
+
+#[test]
+fn a_half_written_frame_is_finished_before_the_word() {
+    let mut f = Fabric::new(Limits::default());
+    let [world, primary] = [f.attach(), f.attach()];
+    f.name(primary, token(1, 1), None, at(0));
+    f.frame(primary, &frame(ALL, B, "hello"), at(0));
+    let half = frame(B, A, "half");
+    f.frame(world, &half, at(0));
+    f.frame(world, &frame(B, A, "waits"), at(0));
+    f.wrote(primary, 5, at(0));
+    let survivor = f.attach();
+    f.name(survivor, token(2, 2), None, at(1));
+    let pieces: Vec<Vec<u8>> = f.waiting(primary, 9).map(<[u8]>::to_vec).collect();
+    assert_eq!(pieces, [half[5..].to_vec(), Message::Fenced { epoch: 2 }.wire()]);
+    f.frame(survivor, &frame(ALL, B, "me"), at(2));
+    assert_eq!(drain(&mut f, survivor, at(2)), ["half", "waits"]);
+}

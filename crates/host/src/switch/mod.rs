@@ -6,25 +6,33 @@
 //!
 //! The switch is what makes a client's connection outlive a VM process: passt holds the client's side and stays
 //! connected here, while the VM's address moves from the dead process's port to its successor's. What is decided is in
-//! [`fabric`]; here are the sockets and the clock.
+//! [`fabric`]; here are the sockets and the clock, and who may speak for a VM that was taken over: [`fences`], and the arbiter, if there is one to ask.
 
 pub mod fabric;
+pub mod fences;
+mod proof;
 mod tcp;
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::arbiter::ArbiterSpec;
 use crate::error::{Context, Error, Result};
-use crate::net::frames::Decoder;
+use crate::net::frames::{Decoder, Piece};
+use crate::net::token::Message;
 use crate::socket::{self, SocketFile};
 use crate::wake::Wake;
 use fabric::{Event, Fabric, Limits, PortId};
+use fences::{Fences, FencesFile};
+use proof::{Proof, Prover};
 
 /// How long until an uplink that could not be reached is tried again.
 const UPLINK_RETRY: Duration = Duration::from_millis(200);
@@ -44,6 +52,8 @@ pub struct Options {
     pub uplinks: Vec<PathBuf>,
     /// Sizes.
     pub limits: Limits,
+    /// Who knows whose an epoch is. Without it ports are believed.
+    pub arbiter: Option<ArbiterSpec>,
 }
 
 /// A switch that is bound to its socket but does not run yet.
@@ -54,7 +64,13 @@ pub struct Switch {
     ports: BTreeMap<PortId, Connection>,
     uplinks: Vec<Uplink>,
     fabric: Fabric,
+    /// Where epochs are kept for the next switch on this socket.
+    file: FencesFile,
+    /// What is in it.
+    stored: Fences,
+    prover: Option<Prover>,
     wake: Wake,
+    stop: Arc<AtomicBool>,
     start: Instant,
 }
 
@@ -62,6 +78,23 @@ pub struct Switch {
 struct Connection {
     stream: UnixStream,
     decoder: Decoder,
+    /// The arbiter is asked whose this is; until it answers nothing is read from it.
+    asked: bool,
+}
+
+/// Ends a switch.
+#[derive(Debug, Clone)]
+pub struct Stopper {
+    wake: Wake,
+    stop: Arc<AtomicBool>,
+}
+
+impl Stopper {
+    /// Ends it soon.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.wake.wake();
+    }
 }
 
 #[derive(Debug)]
@@ -75,7 +108,7 @@ struct Uplink {
 /// A switch running in a thread of this process; dropping it stops the switch.
 #[derive(Debug)]
 pub struct Running {
-    wake: Wake,
+    stopper: Stopper,
     thread: Option<JoinHandle<Result<()>>>,
 }
 
@@ -86,7 +119,7 @@ impl Running {
     }
 
     fn end(&mut self) -> Result<()> {
-        self.wake.wake();
+        self.stopper.stop();
         match self.thread.take().map(JoinHandle::join) {
             None => Ok(()),
             Some(Ok(result)) => result,
@@ -107,29 +140,37 @@ impl Switch {
     /// Binds the socket. Once this has returned, VMs can connect.
     pub fn bind(options: Options) -> Result<Self> {
         let (listener, socket) = socket::listen(&options.listen, "stop it, or give this switch another socket with --listen")?;
+        let file = FencesFile::beside(&options.listen);
+        let stored = file.load()?;
+        let wake = Wake::new()?;
+        let prover = options.arbiter.as_ref().map(|spec| Prover::start(spec.open()?, wake.clone())).transpose()?;
         let uplink = |path| Uplink { path, port: None, retry_at: Duration::ZERO, complained: false };
         Ok(Self {
             listener,
             _socket: socket,
             ports: BTreeMap::new(),
             uplinks: options.uplinks.into_iter().map(uplink).collect(),
-            fabric: Fabric::new(options.limits),
-            wake: Wake::new()?,
+            fabric: Fabric::new(options.limits).with_fences(stored.clone()),
+            file,
+            stored,
+            prover,
+            wake,
+            stop: Arc::default(),
             start: Instant::now(),
         })
     }
 
-    /// What ends [`Switch::run`] when it is woken.
+    /// What ends [`Switch::run`].
     #[must_use]
-    pub fn stopper(&self) -> Wake {
-        self.wake.clone()
+    pub fn stopper(&self) -> Stopper {
+        Stopper { wake: self.wake.clone(), stop: self.stop.clone() }
     }
 
     /// Runs in a thread of its own.
     pub fn spawn(self, mut tell: impl FnMut(Event) + Send + 'static) -> Result<Running> {
-        let wake = self.wake.clone();
+        let stopper = self.stopper();
         let thread = std::thread::Builder::new().name("switch".to_owned()).spawn(move || self.run(&mut tell));
-        Ok(Running { wake, thread: Some(thread.what("cannot start the switch's thread")?) })
+        Ok(Running { stopper, thread: Some(thread.what("cannot start the switch's thread")?) })
     }
 
     /// Switches until it is told to stop.
@@ -141,6 +182,7 @@ impl Switch {
                 tell(event);
             }
             let Some(ready) = self.wait()? else { return Ok(()) };
+            self.take_proofs();
             if ready.listener {
                 self.accept();
             }
@@ -152,6 +194,18 @@ impl Switch {
             for id in waiting {
                 self.write(id);
             }
+            self.store_fences();
+        }
+    }
+
+    /// Epochs that were seen are kept for the next switch.
+    fn store_fences(&mut self) {
+        if *self.fabric.fences() == self.stored {
+            return;
+        }
+        self.stored = self.fabric.fences().clone();
+        if let Err(e) = self.file.store(&self.stored) {
+            tracing::warn!("{e}; a switch started anew would not know who is stale");
         }
     }
 
@@ -171,7 +225,10 @@ impl Switch {
         let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(2 + self.ports.len());
         fds.push(PollFd::new(&self.wake, PollFlags::IN));
         fds.push(PollFd::new(&self.listener, PollFlags::IN));
-        for (id, connection) in &self.ports {
+        // Of a port that the arbiter is asked about nothing is wanted yet, not even its end.
+        let looked_at: Vec<PortId> = self.ports.iter().filter(|(_, connection)| !connection.asked).map(|(id, _)| *id).collect();
+        for id in &looked_at {
+            let connection = &self.ports[id];
             let write = if self.fabric.has_waiting(*id) { PollFlags::OUT } else { PollFlags::empty() };
             fds.push(PollFd::new(&connection.stream, PollFlags::IN | write));
         }
@@ -183,12 +240,15 @@ impl Switch {
             }
         }
         if !fds[0].revents().is_empty() {
-            return Ok(None);
+            self.wake.clear();
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
         }
         let readable = |fd: &PollFd<'_>| fd.revents().intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR);
         Ok(Some(Ready {
             listener: !fds[1].revents().is_empty(),
-            readable: self.ports.keys().zip(&fds[2..]).filter(|(_, fd)| readable(fd)).map(|(id, _)| *id).collect(),
+            readable: looked_at.iter().zip(&fds[2..]).filter(|(_, fd)| readable(fd)).map(|(id, _)| *id).collect(),
         }))
     }
 
@@ -221,7 +281,7 @@ impl Switch {
             return None;
         }
         let id = self.fabric.attach();
-        self.ports.insert(id, Connection { stream, decoder: Decoder::default() });
+        self.ports.insert(id, Connection { stream, decoder: Decoder::default(), asked: false });
         Some(id)
     }
 
@@ -257,7 +317,6 @@ impl Switch {
 
     fn read(&mut self, id: PortId) {
         for _ in 0..READS_PER_ROUND {
-            let now = self.now();
             let Some(connection) = self.ports.get_mut(&id) else { return };
             match connection.decoder.fill(&mut connection.stream) {
                 Ok(0) => return self.detach(id, "it was closed".to_owned()),
@@ -266,13 +325,64 @@ impl Switch {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 Err(e) => return self.detach(id, format!("it broke: {e}")),
             }
-            loop {
-                match connection.decoder.next_frame() {
-                    Ok(Some(frame)) => self.fabric.frame(id, frame, now),
-                    Ok(None) => break,
-                    Err(e) => return self.detach(id, format!("its peer does not speak our protocol: {e}")),
-                }
+            if !self.take_in(id) {
+                return;
             }
+        }
+    }
+
+    /// Passes on what was read from a port. False if nothing more is to be read now.
+    fn take_in(&mut self, id: PortId) -> bool {
+        let now = self.now();
+        let Some(connection) = self.ports.get_mut(&id) else { return false };
+        loop {
+            let why = match connection.decoder.next_piece() {
+                Ok(Some(Piece::Frame(frame))) => {
+                    self.fabric.frame(id, frame, now);
+                    continue;
+                }
+                Ok(Some(Piece::Message(message))) => match Message::parse(message) {
+                    Ok(Message::Token(token)) => {
+                        let proven = match &self.prover {
+                            Some(prover) => prover.ask(id, token),
+                            None => false,
+                        };
+                        if proven {
+                            // What follows waits for the answer: it may be a stale side's.
+                            connection.asked = true;
+                            return false;
+                        }
+                        self.fabric.name(id, token, None, now);
+                        continue;
+                    }
+                    Ok(Message::Fenced { .. }) => "its peer speaks as a switch".to_owned(),
+                    Err(e) => format!("its peer is of another build: {e}"),
+                },
+                Ok(None) => return true,
+                Err(e) => format!("its peer does not speak our protocol: {e}"),
+            };
+            self.detach(id, why);
+            return false;
+        }
+    }
+
+    /// Takes the arbiter's answers in.
+    fn take_proofs(&mut self) {
+        while let Some((id, token, proof)) = self.prover.as_ref().and_then(Prover::answer) {
+            // Its port may have gone meanwhile.
+            let Some(connection) = self.ports.get_mut(&id) else { continue };
+            connection.asked = false;
+            let over = match proof {
+                Proof::Good => None,
+                Proof::Stale { by } => Some(by),
+                Proof::Unknown(why) => {
+                    self.fabric.unproven(id, why);
+                    None
+                }
+            };
+            let now = self.now();
+            self.fabric.name(id, token, over, now);
+            self.take_in(id);
         }
     }
 

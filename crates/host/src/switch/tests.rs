@@ -1,9 +1,12 @@
 //! The switch with fake peers on real sockets.
 
 use super::*;
+use crate::arbiter::{Arbiter, DirectoryArbiter, Verdict};
 use crate::net::frames::{HEADER, Mac, encode};
+use crate::net::{Backend, Link, Token};
 use std::fs;
 use std::io::Read;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 
@@ -188,4 +191,89 @@ fn two_switches_can_not_share_a_socket_but_a_dead_ones_file_is_replaced() {
 fn a_folder_that_is_not_there_is_named() {
     let error = Switch::bind(Options { listen: "/nowhere/at/all".into(), ..Options::default() }).unwrap_err().to_string();
     assert!(error.contains("/nowhere/at/all") && error.contains("what to do"), "{error}");
+}
+
+/// A VM's cable, as a host has it: a link that says whose it is, and word of being fenced.
+fn cable(path: &Path, epoch: u64, owner: u8) -> (Link, Receiver<u64>) {
+    let receive = Box::new(|_| ControlFlow::Continue(()));
+    let link = Backend::Switch(path.to_owned()).open(receive).unwrap();
+    link.identify(Token { vm: [7; 16], epoch, owner: [owner; 16] });
+    let (say, hear) = channel();
+    link.when_fenced(Box::new(move |epoch| _ = say.send(epoch)));
+    (link, hear)
+}
+
+fn guest_frame(text: &str) -> Vec<u8> {
+    [&ALL[..], &GUEST, &[8, 0], text.as_bytes()].concat()
+}
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[test]
+fn a_stale_host_is_refused_and_told_also_by_the_next_switch() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("switch");
+    let (switch, events) = start(options(&dir));
+    let mut world = Peer::connect(&path);
+    let (stale, told) = cable(&path, 1, 1);
+    stale.send(&guest_frame("before"));
+    assert_eq!(world.hear(), "before");
+    let (survivor, survivor_told) = cable(&path, 2, 2);
+    survivor.send(&guest_frame("live"));
+    assert_eq!(world.hear(), "live");
+    assert_eq!(told.recv_timeout(PATIENCE).unwrap(), 2);
+    stale.send(&guest_frame("late"));
+    survivor.send(&guest_frame("still live"));
+    assert_eq!(world.hear(), "still live", "and nothing else");
+    assert!(stale.statistics().dropped > 0);
+    let fenced = wait_for(&events, |e| matches!(e, Event::Fenced { .. }));
+    assert!(matches!(fenced, Event::Fenced { by: 2, .. }), "{fenced:?}");
+
+    // Another switch on the same socket knows it as well, even if the stale one is the first that comes back.
+    drop(survivor);
+    switch.stop().unwrap();
+    let (_switch, events) = start(options(&dir));
+    assert_eq!(told.recv_timeout(PATIENCE).unwrap(), 2);
+    wait_for(&events, |e| matches!(e, Event::Fenced { by: 2, .. }));
+    assert!(survivor_told.try_recv().is_err());
+}
+
+#[test]
+fn the_arbiter_knows_a_stale_host_that_the_switch_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("switch");
+    let place = dir.path().join("arbiter");
+    fs::create_dir(&place).unwrap();
+    let arbiter = DirectoryArbiter::open(&place).unwrap();
+    let [vm, right] = [twinstep_pair::VmId([7; 16]).to_string(), twinstep_pair::OwnerId([2; 16]).to_string()];
+    assert_eq!(arbiter.claim(&vm, 2, &right), Verdict::Won);
+    let spec = ArbiterSpec::Directory(place);
+    let (_switch, events) = start(Options { arbiter: Some(spec), ..options(&dir) });
+    let mut world = Peer::connect(&path);
+    let (stale, told) = cable(&path, 1, 1);
+    stale.send(&guest_frame("late"));
+    assert_eq!(told.recv_timeout(PATIENCE).unwrap(), 2);
+    // One that says it is the later epoch's, and is not.
+    let (liar, told) = cable(&path, 2, 1);
+    liar.send(&guest_frame("a lie"));
+    assert_eq!(told.recv_timeout(PATIENCE).unwrap(), 2);
+    let (survivor, _told) = cable(&path, 2, 2);
+    survivor.send(&guest_frame("live"));
+    assert_eq!(world.hear(), "live");
+    // An epoch that nobody has entered may be one that a person has decided.
+    let (decided, _told) = cable(&path, 3, 3);
+    decided.send(&guest_frame("by hand"));
+    assert_eq!(world.hear(), "by hand");
+    let unproven = wait_for(&events, |e| matches!(e, Event::Unproven(..)));
+    assert!(matches!(&unproven, Event::Unproven(_, why) if why.contains("no entry for epoch 3")), "{unproven:?}");
+}
+
+#[test]
+fn a_message_that_is_not_known_costs_its_port() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_switch, events) = start(options(&dir));
+    let mut peer = Peer::connect(&dir.path().join("switch"));
+    peer.stream.write_all(&[0x80, 0, 0, 4, 1, 9, 0, 0]).unwrap();
+    let Event::Down(_, why) = wait_for(&events, |e| matches!(e, Event::Down(..))) else { unreachable!() };
+    assert!(why.contains("kind 1, version 9"), "{why}");
 }

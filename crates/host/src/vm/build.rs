@@ -56,6 +56,10 @@ pub struct DiskExtra {
     /// Size in bytes.
     #[n(2)]
     pub bytes: u64,
+    /// What is on it is not part of the machine.
+    #[n(3)]
+    #[cbor(default)]
+    pub shared: bool,
 }
 
 /// Kind of the payload that holds [`Extra`]. No device has this name.
@@ -94,7 +98,7 @@ pub fn extra_payload(machine: &Machine, disk_bytes: &[u64], last_output: u64, lo
             .disks
             .iter()
             .zip(disk_bytes)
-            .map(|(d, &bytes)| DiskExtra { read_only: d.read_only, serial: d.serial.clone(), bytes })
+            .map(|(d, &bytes)| DiskExtra { read_only: d.read_only, serial: d.serial.clone(), bytes, shared: d.shared })
             .collect(),
         log_digest,
     };
@@ -193,7 +197,7 @@ pub(super) fn blank(
         disks: extra
             .disks
             .iter()
-            .map(|d| twinstep_machine::DiskConfig { read_only: d.read_only, serial: d.serial.clone() })
+            .map(|d| twinstep_machine::DiskConfig { read_only: d.read_only, serial: d.serial.clone(), shared: d.shared })
             .collect(),
         ..Config::default()
     };

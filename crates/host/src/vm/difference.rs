@@ -38,7 +38,8 @@ pub fn describe(output: u64, primary: Made, secondary: Made) -> String {
 fn bytes(output: &Output) -> &[u8] {
     match output {
         Output::NetTx { frame, .. } | Output::NetTxGso { frame, .. } => frame,
-        Output::Serial(bytes) | Output::Console(bytes) => bytes,
+        Output::Serial(bytes) | Output::Console(bytes) | Output::DiskWrite { data: bytes, .. } => bytes,
+        Output::DiskFlush { .. } => &[],
     }
 }
 
@@ -48,6 +49,8 @@ pub fn what(output: &Output) -> String {
     match output {
         Output::NetTx { nic, frame } => format!("a frame of {n} bytes at card {nic} ({})", conversation(frame)),
         Output::NetTxGso { nic, frame, .. } => format!("a large segment of {n} bytes at card {nic} ({})", conversation(frame)),
+        Output::DiskWrite { disk, offset, .. } => format!("a write of {n} bytes at {offset} of shared disk {disk}"),
+        Output::DiskFlush { disk, .. } => format!("a flush of shared disk {disk}"),
         Output::Serial(_) => format!("{n} bytes at the serial port"),
         Output::Console(_) => format!("{n} bytes at the console"),
     }

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use twinstep_log::{EndReason, Entry, LogStats, Recorder, encode_into};
-use twinstep_machine::{Activity, Input, Machine, Output, Pause};
+use twinstep_machine::{Activity, DiskRequest, DiskWanted, Input, Machine, Output, Pause};
 use twinstep_pair::Record;
 
 use super::disks;
@@ -18,7 +18,7 @@ use super::pairing::ToPair;
 use super::precopy::{self, Copier, CopyAsk, Surroundings};
 use super::resync::{self, Baseline};
 use crate::control::Ask;
-use crate::disk::Replica;
+use crate::disk::{Replica, SharedDisk};
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
 use crate::perf_map::PerfMap;
@@ -46,6 +46,8 @@ pub enum ToVm {
     },
     /// There is no standby any more.
     Unprotected,
+    /// Writes to shared disks have been carried out.
+    DiskWritten,
     /// A question of the control socket.
     Ask(Ask),
     /// Give the machine up.
@@ -209,7 +211,8 @@ impl Live {
 
     /// Whether the guest must not run.
     fn stands_still(&self) -> bool {
-        self.throttled || precopy::slowed(self.copier.as_ref()) >= 100
+        let full = |disk: &Replica| disk.shared().is_some_and(SharedDisk::is_full);
+        self.throttled || self.wiring.disks.iter().any(full) || precopy::slowed(self.copier.as_ref()) >= 100
     }
 
     /// A guest that writes faster than can be copied loses so many hundredths of its time: after a slice it waits.
@@ -234,8 +237,11 @@ impl Live {
         self.take_outputs();
         self.digest_if_due();
         let now = now_ns();
+        if self.read_disks(matches!(pause, Pause::Idle { .. })) {
+            return;
+        }
         match pause {
-            Pause::Position => {
+            Pause::DiskRequest | Pause::Position => {
                 if self.pace.tick_due(now) {
                     self.tick(now);
                     self.progress();
@@ -255,6 +261,31 @@ impl Live {
             Pause::Crashed { reason } => self.end = Some(End::Crashed(reason)),
             Pause::HostFailure(message) => self.end = Some(End::HostFailure(message)),
         }
+    }
+
+    /// Reads what the guest waits for from shared disks. False if there is nothing.
+    fn read_disks(&mut self, asleep: bool) -> bool {
+        if self.wiring.disks.iter().all(|disk| disk.shared().is_none()) {
+            return false;
+        }
+        let reads: Vec<_> = self.machine.disk_requests().into_iter().filter(|r| r.wanted != DiskWanted::Flush).collect();
+        if asleep && !reads.is_empty() {
+            self.tick(now_ns());
+        }
+        for DiskRequest { disk, request, wanted } in &reads {
+            let (DiskWanted::Read { offset, length }, Some(shared)) = (*wanted, self.wiring.disks[usize::from(*disk)].shared())
+            else {
+                continue;
+            };
+            match shared.read(offset, length as usize) {
+                Ok(data) => self.input(Input::DiskDone { disk: *disk, request: *request, data }),
+                Err(e) => {
+                    self.end = Some(End::HostFailure(e.to_string()));
+                    break;
+                }
+            }
+        }
+        !reads.is_empty()
     }
 
     /// The guest sleeps: waits for its timer or for a message, whichever comes first.
@@ -302,8 +333,18 @@ impl Live {
                 if let Input::NetRx { frame, .. } | Input::NetRxGso { frame, .. } = &input {
                     self.wiring.waiting.fetch_sub(weight(frame), Ordering::Relaxed);
                 }
-                self.input(input);
+                // The guest may have reset the disk since it asked.
+                let wanted = match &input {
+                    Input::DiskDone { disk, request, .. } => {
+                        self.machine.disk_requests().iter().any(|r| (r.disk, r.request) == (*disk, *request))
+                    }
+                    _ => true,
+                };
+                if wanted {
+                    self.input(input);
+                }
             }
+            ToVm::DiskWritten => {}
             ToVm::Throttle(on) => self.throttled = on,
             ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
             ToVm::Fail(why) => self.end = Some(End::HostFailure(why)),
@@ -358,6 +399,12 @@ impl Live {
     fn take_outputs(&mut self) {
         for (position, output) in self.machine.drain_outputs() {
             self.wiring.last_output += 1;
+            if let Output::DiskWrite { disk, offset, data } = &output
+                && let Some(shared) = self.wiring.disks.get(usize::from(*disk)).and_then(Replica::shared)
+            {
+                // From now on it can be read, wherever it is on its way.
+                shared.pend(*offset, data);
+            }
             if !self.logging {
                 (self.wiring.outlet)(output);
                 continue;

@@ -76,6 +76,10 @@ struct Offered {
     /// Since when the primary knows what changed in it.
     #[n(4)]
     baseline: Option<Baseline>,
+    /// It is one image that both sides share: there is nothing to mirror.
+    #[n(5)]
+    #[cbor(default)]
+    shared: bool,
 }
 
 fn put_piece(kind: u8, parts: &[&[u8]], to: &mut Vec<u8>) {
@@ -321,6 +325,7 @@ impl Maker {
                 bytes: disk.size(),
                 read_only: disk.access() == Access::ReadOnly,
                 baseline: state.and_then(|state| state.baseline),
+                shared: disk.shared().is_some(),
             }
         };
         let disks = self.disks.iter().map(offered).collect();
@@ -570,6 +575,19 @@ impl Target {
 
 /// Opens the image that becomes a replica of the offered disk, or makes it. Says whether it is new.
 fn open_replica(spec: &DiskSpec, offered: &Offered, force: bool) -> Result<(Replica, bool)> {
+    if spec.shared != offered.shared {
+        let (here, there) = if spec.shared { ("shared", "not") } else { ("not shared", "shared") };
+        return Err(Error::new(format!("the disk {} is {here} here, and at the primary it is {there}", spec.path.display()))
+            .next("say share=on on both hosts, or on none"));
+    }
+    if spec.shared {
+        let replica = Replica::of_shared(&spec.path, spec.format)?;
+        if replica.size() == offered.bytes {
+            return Ok((replica, true));
+        }
+        let what = format!("{} has {} bytes, the primary's disk {}", spec.path.display(), replica.size(), offered.bytes);
+        return Err(Error::new(what).next("name the very same file on both hosts"));
+    }
     if spec.read_only && !offered.read_only {
         return Err(Error::new(format!("the primary writes to the disk that is {} here, read-only", spec.path.display()))
             .next("start the standby without ,ro for it"));

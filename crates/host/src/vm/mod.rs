@@ -24,6 +24,7 @@
 mod arrival;
 pub mod build;
 pub mod difference;
+mod disk_writer;
 pub mod disks;
 mod follow;
 mod healing;

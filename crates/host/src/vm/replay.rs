@@ -88,8 +88,15 @@ impl Replayable for Vm {
         self.0.position()
     }
     fn run_to(&mut self, position: u64) -> RunOutcome {
-        match self.0.run(position) {
-            Pause::Position => RunOutcome::Reached,
+        let pause = loop {
+            // The log has the answer.
+            match self.0.run(position) {
+                Pause::DiskRequest if self.0.position() < position => {}
+                pause => break pause,
+            }
+        };
+        match pause {
+            Pause::DiskRequest | Pause::Position => RunOutcome::Reached,
             // What ended the run, or put it to sleep, may have happened at the very position asked for.
             _ if self.0.position() == position => RunOutcome::Reached,
             Pause::Idle { .. } => RunOutcome::Waiting,

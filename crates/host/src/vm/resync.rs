@@ -255,6 +255,8 @@ pub fn put_output(number: u64, output: &Output, to: &mut Vec<u8>) {
         Output::NetTxGso { nic, frame, segment_size } => (2, *nic, *segment_size, frame),
         Output::Serial(bytes) => (3, 0, 0, bytes),
         Output::Console(bytes) => (4, 0, 0, bytes),
+        Output::DiskWrite { disk, offset, data } => (5, *disk, 0, &[&offset.to_le_bytes()[..], data].concat()),
+        Output::DiskFlush { disk, request } => (6, *disk, 0, &request.to_le_bytes().to_vec()),
     };
     to.extend(number.to_le_bytes());
     to.extend([kind, nic]);
@@ -281,6 +283,15 @@ pub fn take_outputs(mut bytes: &[u8]) -> Result<NumberedOutputs> {
                 2 => Output::NetTxGso { nic, frame: own, segment_size },
                 3 => Output::Serial(own),
                 4 => Output::Console(own),
+                5 | 6 => {
+                    let (number, data) = own.split_first_chunk::<8>().ok_or_else(cut)?;
+                    let number = u64::from_le_bytes(*number);
+                    match head[8] {
+                        5 => Output::DiskWrite { disk: nic, offset: number, data: data.to_vec() },
+                        _ if data.is_empty() => Output::DiskFlush { disk: nic, request: number },
+                        _ => return Err(Error::new("a flush has data")),
+                    }
+                }
                 kind => return Err(Error::new(format!("an output is of the unknown kind {kind}"))),
             },
         ));
@@ -416,6 +427,8 @@ mod tests {
             (8, Output::NetTxGso { nic: 0, frame: vec![2; 3000], segment_size: 1448 }),
             (9, Output::Serial(b"x".to_vec())),
             (10, Output::Console(Vec::new())),
+            (11, Output::DiskWrite { disk: 1, offset: 1 << 40, data: vec![3; 512] }),
+            (12, Output::DiskFlush { disk: 1, request: 9 }),
         ];
         let delta = with_outputs(outputs.iter().map(|(id, output)| (*id, output)), b"image");
         let (found, image) = split(&delta).unwrap();

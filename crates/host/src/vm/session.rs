@@ -12,19 +12,18 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, json};
 use twinstep_machine::offload::LargeSegment;
-use twinstep_machine::{BootError, ConfigError, Input, MAX_FRAME, Machine, Output};
-use twinstep_pair::{
-    Claim, Config as PairConfig, Epoch, Healer, Nanos, OwnerId, Primary, PrimaryEvent, PrimarySetup, Verdict, VmId, VmIdentity,
-};
+use twinstep_machine::{BootError, ConfigError, DiskRequest, DiskWanted, Input, MAX_FRAME, Machine, Output};
+use twinstep_pair::{Config as PairConfig, Epoch, Healer, Nanos, OwnerId, Primary, PrimaryEvent, PrimarySetup, VmId, VmIdentity};
 
+use super::disk_writer::DiskWriter;
 use super::disks;
 use super::healing::Standbys;
 use super::live::{self, End, Outlet, RunStats, ToVm, Wiring};
-use super::pairing::{PairThread, PairWiring};
+use super::pairing::{Identify, PairThread, PairWiring, ToPair};
 use super::replay;
 use super::spec::{Cable, VmSpec};
 use super::standby;
-use crate::arbiter::{self, ArbiterSpec};
+use crate::arbiter::{self, ArbiterSpec, OverridableArbiter};
 use crate::channel::{Reach, Reached, Security};
 use crate::control::Control;
 use crate::disk::{Replica, Writer};
@@ -34,7 +33,7 @@ use crate::guest::Network;
 use crate::identity;
 use crate::metrics;
 use crate::net::tap::Tap;
-use crate::net::{Arrival, Backend, Link};
+use crate::net::{Arrival, Backend, Link, Token};
 use crate::packages::{Store, tell_on_stderr};
 use crate::passt;
 use crate::perf_map::PerfMap;
@@ -92,33 +91,22 @@ pub struct SessionEnd {
     pub stats: RunStats,
 }
 
-/// The arbiter as the pair asks it.
-struct PairArbiter {
-    arbiter: Box<dyn arbiter::Arbiter>,
-    events: Events,
+/// Opens an arbiter for the pair of the VM that `control` is of.
+pub fn open_arbiter(spec: &ArbiterSpec, control: &Control, events: &Events) -> Result<Box<dyn twinstep_pair::Arbiter + Send>> {
+    Ok(Box::new(OverridableArbiter::open(spec, control.manual_override(), events)?))
 }
 
-impl twinstep_pair::Arbiter for PairArbiter {
-    fn test_and_set(&mut self, claim: &Claim) -> Verdict {
-        match self.arbiter.claim(&claim.vm.to_string(), claim.epoch.0, &claim.owner.to_string()) {
-            arbiter::Verdict::Won => Verdict::Won,
-            arbiter::Verdict::Lost { .. } => Verdict::Lost,
-            arbiter::Verdict::Unreachable { why } => {
-                self.events.say("arbiter-unreachable", why);
-                Verdict::Unreachable
-            }
-        }
-    }
-}
-
-/// Opens an arbiter for the pair.
-pub fn open_arbiter(spec: &ArbiterSpec, events: &Events) -> Result<Box<dyn twinstep_pair::Arbiter + Send>> {
-    Ok(Box::new(PairArbiter { arbiter: spec.open()?, events: events.clone() }))
+/// What was decided by hand and was wrong ends the machine.
+fn stop_when_overruled(control: &Control, to_vm: &Sender<ToVm>) {
+    let to_vm = to_vm.clone();
+    // A machine that has ended has stopped.
+    control.manual_override().stop_by(Box::new(move |why| _ = to_vm.send(ToVm::Fail(why))));
 }
 
 /// The cables and the terminal of a machine.
 struct Outside {
     links: Vec<Arc<Link>>,
+    disks: Option<DiskWriter>,
     serial: Option<std::fs::File>,
     /// Ends with the session.
     _passts: Vec<passt::Passt>,
@@ -152,6 +140,7 @@ impl Outside {
     fn open(
         spec: &VmSpec,
         options: &RunOptions,
+        disks: &[Replica],
         to_vm: &Sender<ToVm>,
         waiting: &Arc<AtomicUsize>,
         mut taps: Taps,
@@ -210,12 +199,60 @@ impl Outside {
         if !options.no_input {
             read_terminal(to_vm.clone(), raw.is_some())?;
         }
-        Ok(Self { links, serial, _passts: passts, _raw: raw })
+        let disks = DiskWriter::start(disks, to_vm.clone())?;
+        Ok(Self { links, disks, serial, _passts: passts, _raw: raw })
+    }
+
+    /// What tells the networks in which epoch of its life a VM runs here.
+    fn identify(&self, writer: Writer) -> Identify {
+        let links = self.links.clone();
+        Arc::new(move |epoch| {
+            let token = Token { vm: writer.vm, epoch, owner: writer.owner };
+            links.iter().for_each(|link| link.identify(token));
+        })
+    }
+
+    /// The pair is told when what was written to shared disks is durable.
+    fn when_written(&self, pair: Option<&PairThread>) {
+        if let Some((disks, pair)) = self.disks.as_ref().zip(pair) {
+            let pair = pair.sender.clone();
+            // One that has ended wants nothing.
+            disks.when_written(Box::new(move |outputs| _ = pair.send(ToPair::Written(outputs))));
+        }
+    }
+
+    /// What the side that is gone may not have written to shared disks is written again, in order, before anything is read from them; then every flush that the guest
+    /// waits for is done.
+    fn settle_disks(&self, writes: Vec<Output>, machine: &Machine, to_vm: &Sender<ToVm>) -> Result<()> {
+        let Some(disks) = &self.disks else { return Ok(()) };
+        disks.put_again(writes)?;
+        for DiskRequest { disk, request, .. } in machine.disk_requests().into_iter().filter(|r| r.wanted == DiskWanted::Flush) {
+            to_vm.send(ToVm::Input(Input::DiskDone { disk, request, data: Vec::new() })).expect("the inbox is the caller's");
+        }
+        Ok(())
+    }
+
+    /// People are told when a switch refuses this side's frames, and the pair, which finds out whether that is right.
+    fn when_fenced(&self, events: &Events, pair: Option<&PairThread>) {
+        for (nic, link) in self.links.iter().enumerate() {
+            let (events, pair) = (events.clone(), pair.map(|pair| pair.sender.clone()));
+            link.when_fenced(Box::new(move |epoch| {
+                let figures = Map::from_iter([("epoch".to_owned(), json!(epoch)), ("nic".to_owned(), json!(nic))]);
+                let text = format!(
+                    "the switch of card {nic} refuses this side's frames: it has seen epoch {epoch} of this VM elsewhere"
+                );
+                events.say_with("fenced", text, figures);
+                if let Some(pair) = &pair {
+                    // One that has ended wants nothing.
+                    let _ = pair.send(ToPair::Fenced(epoch));
+                }
+            }));
+        }
     }
 
     /// What leaves by it is counted on the board.
     fn outlet(&self, board: &Board) -> Result<Outlet> {
-        let links = self.links.clone();
+        let (links, disks) = (self.links.clone(), self.disks.clone());
         let mut serial: Box<dyn Write + Send> = match &self.serial {
             Some(file) => Box::new(file.try_clone().what("cannot share the serial port's file")?),
             None => Box::new(std::io::stdout()),
@@ -229,6 +266,11 @@ impl Outside {
             Output::NetTxGso { nic, mut frame, segment_size } => {
                 if let Some(link) = links.get(usize::from(nic)) {
                     link.send_large(&mut frame, segment_size);
+                }
+            }
+            output @ (Output::DiskWrite { .. } | Output::DiskFlush { .. }) => {
+                if let Some(disks) = &disks {
+                    disks.put(output);
                 }
             }
             Output::Serial(bytes) | Output::Console(bytes) => {
@@ -350,6 +392,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         metrics::serve(address, control.inquiry(), events)?;
     }
     answer_questions(&control, side, &to_vm);
+    stop_when_overruled(&control, &to_vm);
     let vm = VmId(identity::random_id());
     let owner = OwnerId(identity::random_id());
     let replicas = disks::open(&spec.disk)?;
@@ -364,7 +407,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
     // serves the first who connects, so nothing that can be refused comes after.
     let arbiter = match (options.protect.is_empty(), &options.arbiter) {
         (true, _) => None,
-        (false, Some(spec)) => Some(open_arbiter(spec, events)?),
+        (false, Some(spec)) => Some(open_arbiter(spec, &control, events)?),
         (false, None) => {
             return Err(Error::new("a protected VM needs an arbiter").next(arbiter::SYNTAX));
         }
@@ -376,7 +419,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         None => None,
     };
     let waiting = Arc::new(AtomicUsize::new(0));
-    let outside = Outside::open(spec, options, &to_vm, &waiting, Taps(Vec::new()))?;
+    let outside = Outside::open(spec, options, &replicas, &to_vm, &waiting, Taps(Vec::new()))?;
     if options.from.is_none() {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut seed = [0; 32];
@@ -407,6 +450,8 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                 last_left: last_output,
             })
             .what("the pair's settings do not fit")?;
+            let identify = outside.identify(writer);
+            identify(writer.epoch);
             let mut healer = Healer::new(options.protect.iter().cloned(), None, &options.pair);
             healer.begin_with(place);
             Some(PairThread::start(PairWiring {
@@ -415,6 +460,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
                 standbys: Standbys { healer, reach, at: Some(at) },
                 arbiter,
                 outlet: outside.outlet(control.board())?,
+                identify,
                 vm: to_vm.clone(),
                 disks: replicas.clone(),
                 writer,
@@ -424,6 +470,8 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
             })?)
         }
     };
+    outside.when_fenced(events, pair.as_ref());
+    outside.when_written(pair.as_ref());
     let wiring = Wiring {
         inbox,
         outlet: outside.outlet(control.board())?,
@@ -437,7 +485,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(machine, wiring);
-    end_in_order(&end, &stats, pair, &replicas, events)?;
+    end_in_order(&end, &stats, pair, &outside, &replicas, events)?;
     Ok(SessionEnd { end, stats })
 }
 
@@ -496,16 +544,23 @@ pub fn run_live(
     let (to_vm, inbox): (Sender<ToVm>, Receiver<ToVm>) = channel();
     end_on_signals(signals, &to_vm);
     answer_questions(control, "survivor", &to_vm);
+    stop_when_overruled(control, &to_vm);
     control.board().took_over(live.epoch.0);
     let waiting = Arc::new(AtomicUsize::new(0));
-    let outside = Outside::open(spec, options, &to_vm, &waiting, taps)?;
+    let outside = Outside::open(spec, options, &live.disks, &to_vm, &waiting, taps)?;
+    let identify = outside.identify(live.writer);
+    identify(live.epoch.0);
     // The network learns where the machine is now, before it hears from it.
     for (link, mac) in outside.links.iter().zip(&live.machine.config().nics) {
         link.announce(*mac);
     }
     let mut outlet = outside.outlet(control.board())?;
     let reissued = live.reissue.len();
-    live.reissue.into_iter().for_each(&mut outlet);
+    let to_disks = |output: &Output| matches!(output, Output::DiskWrite { .. } | Output::DiskFlush { .. });
+    let (disks, others): (Vec<Output>, Vec<Output>) = live.reissue.into_iter().partition(to_disks);
+    others.into_iter().for_each(&mut outlet);
+    let writes = disks.into_iter().filter(|output| matches!(output, Output::DiskWrite { .. })).collect();
+    outside.settle_disks(writes, &live.machine, &to_vm)?;
     let figures = Map::from_iter([
         ("epoch".to_owned(), json!(live.epoch.0)),
         ("reissued".to_owned(), json!(reissued)),
@@ -524,8 +579,9 @@ pub fn run_live(
             primary,
             stream: None,
             standbys: Standbys { healer, reach: reach(options), at: None },
-            arbiter: open_arbiter(arbiter, events)?,
+            arbiter: open_arbiter(arbiter, control, events)?,
             outlet: outside.outlet(control.board())?,
+            identify,
             vm: to_vm.clone(),
             disks: live.disks.clone(),
             writer: live.writer,
@@ -538,6 +594,8 @@ pub fn run_live(
             None
         }
     };
+    outside.when_fenced(events, pair.as_ref());
+    outside.when_written(pair.as_ref());
     let wiring = Wiring {
         inbox,
         outlet,
@@ -551,12 +609,19 @@ pub fn run_live(
         perf_map: options.perf_map.then(PerfMap::new).transpose()?,
     };
     let (_machine, end, stats) = live::run(live.machine, wiring);
-    end_in_order(&end, &stats, pair, &live.disks, events)?;
+    end_in_order(&end, &stats, pair, &outside, &live.disks, events)?;
     Ok(SessionEnd { end, stats })
 }
 
 /// Waits for the pair, tells people how it ended, and closes the disks unless the VM goes on elsewhere or nobody knows.
-fn end_in_order(end: &End, stats: &RunStats, pair: Option<PairThread>, disks: &[Replica], events: &Events) -> Result<()> {
+fn end_in_order(
+    end: &End,
+    stats: &RunStats,
+    pair: Option<PairThread>,
+    outside: &Outside,
+    disks: &[Replica],
+    events: &Events,
+) -> Result<()> {
     let mut figures = log_figures(stats);
     let mut in_order = !matches!(end, End::HostFailure(_));
     if let Some(pair) = pair {
@@ -567,5 +632,11 @@ fn end_in_order(end: &End, stats: &RunStats, pair: Option<PairThread>, disks: &[
         figures.insert("held_max_ns".into(), json!(report.held_max_ns));
     }
     events.say_with("ended", end.text(), figures);
-    if in_order { disks.iter().try_for_each(Replica::close) } else { Ok(()) }
+    if !in_order {
+        return Ok(());
+    }
+    if let Some(writer) = &outside.disks {
+        writer.put_again(Vec::new())?;
+    }
+    disks.iter().try_for_each(Replica::close)
 }

@@ -87,7 +87,7 @@ macro_rules! from_text {
     };
 }
 
-/// A disk: `PATH[,format=raw|qcow2][,ro][,serial=TEXT]`.
+/// A disk: `PATH[,format=raw|qcow2][,ro][,serial=TEXT][,share=on|off]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskSpec {
     /// The image.
@@ -98,6 +98,8 @@ pub struct DiskSpec {
     pub read_only: bool,
     /// Serial number the guest sees.
     pub serial: String,
+    /// All hosts of the pair have this one image.
+    pub shared: bool,
 }
 from_text!(DiskSpec);
 
@@ -106,18 +108,25 @@ impl FromStr for DiskSpec {
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(',');
         let path = PathBuf::from(parts.next().unwrap_or_default());
-        let mut spec = Self { path, format: None, read_only: false, serial: String::new() };
+        let mut spec = Self { path, format: None, read_only: false, serial: String::new(), shared: false };
         for part in parts {
             match part.split_once('=') {
                 None if part == "ro" => spec.read_only = true,
+                Some(("share", "on")) => spec.shared = true,
+                Some(("share", "off")) => spec.shared = false,
                 Some(("serial", serial)) => spec.serial = serial.to_owned(),
                 Some(("format", "raw")) => spec.format = Some(Format::Raw),
                 Some(("format", "qcow2")) => spec.format = Some(Format::Qcow2),
                 _ => {
-                    return Err(Error::new(format!("'{part}' in the disk '{text}' means nothing"))
-                        .next("write it as PATH, PATH,ro, PATH,serial=TEXT, PATH,format=raw or PATH,format=qcow2"));
+                    return Err(Error::new(format!("'{part}' in the disk '{text}' means nothing")).next(
+                        "write it as PATH, PATH,ro, PATH,serial=TEXT, PATH,format=raw, PATH,format=qcow2 or PATH,share=on",
+                    ));
                 }
             }
+        }
+        if spec.shared && spec.read_only {
+            return Err(Error::new(format!("the disk '{text}' is to be shared and read-only"))
+                .next("say one of them: a disk that is only read needs no sharing, each host can have a copy"));
         }
         Ok(spec)
     }
@@ -234,7 +243,8 @@ impl VmSpec {
             config.cache_groups = groups;
         }
         config.nics = self.net.iter().enumerate().map(|(i, net)| net.mac.unwrap_or(default_mac(i))).collect();
-        config.disks = self.disk.iter().map(|d| DiskConfig { read_only: d.read_only, serial: d.serial.clone() }).collect();
+        config.disks =
+            self.disk.iter().map(|d| DiskConfig { read_only: d.read_only, serial: d.serial.clone(), shared: d.shared }).collect();
         config
     }
 }
@@ -274,6 +284,8 @@ mod tests {
         assert!(disk.read_only && disk.serial == "x");
         assert_eq!(disk.format, None);
         assert_eq!("/a,format=qcow2".parse::<DiskSpec>().unwrap().format, Some(Format::Qcow2));
+        assert!("/a,share=on".parse::<DiskSpec>().unwrap().shared && !disk.shared);
+        assert!("/a,share=on,ro".parse::<DiskSpec>().is_err());
         assert!("/a,rw".parse::<DiskSpec>().is_err());
         assert!("/a,format=vmdk".parse::<DiskSpec>().is_err());
     }

@@ -15,6 +15,7 @@ pub fn any_input() -> impl Strategy<Value = Input> {
         }),
         (any::<u8>(), bytes()).prop_map(|(nic, frame)| Input::NetRx { nic, frame }),
         (any::<u8>(), bytes(), any::<u16>()).prop_map(|(nic, frame, segment_size)| Input::NetRxGso { nic, frame, segment_size }),
+        (any::<u8>(), any::<u64>(), bytes()).prop_map(|(disk, request, data)| Input::DiskDone { disk, request, data }),
         bytes().prop_map(Input::Serial),
         bytes().prop_map(Input::Console),
         any::<[u8; 32]>().prop_map(Input::Seed),
@@ -28,6 +29,8 @@ pub fn any_event() -> impl Strategy<Value = Event> {
     let port = prop_oneof![
         any::<u8>().prop_map(OutputPort::Nic),
         (any::<u8>(), any::<u16>()).prop_map(|(nic, segment_size)| OutputPort::NicGso { nic, segment_size }),
+        any::<u8>().prop_map(OutputPort::Disk),
+        any::<u8>().prop_map(OutputPort::DiskFlush),
         Just(OutputPort::Serial),
         Just(OutputPort::Console),
     ];
@@ -80,9 +83,12 @@ pub fn samples() -> Vec<(&'static str, Event)> {
         ("console", Event::Input(Input::Console(b"uname -a\n".to_vec()))),
         ("seed", Event::Input(Input::Seed(std::array::from_fn(|index| index as u8 * 3)))),
         ("wall-clock", Event::Input(Input::WallClock(1_795_000_000_000_000_000))),
+        ("disk-done", Event::Input(Input::DiskDone { disk: 1, request: 7, data: vec![9; 24] })),
         ("power-button", Event::Input(Input::PowerButton)),
         ("output-net", note(Output::NetTx { nic: 2, frame: frame.clone() })),
         ("output-net-gso", note(Output::NetTxGso { nic: 2, frame, segment_size: 1448 })),
+        ("output-disk-write", note(Output::DiskWrite { disk: 1, offset: 4096, data: vec![5; 512] })),
+        ("output-disk-flush", note(Output::DiskFlush { disk: 1, request: 8 })),
         ("output-serial", note(Output::Serial(b"login: ".to_vec()))),
         ("output-console", note(Output::Console(vec![]))),
         ("digest", Event::Digest((0..100).collect())),
@@ -95,7 +101,7 @@ pub fn samples() -> Vec<(&'static str, Event)> {
 }
 
 /// Samples that came after the golden recording was made, which holds all the others.
-const LATER: [&str; 2] = ["net-rx-gso", "output-net-gso"];
+const LATER: [&str; 5] = ["net-rx-gso", "output-net-gso", "disk-done", "output-disk-write", "output-disk-flush"];
 
 /// A small log with something of everything the first recordings had.
 pub fn sample_log(start: u64) -> Vec<Entry> {

@@ -4,11 +4,11 @@ use crate::disk::MemoryDisk;
 use crate::virtio::testing::{Added, Driver};
 
 fn config(read_only: bool) -> DiskConfig {
-    DiskConfig { read_only, serial: "serial-number-of-more-than-20".into() }
+    DiskConfig { read_only, serial: "serial-number-of-more-than-20".into(), shared: false }
 }
 fn disk(read_only: bool) -> Driver {
     let contents = (0..64 * 512).map(|i| (i / 512) as u8).collect();
-    let mut d = Driver::new(Box::new(Block::new(Box::new(MemoryDisk(contents)), &config(read_only))));
+    let mut d = Driver::new(Box::new(Block::new(Box::new(MemoryDisk(contents)), 0, &config(read_only))));
     d.start(F_FLUSH);
     d
 }
@@ -64,7 +64,7 @@ fn completions_take_their_time_and_their_order() {
     assert_eq!(d.pci.deadline_ns(), Some(1000 + LATENCY_NS));
     d.fire(LATENCY_NS + 999);
     assert_eq!((d.used(0), d.interrupts()), (vec![], vec![]));
-    d.check_save_restore(Box::new(Block::new(Box::new(MemoryDisk(vec![0; 64 * 512])), &config(false))));
+    d.check_save_restore(Box::new(Block::new(Box::new(MemoryDisk(vec![0; 64 * 512])), 0, &config(false))));
     d.fire(LATENCY_NS + 1000);
     assert_eq!((d.used(0), d.interrupts()), (vec![(a.head, 513)], vec![d.vector(0)]));
     assert_eq!(d.pci.deadline_ns(), Some(2000 + LATENCY_NS));
@@ -135,7 +135,7 @@ impl Disk for Flaky {
 
 #[test]
 fn the_hosts_errors_are_not_the_guests() {
-    let mut d = Driver::new(Box::new(Block::new(Box::new(Flaky(MemoryDisk(vec![7; 4096]), 2)), &config(false))));
+    let mut d = Driver::new(Box::new(Block::new(Box::new(Flaky(MemoryDisk(vec![7; 4096]), 2)), 0, &config(false))));
     d.start(0);
     let chain = d.add(0, &[&header(TYPE_IN, 0)], &[512, 1]);
     d.kick(0);
@@ -154,7 +154,7 @@ fn another_disks_state_is_refused() {
     use crate::payload::Payloads;
     use crate::virtio::VirtioPci;
     let d = disk(false);
-    let mut other = VirtioPci::new(Box::new(Block::new(Box::new(MemoryDisk(vec![0; 512])), &config(false))), 0);
+    let mut other = VirtioPci::new(Box::new(Block::new(Box::new(MemoryDisk(vec![0; 512])), 0, &config(false))), 0);
     other.assign(0);
     let error = other.restore(&mut Payloads::new(vec![d.pci.save()]).unwrap()).unwrap_err();
     assert!(error.to_string().contains("virtio-block0"), "{error}");
@@ -176,11 +176,56 @@ fn what_was_written_is_part_of_the_state() {
 #[test]
 fn a_disk_of_old_stays_one() {
     let old = Payload::encode("virtio-block0", 1, &(64u64, Vec::<Done>::new()));
-    let mut block = Block::new(Box::new(MemoryDisk(vec![0; 64 * 512])), &config(false));
+    let mut block = Block::new(Box::new(MemoryDisk(vec![0; 64 * 512])), 0, &config(false));
     assert_eq!(block.version(), WITH_WRITTEN);
     block.become_version(1);
     block.restore(&old, &old.bytes).unwrap();
     assert_eq!((block.version(), block.save()), (1, old.bytes.clone()));
-    let mut new = Block::new(Box::new(MemoryDisk(vec![0; 64 * 512])), &config(false));
+    let mut new = Block::new(Box::new(MemoryDisk(vec![0; 64 * 512])), 0, &config(false));
     assert!(new.restore(&old, &old.bytes).is_err(), "the transport says which version it is");
+}
+
+fn shared() -> Block {
+    let config = DiskConfig { shared: true, ..DiskConfig::default() };
+    Block::new(Box::new(crate::disk::ElsewhereDisk(64 * 512)), 1, &config)
+}
+
+#[test]
+fn a_shared_disk_waits_for_the_host() {
+    let mut d = Driver::new(Box::new(shared()));
+    d.start(F_FLUSH);
+    // A write leaves, and is complete in its own time.
+    let (chain, _) = request(&mut d, TYPE_OUT, 3, &[9; 512], &[]);
+    assert_eq!(status(&d, &chain), STATUS_OK);
+    assert!(!d.asks);
+    // A read and a flush wait, also for long.
+    let read = d.add(0, &[&header(TYPE_IN, 3)], &[512, 512, 1]);
+    let flush = d.add(0, &[&header(TYPE_FLUSH, 0)], &[1]);
+    d.kick(0);
+    d.fire(d.now_ns + 10 * LATENCY_NS);
+    assert!(d.asks && d.used(0).is_empty());
+    let outputs = [Output::DiskWrite { disk: 1, offset: 3 * 512, data: vec![9; 512] }, Output::DiskFlush { disk: 1, request: 1 }];
+    assert_eq!(d.outputs(), outputs);
+    let waits = d.with(|pci, _| pci.waits_for());
+    assert_eq!(waits, [(0, DiskWanted::Read { offset: 3 * 512, length: 1024 }), (1, DiskWanted::Flush)]);
+    d.check_save_restore(Box::new(shared()));
+    // They are done in any order.
+    d.with(|pci, cx| pci.receive(cx, Received::DiskDone { request: 1, data: Vec::new() }));
+    assert_eq!((d.used(0).as_slice(), status(&d, &flush)), (&[(flush.head, 1)][..], STATUS_OK));
+    d.with(|pci, cx| pci.receive(cx, Received::DiskDone { request: 0, data: (0..1024).map(|i| (i / 512) as u8 + 5).collect() }));
+    assert_eq!((d.used(0).as_slice(), status(&d, &read)), (&[(read.head, 1025)][..], STATUS_OK));
+    assert_eq!((d.read(read.writable[0], 512), d.read(read.writable[1], 512)), (vec![5; 512], vec![6; 512]));
+    // What nobody waits for changes nothing.
+    d.with(|pci, cx| pci.receive(cx, Received::DiskDone { request: 0, data: vec![0; 1024] }));
+    assert!(d.used(0).is_empty());
+    // Beyond its end, or longer than the log can carry.
+    for (sector, room) in [(64, 512), (0, MAX_SHARED_BYTES + 512)] {
+        let (chain, _) = request(&mut d, TYPE_IN, sector, &[], &[room]);
+        assert_eq!(status(&d, &chain), STATUS_IO_ERROR);
+    }
+    // A reset forgets.
+    d.add(0, &[&header(TYPE_IN, 3)], &[512, 1]);
+    d.kick(0);
+    d.write(0x14, &[0]);
+    assert!(d.with(|pci, _| pci.waits_for()).is_empty());
 }

@@ -22,6 +22,7 @@ pub(crate) use rng::Rng;
 pub(crate) use transport::{BAR_LEN, VirtioPci};
 
 use crate::apic::Message;
+use crate::disk::DiskWanted;
 use crate::door::Output;
 use crate::memory::GuestRam;
 use crate::payload::{Payload, RestoreError};
@@ -50,6 +51,8 @@ pub(crate) struct Cx<'a> {
     pub(crate) messages: &'a mut Vec<Message>,
     /// Set by [`Cx::fail`].
     pub(crate) failure: &'a mut Option<Failure>,
+    /// A device waits for the host.
+    pub(crate) asks: &'a mut bool,
 }
 
 /// The host could not do its part. The machine stops, and the work is done again, as of the same position, when it runs on.
@@ -82,6 +85,13 @@ pub(crate) enum Received {
     Bytes(Vec<u8>),
     /// Entropy.
     Seed([u8; 32]),
+    /// The host has done what a disk waited for.
+    DiskDone {
+        /// Which request.
+        request: u64,
+        /// What was read.
+        data: Vec<u8>,
+    },
 }
 
 /// One kind of device.
@@ -120,6 +130,10 @@ pub(crate) trait VirtioDevice: Debug + Send {
     fn receive(&mut self, received: Received, queues: &mut Queues, cx: &mut Cx) -> Result<(), Broken> {
         let _ = (received, queues, cx);
         Ok(())
+    }
+    /// What it waits for the host to do, oldest first: request number, what.
+    fn waits_for(&self) -> Vec<(u64, DiskWanted)> {
+        Vec::new()
     }
     /// Guest time of the next thing it does by itself.
     fn deadline_ns(&self) -> Option<u64> {

@@ -288,7 +288,7 @@ impl VirtioDevice for Net {
                 }
                 _ => self.enqueue(frame, segment_size),
             },
-            Received::Bytes(_) | Received::Seed(_) => return Ok(()),
+            Received::Bytes(_) | Received::Seed(_) | Received::DiskDone { .. } => return Ok(()),
         }
         // Whoever waits already has asked to be told of new buffers.
         if waited { Ok(()) } else { self.fill(false, queues, cx) }

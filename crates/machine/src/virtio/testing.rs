@@ -37,6 +37,7 @@ pub(crate) struct Driver {
     pub(crate) pci: VirtioPci,
     pub(crate) now_ns: u64,
     pub(crate) failure: Option<Failure>,
+    pub(crate) asks: bool,
     outputs: Vec<(Position, Output)>,
     messages: Vec<Message>,
     features: u64,
@@ -55,6 +56,7 @@ impl Driver {
             pci: VirtioPci::new(device, 0),
             now_ns: 0,
             failure: None,
+            asks: false,
             outputs: Vec::new(),
             messages: Vec::new(),
             features: 0,
@@ -73,6 +75,7 @@ impl Driver {
             outputs: &mut self.outputs,
             messages: &mut self.messages,
             failure: &mut self.failure,
+            asks: &mut self.asks,
         };
         f(&mut self.pci, &mut cx)
     }

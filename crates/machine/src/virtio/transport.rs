@@ -4,6 +4,7 @@
 //! queue), MSI-X table, MSI-X pending bits. There is no legacy interface and no INTx.
 use super::queues::{NO_VECTOR, QueueImage};
 use super::{Broken, Cx, Queues, Received, VirtioDevice, feature};
+use crate::disk::DiskWanted;
 use crate::payload::{Payload, Payloads, RestoreError};
 use crate::pci::ConfigSpace;
 use crate::pci::msix::{self, Msix};
@@ -371,6 +372,11 @@ impl VirtioPci {
     /// Hands the device something from outside.
     pub(crate) fn receive(&mut self, cx: &mut Cx, received: Received) {
         self.work(cx, |device, queues, cx| device.receive(received, queues, cx));
+    }
+
+    /// What the device waits for the host to do.
+    pub(crate) fn waits_for(&self) -> Vec<(u64, DiskWanted)> {
+        self.device.waits_for()
     }
 
     /// Guest time of the device's next event.

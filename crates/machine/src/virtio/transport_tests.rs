@@ -111,7 +111,7 @@ fn rings_full_of_noise_hurt_nobody() {
         || Box::new(Console::new()),
         || Box::new(Net::new(0, [2; 6])),
         || Box::new(Rng::new()),
-        || Box::new(Block::new(Box::new(crate::disk::MemoryDisk(vec![0; 4096])), &Default::default())),
+        || Box::new(Block::new(Box::new(crate::disk::MemoryDisk(vec![0; 4096])), 0, &Default::default())),
     ];
     let mut seed = 1u64;
     let mut random = || {

@@ -8,6 +8,8 @@
 //! - **Resync.** What is held when the two differ is held until the secondary has confirmed that it has become equal, outputs included.
 //! - **No split brain.** Once protection has started the primary goes on alone only as the winner of the next epoch, or after
 //!   the secondary has said that it has stopped for good.
+//! - **Stalls.** A primary that was not woken for half of the peer's timeout lets nothing leave until it has heard a beat that answers one sent since: what it finds in
+//!   its sockets may be as old as the stall, and the epoch may be the secondary's by now.
 //! - **Bounds.** Image, log and held outputs each have a limit; the guest is throttled before, the secondary given up beyond.
 //!
 //! ```text
@@ -39,6 +41,7 @@ mod door;
 mod handover;
 mod outputs;
 mod resync;
+mod stall;
 #[cfg(test)]
 mod tests;
 
@@ -102,6 +105,10 @@ pub struct Primary {
     handing: Option<Handing>,
     /// When the arbiter is asked, if the secondary has been told to go live.
     claim_at: Option<Nanos>,
+    /// When it was called last.
+    called: Nanos,
+    /// It was stalled, until then, and has not heard of the secondary since.
+    woken: Option<Nanos>,
     actions: VecDeque<PrimaryAction>,
 }
 
@@ -134,6 +141,8 @@ impl Primary {
             ending: None,
             handing: None,
             claim_at: None,
+            called: Nanos(0),
+            woken: None,
             actions: VecDeque::new(),
             setup,
         })
@@ -201,6 +210,10 @@ impl Primary {
         if self.state == PrimaryState::Stopped {
             return;
         }
+        if self.was_stalled(now) {
+            self.on_stall(now);
+        }
+        self.called = now;
         match event {
             PrimaryEvent::PeerConnected { standbys } => self.on_connected(now, standbys),
             PrimaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
@@ -274,7 +287,7 @@ impl Primary {
             (Greeting, Message::Refuse { reason }) => self.refuse(now, reason),
             (Copying | Protected | Resyncing, Message::Ack(ack)) => self.on_ack(now, &ack),
             (Copying | Resyncing, Message::ImageReady { position }) => self.on_image_ready(now, position),
-            (Copying | Protected | Resyncing, Message::Heartbeat { .. }) => {}
+            (Copying | Protected | Resyncing, Message::Heartbeat { echo, .. }) => self.on_beat(echo),
             (Copying, Message::CopyReport(bytes)) => self.actions.push_back(PrimaryAction::CopyReport(bytes)),
             (Copying | Protected, Message::Changed(bytes)) => self.on_changed(now, &bytes),
             (Copying, Message::Mismatch { output, .. }) => {
@@ -401,6 +414,9 @@ impl Primary {
     }
 
     fn release_what_may(&mut self) {
+        if self.woken.is_some() && !self.bugs.has(Bug::ReleaseAfterStall) {
+            return;
+        }
         let received = self.backlog.as_ref().expect("there is one under protection").received();
         let matched = match self.setup.config.commit {
             Commit::Matched if !self.bugs.has(Bug::ReleaseBeforeMatch) => self.matched,
@@ -633,6 +649,7 @@ impl Primary {
         self.arbitration = None;
         self.handing = None;
         self.claim_at = None;
+        self.woken = None;
         self.enter(PrimaryState::Unprotected, &reason);
         self.actions.push_back(PrimaryAction::GoAlone { epoch, reason });
         self.release_all();
@@ -669,7 +686,7 @@ impl Primary {
             let greeted = self.state != PrimaryState::Greeting;
             if link.beat_due(now, &self.setup.config) && greeted {
                 let position = self.position;
-                self.send(&Message::Heartbeat { time: now, position });
+                self.send(&Message::Heartbeat { time: now, position, echo: Nanos(0) });
                 if self.beats {
                     self.actions.push_back(PrimaryAction::Beat);
                 }

@@ -11,6 +11,11 @@ struct Bench {
     outputs: u64,
 }
 
+/// A secondary's heartbeat.
+fn beat(time: u64, echo: u64) -> Message {
+    Message::Heartbeat { time: Nanos(time), position: 10, echo: Nanos(echo) }
+}
+
 /// What the primary did in one step: its messages, and everything else but notices.
 #[derive(Debug, Default, PartialEq)]
 struct Done {
@@ -270,9 +275,34 @@ fn heartbeats_keep_the_standby() {
     let mut bench = Bench::protected();
     for step in 1..50 {
         bench.wait(millis(step * 100));
-        bench.hear(Message::Heartbeat { time: Nanos(step), position: 10 });
+        bench.hear(beat(step, 0));
     }
     assert_eq!(bench.primary.state(), PrimaryState::Protected);
+}
+
+/// A host that was stopped finds acknowledgements in its sockets that are as old as its sleep: they say nothing of whose epoch it is now.
+#[test]
+fn after_a_stall_nothing_leaves_before_the_standby_was_heard_again() {
+    let mut bench = Bench::protected();
+    bench.output(11);
+    bench.wait(millis(100));
+    // It is not woken for half of the timeout.
+    bench.now = millis(250);
+    let done = bench.ack(1, 1, 11);
+    assert_eq!(done.actions, [], "the acknowledgement may be old");
+    assert!(matches!(done.sent[..], [Message::Heartbeat { time, .. }] if time == millis(250)), "{done:?}");
+    assert!(bench.primary.is_unsure());
+    assert_eq!(bench.hear(beat(1, millis(100).0)).actions, [], "so may be this beat");
+    bench.now = millis(251);
+    assert_eq!(bench.hear(beat(2, millis(250).0)).actions, [release(1)]);
+    assert!(!bench.primary.is_unsure());
+    // One that has lost it meanwhile learns of it from the arbiter.
+    bench.output(12);
+    bench.now = millis(600);
+    assert_eq!(bench.ack(2, 2, 12).actions, []);
+    bench.tell(PrimaryEvent::PeerClosed { reason: "gone".to_owned() });
+    assert!(bench.primary.is_unsure());
+    assert_eq!(bench.tell(answer(Verdict::Lost)).actions, [PrimaryAction::Stop(StopReason::LostArbitration { epoch: Epoch(2) })]);
 }
 
 #[test]
@@ -304,7 +334,7 @@ fn a_standby_without_progress_is_given_up() {
         let done = bench.wait(millis(step * 100));
         asked |= done.actions.contains(&PrimaryAction::AskArbiter(claim(2)));
         if !asked {
-            bench.hear(Message::Heartbeat { time: Nanos(step), position: 10 });
+            bench.hear(beat(step, 0));
         }
         assert_eq!(asked, step >= 100, "at step {step}");
     }
@@ -510,7 +540,7 @@ fn a_planned_failover_gives_the_secondary_its_time() {
     let stall = config().stall_timeout;
     while bench.now < stall.plus(stall) {
         bench.wait(bench.now.plus(millis(200)));
-        bench.hear(Message::Heartbeat { time: Nanos(0), position: 10 });
+        bench.hear(beat(0, 0));
     }
     bench.tell(PrimaryEvent::Record(record(11, 3)));
     let done = bench.tell(PrimaryEvent::HandOver { reason: "maintenance".to_owned() });

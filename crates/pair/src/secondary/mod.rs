@@ -60,6 +60,8 @@ pub struct Secondary {
     replayed_seq: Seq,
     replayed_position: u64,
     primary_position: u64,
+    /// The newest beat of the primary, by its clock.
+    primary_clock: Nanos,
     /// Outputs that the machine has made, its life before the cut included.
     produced: OutputId,
     /// The machine stands still since it has made another output than the primary's.
@@ -103,6 +105,7 @@ impl Secondary {
             replayed_seq: 0,
             replayed_position: 0,
             primary_position: 0,
+            primary_clock: Nanos(0),
             produced: 0,
             diverged: false,
             restoring: false,
@@ -258,7 +261,8 @@ impl Secondary {
                 self.confirmed = self.confirmed.max(up_to);
                 self.discard();
             }
-            (Copying | Following | Resyncing, Message::Heartbeat { position, .. }) => {
+            (Copying | Following | Resyncing, Message::Heartbeat { time, position, .. }) => {
+                self.primary_clock = self.primary_clock.max(time);
                 self.primary_position = self.primary_position.max(position);
             }
             // As if it were lost: the arbiter decides, as always.
@@ -634,8 +638,8 @@ impl Secondary {
         if let Some(link) = &mut self.link {
             let greeted = self.state != SecondaryState::Listening;
             if link.beat_due(now, &self.setup.config) && greeted {
-                let position = self.replayed_position;
-                self.send(&Message::Heartbeat { time: now, position });
+                let (position, echo) = (self.replayed_position, self.primary_clock);
+                self.send(&Message::Heartbeat { time: now, position, echo });
                 if self.setup.beats.is_some() {
                     self.actions.push_back(SecondaryAction::Beat);
                 }

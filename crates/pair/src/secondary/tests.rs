@@ -301,7 +301,7 @@ fn every_message_in_every_state_is_survived() {
         Message::Log { first_seq: 1, records: vec![record(11, 1)] },
         Message::Ack(Ack::default()),
         Message::Released { up_to: u64::MAX },
-        Message::Heartbeat { time: Nanos(u64::MAX), position: u64::MAX },
+        Message::Heartbeat { time: Nanos(u64::MAX), position: u64::MAX, echo: Nanos(u64::MAX) },
         Message::Goodbye { reason: String::new() },
     ];
     for bench in benches {

@@ -67,7 +67,8 @@ struct MismatchHead {
 struct HeartbeatPayload {
     time: U64,
     position: U64,
-    reserved: [u8; 16],
+    echo: U64,
+    reserved: [u8; 8],
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -178,8 +179,13 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
             frame.extend(head.as_bytes());
             frame.extend(detail);
         }
-        Message::Heartbeat { time, position } => {
-            let payload = HeartbeatPayload { time: U64::new(time.0), position: U64::new(*position), reserved: [0; 16] };
+        Message::Heartbeat { time, position, echo } => {
+            let payload = HeartbeatPayload {
+                time: U64::new(time.0),
+                position: U64::new(*position),
+                echo: U64::new(echo.0),
+                reserved: [0; 8],
+            };
             frame.extend(payload.as_bytes());
         }
     }
@@ -300,7 +306,7 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::Heartbeat => {
             let beat = HeartbeatPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;
             reserved(kind, &beat.reserved)?;
-            Message::Heartbeat { time: Nanos(beat.time.get()), position: beat.position.get() }
+            Message::Heartbeat { time: Nanos(beat.time.get()), position: beat.position.get(), echo: Nanos(beat.echo.get()) }
         }
     })
 }

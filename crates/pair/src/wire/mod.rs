@@ -132,6 +132,8 @@ pub enum Message {
         time: Nanos,
         /// The position of the sender's machine.
         position: u64,
+        /// The newest clock heard from the other side; 0 before.
+        echo: Nanos,
     },
     /// Either side: I have stopped for good and shall never go live or go on from here.
     Goodbye {

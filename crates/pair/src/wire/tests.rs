@@ -64,7 +64,7 @@ fn one_of_each() -> Vec<Message> {
             agreed_position: 2,
         }),
         Message::Released { up_to: 9 },
-        Message::Heartbeat { time: Nanos(10), position: 7 },
+        Message::Heartbeat { time: Nanos(10), position: 7, echo: Nanos(9) },
         Message::Goodbye { reason: "over".to_owned() },
         Message::Changed(vec![4, 5]),
         Message::Mismatch { output: 9, position: 8, damaged: 1, detail: vec![6] },
@@ -315,7 +315,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         numbers.prop_map(|[received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position]| {
             Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position })
         }),
-        numbers.prop_map(|[time, position, ..]| Message::Heartbeat { time: Nanos(time), position }),
+        numbers.prop_map(|[time, position, echo, ..]| Message::Heartbeat { time: Nanos(time), position, echo: Nanos(echo) }),
     ]
 }
 

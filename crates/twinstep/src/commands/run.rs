@@ -35,7 +35,7 @@ pub struct MachineArguments {
     /// Address spaces whose translations are kept while another one runs (0: none) [default: 16]; the guest cannot see it
     #[arg(long, value_name = "N")]
     cache_groups: Option<usize>,
-    /// A disk: PATH[,format=raw|qcow2][,ro][,serial=TEXT] (can be given several times). Without a format a name that ends in .qcow2 is a qcow2 image, any other a raw one
+    /// A disk: PATH[,format=raw|qcow2][,ro][,serial=TEXT][,share=on] (can be given several times). With share=on all hosts of a pair have this one (raw) image. Without a format a name that ends in .qcow2 is a qcow2 image, any other a raw one
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskSpec>,
     /// A network card: user[,forward=HOSTPORT:GUESTPORT], switch=PATH, passt=PATH or tap=NAME, each with [,mac=...] (several times)

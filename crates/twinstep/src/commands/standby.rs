@@ -139,7 +139,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     loop {
         control.no_machine("this standby waits for a primary");
-        let opened = session::open_arbiter(&arbiter, &events)?;
+        let opened = session::open_arbiter(&arbiter, &control, &events)?;
         let figures = serde_json::Map::from_iter([("address".to_owned(), address.clone().into())]);
         events.say_with("listening", format!("waiting for a primary on {address}"), figures);
         if let Some(registration) = &registration {

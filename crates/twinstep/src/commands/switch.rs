@@ -13,13 +13,16 @@ pub struct Arguments {
     /// A socket to connect to, such as passt's (can be given several times)
     #[arg(long, value_name = "SOCKET")]
     uplink: Vec<PathBuf>,
+    #[command(flatten)]
+    arbiter: super::arbiter::ArbiterArguments,
     /// Say nothing about ports that come and go
     #[arg(long)]
     quiet: bool,
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let options = Options { listen: arguments.listen, uplinks: arguments.uplink, ..Options::default() };
+    let options =
+        Options { listen: arguments.listen, uplinks: arguments.uplink, arbiter: arguments.arbiter.spec()?, ..Options::default() };
     let quiet = arguments.quiet;
     Switch::bind(options)?.run(&mut |event| {
         if !quiet {

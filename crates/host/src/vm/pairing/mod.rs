@@ -7,6 +7,7 @@ mod feed;
 mod image;
 #[cfg(test)]
 mod image_tests;
+mod leaving;
 
 use std::collections::VecDeque;
 use std::io::Read;
@@ -92,6 +93,10 @@ pub enum ToPair {
     Closed(u64, String),
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
+    /// So many outputs to shared disks, the oldest ones, have been carried out and are durable.
+    Written(u64),
+    /// A switch refuses our frames: it has seen this epoch of the VM, which is another side's.
+    Fenced(u64),
     /// What became of the attempt to reach a standby.
     Reached(Result<Reached>),
     /// Somebody wants the standby to go live.
@@ -237,6 +242,8 @@ pub struct PairWiring {
     pub arbiter: Box<dyn Arbiter + Send>,
     /// Where outputs go.
     pub outlet: Outlet,
+    /// Tells the networks in which epoch the VM runs here.
+    pub identify: Identify,
     /// The machine's thread.
     pub vm: Sender<ToVm>,
     /// The machine's disks.
@@ -250,6 +257,9 @@ pub struct PairWiring {
     /// Bounds of the first copy.
     pub copy: twinstep_migrate::Config,
 }
+
+/// Tells the networks in which epoch the VM runs here.
+pub type Identify = Arc<dyn Fn(u64) + Send + Sync>;
 
 fn connection(stream: Channel, number: u64, to: &Sender<ToPair>) -> Result<Connection> {
     let bytes = move |bytes| ToPair::Bytes(number, bytes);
@@ -297,6 +307,10 @@ impl PairThread {
             beats: None,
             closing: Closing::default(),
             outlet: wiring.outlet,
+            identify: wiring.identify,
+            may_leave: 0,
+            given: 0,
+            writing: VecDeque::new(),
             vm: wiring.vm,
             disks: wiring.disks,
             writer: wiring.writer,
@@ -366,7 +380,8 @@ impl Unmatched {
 fn cost(output: &Output) -> usize {
     super::live::weight(match output {
         Output::NetTx { frame, .. } | Output::NetTxGso { frame, .. } => frame,
-        Output::Serial(bytes) | Output::Console(bytes) => bytes,
+        Output::Serial(bytes) | Output::Console(bytes) | Output::DiskWrite { data: bytes, .. } => bytes,
+        Output::DiskFlush { .. } => &[],
     })
 }
 
@@ -388,6 +403,12 @@ struct Driver {
     closing: Closing,
     asker: Asker<ToPair>,
     outlet: Outlet,
+    identify: Identify,
+    /// The last output that was released.
+    may_leave: OutputId,
+    /// The last one that was given to the outlet, and those to shared disks among them that have not been carried out.
+    given: OutputId,
+    writing: VecDeque<OutputId>,
     vm: Sender<ToVm>,
     events: Events,
     /// Outputs that may not leave yet, with the time they were made.
@@ -544,6 +565,19 @@ impl Driver {
                 Some(standbys) => PrimaryEvent::PeerConnected { standbys },
                 None => return,
             },
+            ToPair::Written(outputs) => {
+                let done = usize::try_from(outputs).map_or(self.writing.len(), |outputs| outputs.min(self.writing.len()));
+                self.writing.drain(..done);
+                PrimaryEvent::OutputsLeft { up_to: self.left() }
+            }
+            // The switch may be wrong. So may this side, and the arbiter knows.
+            ToPair::Fenced(epoch) => {
+                if self.connection.is_none() {
+                    return;
+                }
+                self.disconnect();
+                PrimaryEvent::PeerClosed { reason: format!("a switch says that epoch {epoch} of this VM is another side's") }
+            }
             ToPair::HandOver => PrimaryEvent::HandOver { reason: "somebody asked for it".into() },
             ToPair::Abandon => {
                 self.events.say("abandoned", "this host has failed; the secondary may take over");
@@ -618,6 +652,8 @@ impl Driver {
                 PrimaryAction::GoAlone { epoch, reason } => {
                     let figures = Map::from_iter([("epoch".to_owned(), json!(epoch.0))]);
                     self.events.say_with("alone", format!("going on alone in epoch {epoch}: {reason}"), figures);
+                    self.writer.epoch = epoch.0;
+                    (self.identify)(epoch.0);
                     // Before anything leaves that only this side has made.
                     self.note(|disk| disk.alone(epoch.0, None));
                 }
@@ -640,6 +676,7 @@ impl Driver {
                 }
             }
         }
+        self.let_leave();
         let state = self.primary.state();
         self.healing.follow(state);
         if state != self.last_state {
@@ -737,23 +774,6 @@ impl Driver {
         if let serde_json::Value::Object(figures) = figures {
             self.events.figures("status", figures);
         }
-    }
-
-    fn release(&mut self, up_to: OutputId) {
-        let now_ns = now_ns();
-        while self.held.front().is_some_and(|(id, ..)| *id <= up_to) {
-            let (_, made_ns, output) = self.held.pop_front().expect("just seen");
-            (self.outlet)(output);
-            let held = now_ns.saturating_sub(made_ns);
-            // One that may leave at once was not held.
-            if matches!(self.last_state, PrimaryState::Protected | PrimaryState::Deciding) {
-                self.meter.committed(now_ns, held);
-            }
-            self.report.held_max_ns = self.report.held_max_ns.max(held);
-            self.report.held_sum_ns += held;
-            self.report.held_outputs += 1;
-        }
-        self.primary.handle(now(), PrimaryEvent::OutputsLeft { up_to });
     }
 
     fn tell_vm(&mut self, message: ToVm) {
