@@ -463,7 +463,7 @@ fn a_dispute_keeps_outputs_and_is_read_again() {
         Output::NetTxGso { nic: 1, frame: vec![2; 90], segment_size: 30 },
         Output::Serial(b"ab".to_vec()),
         Output::Console(Vec::new()),
-        Output::DiskWrite { disk: 2, offset: 1 << 40, data: vec![3; 512] },
+        Output::DiskWrite { disk: 2, offset: 1 << 40, data: vec![3; 64] },
         Output::DiskFlush { disk: 1, request: 77 },
     ];
     for output in outputs {
