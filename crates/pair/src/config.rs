@@ -79,7 +79,7 @@ impl Default for Config {
             peer_timeout: Nanos::from_millis(300),
             copy_timeout: Nanos::from_millis(30_000),
             stall_timeout: Nanos::from_millis(10_000),
-            replay_report_interval: Nanos::from_millis(2),
+            replay_report_interval: Nanos::from_millis(5),
             arbiter_timeout: Nanos::from_millis(1_000),
             arbiter_retry_min: Nanos::from_millis(50),
             arbiter_retry_max: Nanos::from_millis(2_000),

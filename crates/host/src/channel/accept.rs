@@ -15,7 +15,8 @@ use rustls::{ContentType, ServerConnection};
 use twinstep_pair::wire::{self, Message};
 
 use super::security::{PROTOCOL, Security, Tls};
-use super::{Channel, Hurried, TAKEN, take_your_time, tls};
+use super::tls::{self, Session};
+use super::{Channel, Hurried, TAKEN, take_your_time};
 use crate::error::{Context, Result};
 use crate::events::Events;
 use crate::wake::Wake;
@@ -157,12 +158,13 @@ impl Door {
             return Err("it wants another service".into());
         }
         let who = names(tls.peer_certificates());
-        let (mut opener, mut sealer) = tls::directions(tls);
+        let mut session = Session::new(tls);
         self.take(move || {
             let mut hurried = Hurried::new(stream);
-            sealer.write_all(&mut hurried, &TAKEN).map_err(|e| e.to_string())?;
-            let first = first_word(|buffer| opener.read(&mut hurried, buffer))?;
-            Ok(Met { tls: Some((opener, sealer)), first, who })
+            let mut taken = Vec::new();
+            session.seal(&TAKEN, &mut taken).and_then(|()| hurried.write_all(&taken)).map_err(|e| e.to_string())?;
+            let first = first_word(|buffer| session.read(&mut hurried, buffer))?;
+            Ok(Met { tls: Some(session), first, who })
         })
     }
 
@@ -181,7 +183,7 @@ impl Door {
 
 /// Somebody who may be a primary.
 struct Met {
-    tls: Option<(tls::Opener, tls::Sealer)>,
+    tls: Option<Session>,
     first: Vec<u8>,
     who: String,
 }

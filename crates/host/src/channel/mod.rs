@@ -9,12 +9,13 @@
 //!        ├──▶ reach()   the primary's side ──TCP──▶ ┐
 //!        └──▶ accept()  the standby's side ◀────────┘ many strangers at a time, one primary
 //!                  │
-//!               Channel ── split ──▶ Reading (thread channel-read), Writing (thread channel-write)
+//!               Channel ── open ──▶ Duplex (whoever drives the protocol)
 //! ```
 //!
 //! The bytes on the wire before the first frame are in `docs/protocol-pair.md`, "Encryption"; who can do what is in `docs/threat-model.md`.
 mod accept;
 mod beats;
+mod duplex;
 mod reach;
 mod security;
 mod standbys;
@@ -24,11 +25,12 @@ mod tls;
 mod tests;
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 pub use accept::accept;
 pub use beats::{BeatKey, Beats};
+pub use duplex::{Duplex, Waitable};
 pub use reach::reach;
 pub use security::{ChannelOptions, Security};
 pub use standbys::{REGISTERED, Reach, Reached};
@@ -39,7 +41,7 @@ pub(crate) mod names {
 }
 
 use crate::error::{Context, Result};
-use tls::{Opener, Sealer};
+use tls::Session;
 
 /// What a standby says over TLS when it takes the primary: before it, nobody knows whether the standby likes the certificate it was shown.
 const TAKEN: [u8; 8] = *b"TWTAKEN1";
@@ -51,7 +53,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Channel {
     stream: TcpStream,
-    tls: Option<(Opener, Sealer)>,
+    tls: Option<Session>,
     /// What was read already in order to know who speaks.
     first: Vec<u8>,
 }
@@ -68,79 +70,21 @@ impl Channel {
     /// If TLS has no key for it.
     pub fn beat_key(&self) -> Result<BeatKey> {
         let key = match &self.tls {
-            Some((opener, _)) => opener.export(b"EXPORTER-twinstep-heartbeat").what("cannot make a key for heartbeats")?,
+            Some(session) => session.export(b"EXPORTER-twinstep-heartbeat").what("cannot make a key for heartbeats")?,
             None => [0; 32],
         };
         Ok(BeatKey { key, peer: self.peer().map(|peer| peer.ip()) })
     }
 
-    /// Two halves, for a thread each.
+    /// For use: from here on nothing blocks.
     ///
     /// # Errors
     /// If the system does not want to.
-    pub fn split(self) -> Result<(Reading, Writing)> {
+    pub fn open(self) -> Result<Duplex> {
         // Acknowledgements are small, and outputs wait for them.
         self.stream.set_nodelay(true).what("cannot set up the connection")?;
-        let reading = self.stream.try_clone().what("cannot share the connection")?;
-        let (opener, sealer) = self.tls.unzip();
-        Ok((Reading { stream: reading, opener, first: self.first }, Writing { stream: self.stream, sealer }))
-    }
-}
-
-/// What comes in. Reading blocks, and holds up nobody who writes.
-#[derive(Debug)]
-pub struct Reading {
-    stream: TcpStream,
-    opener: Option<Opener>,
-    first: Vec<u8>,
-}
-
-impl Read for Reading {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if !self.first.is_empty() {
-            let n = self.first.len().min(buffer.len());
-            buffer[..n].copy_from_slice(&self.first[..n]);
-            self.first.drain(..n);
-            return Ok(n);
-        }
-        match &mut self.opener {
-            Some(opener) => opener.read(&mut self.stream, buffer),
-            None => self.stream.read(buffer),
-        }
-    }
-}
-
-/// What goes out. Writing blocks, and holds up nobody who reads.
-#[derive(Debug)]
-pub struct Writing {
-    stream: TcpStream,
-    sealer: Option<Sealer>,
-}
-
-impl Writing {
-    /// Sends all of it, now.
-    ///
-    /// # Errors
-    /// If the connection is gone.
-    pub fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match &mut self.sealer {
-            Some(sealer) => sealer.write_all(&mut self.stream, bytes),
-            None => self.stream.write_all(bytes),
-        }
-    }
-
-    /// All is sent; the other side reads the end of the stream.
-    pub fn finish(mut self) {
-        if let Some(sealer) = &mut self.sealer {
-            // Who is gone needs no goodbye.
-            let _ = sealer.close(&mut self.stream);
-        }
-        let _ = self.stream.shutdown(Shutdown::Write);
-    }
-
-    /// Ends it at once, in both directions.
-    pub fn cut(self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.stream.set_nonblocking(true).what("cannot set up the connection")?;
+        Ok(Duplex::new(self.stream, self.tls, self.first))
     }
 }
 

@@ -10,7 +10,8 @@ use rustls::pki_types::ServerName;
 use rustls::{CertificateError, ClientConnection};
 
 use super::security::{PROTOCOL, Security, Tls, server_name};
-use super::{Channel, Hurried, TAKEN, take_your_time, tls};
+use super::tls::{self, Session};
+use super::{Channel, Hurried, TAKEN, take_your_time};
 use crate::error::{Error, Result};
 
 /// How long a standby may take to accept a connection. Where nobody answers at all, the system's own patience is minutes.
@@ -60,7 +61,7 @@ fn expected_name(tls: &Tls, address: &str) -> Result<ServerName<'static>> {
     server_name(host.trim_start_matches('[').trim_end_matches(']'), "the address, or give --peer-name NAME")
 }
 
-fn hello(stream: &TcpStream, configured: &Tls, name: ServerName<'static>) -> io::Result<(tls::Opener, tls::Sealer)> {
+fn hello(stream: &TcpStream, configured: &Tls, name: ServerName<'static>) -> io::Result<Session> {
     let client = ClientConnection::new(configured.client.clone(), name).map_err(io::Error::other)?;
     let mut tls = rustls::Connection::from(client);
     stream.set_nodelay(true)?;
@@ -69,11 +70,11 @@ fn hello(stream: &TcpStream, configured: &Tls, name: ServerName<'static>) -> io:
     if tls.alpn_protocol() != Some(PROTOCOL) {
         return Err(io::Error::other("it is no standby of Twinstep"));
     }
-    let (mut opener, sealer) = tls::directions(tls);
+    let mut session = Session::new(tls);
     // What it thinks of our certificate, it says only now.
     let (mut word, mut filled) = ([0; TAKEN.len()], 0);
     while filled < word.len() {
-        match opener.read(&mut hurried, &mut word[filled..])? {
+        match session.read(&mut hurried, &mut word[filled..])? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             n => filled += n,
         }
@@ -82,7 +83,7 @@ fn hello(stream: &TcpStream, configured: &Tls, name: ServerName<'static>) -> io:
         return Err(io::Error::other("it speaks another version of Twinstep's protocol"));
     }
     take_your_time(stream)?;
-    Ok((opener, sealer))
+    Ok(session)
 }
 
 /// What to do about a handshake that failed.

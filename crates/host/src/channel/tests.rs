@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::{JoinHandle, spawn};
 use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustls::client::{ClientConfig, Resumption};
 use rustls::pki_types::ServerName;
 use rustls::version::{TLS12, TLS13};
@@ -84,11 +85,11 @@ impl Standby {
         }
     }
     /// A primary comes and is taken.
-    fn pair(self, primary: &Security) -> ((Reading, Writing), (Channel, Events)) {
-        let (reading, mut writing) = self.reach(primary).unwrap().split().unwrap();
-        writing.write_all(&wire::MAGIC).unwrap();
+    fn pair(self, primary: &Security) -> (Duplex, (Channel, Events)) {
+        let mut ours = self.reach(primary).unwrap().open().unwrap();
+        ours.send(&wire::MAGIC).unwrap();
         let channel = self.thread.join().unwrap().unwrap();
-        ((reading, writing), (channel, self.events))
+        (ours, (channel, self.events))
     }
     /// Waits until it has said so much of strangers: they are met on threads of their own.
     fn wait_said(&self, strangers: usize) {
@@ -102,40 +103,74 @@ impl Standby {
     }
 }
 
+/// Waits until something can be done.
+fn wait(duplex: &Duplex) {
+    let interest = if duplex.wants_write() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+    poll(&mut [PollFd::new(&duplex.waitable(), interest)], None).unwrap();
+}
+
+/// What comes next: at least one byte, or none at the end.
+fn next(duplex: &mut Duplex, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        duplex.flush()?;
+        match duplex.receive(buffer) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => wait(duplex),
+            result => return result,
+        }
+    }
+}
+
 /// All that comes, to the end; an error if it ends badly.
-fn read_all(reading: &mut Reading) -> io::Result<Vec<u8>> {
-    let mut all = Vec::new();
-    reading.read_to_end(&mut all).map(|_| all)
+fn read_all(duplex: &mut Duplex) -> io::Result<Vec<u8>> {
+    let (mut all, mut buffer) = (Vec::new(), vec![0; 100_000]);
+    loop {
+        match next(duplex, &mut buffer)? {
+            0 => return Ok(all),
+            n => all.extend_from_slice(&buffer[..n]),
+        }
+    }
+}
+
+fn read_some(duplex: &mut Duplex, n: usize) -> Vec<u8> {
+    let (mut bytes, mut filled) = (vec![0; n], 0);
+    while filled < n {
+        match next(duplex, &mut bytes[filled..]).unwrap() {
+            0 => panic!("it ends after {filled} bytes"),
+            more => filled += more,
+        }
+    }
+    bytes
 }
 
 #[test]
 fn two_sides_that_know_each_other() {
     let pki = Pki::new();
     let standby = Standby::start(tls(&pki.of("127.0.0.1"), None, &["somebody", "a"]));
-    let ((mut from_standby, mut to_standby), (channel, events)) = standby.pair(&pki.primary());
-    let (mut from_primary, mut to_primary) = channel.split().unwrap();
-    to_standby.write_all(b" and more").unwrap();
-    to_standby.finish();
-    to_primary.write_all(b"an answer").unwrap();
-    to_primary.finish();
-    assert_eq!(read_all(&mut from_primary).unwrap(), b"TWPR and more");
-    assert_eq!(read_all(&mut from_standby).unwrap(), b"an answer");
+    let (mut primary, (channel, events)) = standby.pair(&pki.primary());
+    let mut standby = channel.open().unwrap();
+    primary.send(b" and more").unwrap();
+    primary.finish().unwrap();
+    standby.send(b"an answer").unwrap();
+    standby.finish().unwrap();
+    assert_eq!(read_all(&mut standby).unwrap(), b"TWPR and more");
+    assert_eq!(read_all(&mut primary).unwrap(), b"an answer");
     let said = events.history().pop().unwrap().event;
     assert!(said.what == "connected" && said.text.contains("TLS 1.3, a)"), "{said:?}");
 }
 
 #[test]
 fn in_the_clear_on_this_host() {
-    let ((mut from_standby, mut to_standby), (channel, _)) = Standby::start(Security::OnThisHost).pair(&Security::OnThisHost);
-    let (mut from_primary, to_primary) = channel.split().unwrap();
-    to_standby.write_all(b" and more").unwrap();
-    to_standby.finish();
-    to_primary.finish();
-    assert_eq!(read_all(&mut from_primary).unwrap(), b"TWPR and more");
-    assert_eq!(read_all(&mut from_standby).unwrap(), b"");
+    let (mut primary, (channel, _)) = Standby::start(Security::OnThisHost).pair(&Security::OnThisHost);
+    let mut standby = channel.open().unwrap();
+    primary.send(b" and more").unwrap();
+    primary.finish().unwrap();
+    standby.finish().unwrap();
+    primary.send(b"too late").unwrap();
+    assert_eq!(read_all(&mut standby).unwrap(), b"TWPR and more");
+    assert_eq!(read_all(&mut primary).unwrap(), b"");
 }
 
-/// A long log in both directions at once, each side's writer blocked by the other's: nobody waits for ever, keys are updated on the way, all bytes arrive.
+/// A long log in both directions at once, more than the sockets take: nobody waits for ever, keys are updated on the way, all bytes arrive.
 #[test]
 fn both_directions_at_once_through_many_updates_of_keys() {
     const BYTES: usize = 12 << 20;
@@ -168,39 +203,31 @@ fn both_directions_at_once_through_many_updates_of_keys() {
         Security::Tls(configured)
     };
     let primary = hasty(tls(&pki.of("a"), Some("127.0.0.1"), &[]));
-    let ((from_standby, to_standby), (channel, _)) = Standby::start(hasty(pki.standby())).pair(&primary);
-    let (mut from_primary, to_primary) = channel.split().unwrap();
-    assert_eq!(read_some(&mut from_primary, 4), b"TWPR");
+    let (ours, (channel, _)) = Standby::start(hasty(pki.standby())).pair(&primary);
+    let mut theirs = channel.open().unwrap();
+    assert_eq!(read_some(&mut theirs, 4), b"TWPR");
     let byte = |at: usize, salt: usize| (at.wrapping_mul(31).wrapping_add(at >> 9) ^ salt) as u8;
-    let send = move |mut writing: Writing, salt| {
+    let exchange = move |mut duplex: Duplex, sent, received| {
         spawn(move || {
-            let bytes: Vec<u8> = (0..BYTES).map(|at| byte(at, salt)).collect();
-            // Sizes from one byte to more than a piece.
+            let bytes: Vec<u8> = (0..BYTES).map(|at| byte(at, sent)).collect();
+            // Sizes from one byte to more than a piece, and more at a time than a socket takes.
             let (mut rest, mut size) = (&bytes[..], 1);
             while !rest.is_empty() {
                 let (now, later) = rest.split_at(size.min(rest.len()));
-                writing.write_all(now).unwrap();
+                duplex.send(now).unwrap();
                 (rest, size) = (later, size * 3 % 200_003);
             }
-            writing.finish();
+            duplex.finish().unwrap();
+            let all = read_all(&mut duplex).unwrap();
+            assert!(all.len() == BYTES && all.iter().enumerate().all(|(at, b)| *b == byte(at, received)));
+            // What is still to be sent is.
+            duplex.part(20 * PATIENCE);
         })
     };
-    let receive = move |mut reading: Reading, salt| {
-        spawn(move || {
-            let all = read_all(&mut reading).unwrap();
-            assert!(all.len() == BYTES && all.iter().enumerate().all(|(at, b)| *b == byte(at, salt)));
-        })
-    };
-    let threads = [send(to_standby, 1), send(to_primary, 2), receive(from_primary, 1), receive(from_standby, 2)];
-    for thread in threads {
+    // The first does not read before it has put in everything.
+    for thread in [exchange(ours, 1, 2), exchange(theirs, 2, 1)] {
         thread.join().unwrap();
     }
-}
-
-fn read_some(reading: &mut Reading, n: usize) -> Vec<u8> {
-    let mut bytes = vec![0; n];
-    reading.read_exact(&mut bytes).unwrap();
-    bytes
 }
 
 #[test]
@@ -308,10 +335,10 @@ fn other_kinds_of_tls() {
 fn in_the_clear_to_one_that_wants_tls_and_the_reverse() {
     let pki = Pki::new();
     let standby = Standby::start(pki.standby());
-    let (mut reading, mut writing) = standby.reach(&Security::OnThisHost).unwrap().split().unwrap();
-    writing.write_all(&wire::MAGIC).unwrap();
+    let mut primary = standby.reach(&Security::OnThisHost).unwrap().open().unwrap();
+    primary.send(&wire::MAGIC).unwrap();
     let mut decoder = wire::Decoder::new();
-    decoder.push(&read_all(&mut reading).unwrap());
+    decoder.push(&read_all(&mut primary).unwrap());
     let Ok(Some(Message::Refuse { reason })) = decoder.next_message() else { panic!("a refusal is a frame") };
     assert!(reason.contains("--tls"), "{reason}");
     standby.wait_said(1);
@@ -352,7 +379,7 @@ fn a_crowd_of_silent_clients_holds_up_nobody() {
         let standby = Standby::start(security);
         let crowd: Vec<TcpStream> = (0..100).map(|_| standby.stranger()).collect();
         let began = Instant::now();
-        let ((_, _), (_, events)) = standby.pair(&primary);
+        let (_, (_, events)) = standby.pair(&primary);
         assert!(began.elapsed() < PATIENCE, "it had to wait until the others were sent away");
         let said = events.history();
         assert!(said[0].event.text.contains("closed"), "the oldest gave way: {said:#?}");
@@ -390,20 +417,20 @@ fn who_drips_runs_out_of_time() {
 fn a_connection_that_is_cut_or_tampered_with_does_not_look_finished() {
     let pki = Pki::new();
     // Cut: an end that the other side has not announced.
-    let ((mut from_standby, _to_standby), (channel, _)) = Standby::start(pki.standby()).pair(&pki.primary());
+    let (mut primary, (channel, _)) = Standby::start(pki.standby()).pair(&pki.primary());
     drop(channel);
-    let error = read_all(&mut from_standby).unwrap_err();
+    let error = read_all(&mut primary).unwrap_err();
     assert!(matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset), "{error}");
 
     // Tampered with: bytes put in from outside. What came before is still handed on.
-    let ((mut from_standby, _to_standby), (channel, _)) = Standby::start(pki.standby()).pair(&pki.primary());
-    let (_from_primary, mut to_primary) = channel.split().unwrap();
-    to_primary.write_all(b"the last good words").unwrap();
+    let (mut primary, (channel, _)) = Standby::start(pki.standby()).pair(&pki.primary());
+    let mut standby = channel.open().unwrap();
+    standby.send(b"the last good words").unwrap();
     let mut forged = vec![0x17, 3, 3, 0, 40];
     forged.resize(45, 7);
-    to_primary.stream.write_all(&forged).unwrap();
-    assert_eq!(read_some(&mut from_standby, 19), b"the last good words");
-    let error = read_all(&mut from_standby).unwrap_err();
+    standby.stream().write_all(&forged).unwrap();
+    assert_eq!(read_some(&mut primary, 19), b"the last good words");
+    let error = read_all(&mut primary).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
 }
 
@@ -470,9 +497,9 @@ fn who_prints_it_sees_no_secret() {
     assert_eq!(shown, "Tls(Tls)");
     let key = secret_file::key(&pki.of("a").join("key.pem"), "").unwrap();
     assert!(!format!("{key:?}").contains(&format!("{:?}", &key.secret_der()[40..50])));
-    let ((reading, writing), (channel, _)) = Standby::start(pki.standby()).pair(&pki.primary());
-    for shown in [format!("{reading:?}"), format!("{writing:?}"), format!("{channel:?}")] {
-        assert!(shown.contains("Opener") || shown.contains("Sealer"), "{shown}");
+    let (primary, (channel, _)) = Standby::start(pki.standby()).pair(&pki.primary());
+    for shown in [format!("{primary:?}"), format!("{channel:?}")] {
+        assert!(shown.contains("Session"), "{shown}");
         assert!(!shown.contains("Connection") && shown.len() < 400, "{shown}");
     }
 }

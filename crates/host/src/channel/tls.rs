@@ -1,26 +1,18 @@
-//! TLS 1.3 over the logging channel, for two threads.
+//! TLS 1.3 over the logging channel: one state for both directions, in the hands of whoever owns the connection.
 //!
-//! *In*: plain bytes from one thread, sealed bytes from the socket of the other. *Out*: the reverse. *Invariants*: the TLS state is shared under a lock that is
-//! held for arithmetic on at most [`PIECE_BYTES`] and never while a socket blocks, so neither direction waits for the other; only the [`Sealer`] puts
-//! records on the wire, so their order is the order of their numbers.
+//! *In*: plain bytes to be sent, sealed bytes that arrived. *Out*: the reverse. *Invariants*: at most [`PIECE_BYTES`] are sealed or opened at a time, so what TLS
+//! itself keeps is bounded; of what came before a broken record, nothing is lost.
 //!
-//! What TLS itself wants to answer (an update of keys, RFC 8446 section 4.6.3) goes out with the next bytes that are written; both sides of a pair send heartbeats
+//! What TLS itself wants to answer (an update of keys, RFC 8446 section 4.6.3) goes out with the next bytes that are sent; both sides of a pair send heartbeats
 //! all the time.
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustls::Connection;
 
-/// What is sealed or opened under one lock: four full records, tens of microseconds.
+/// What is sealed or opened at a time: four full records, tens of microseconds.
 const PIECE_BYTES: usize = 64 << 10;
-
-type Shared = Arc<Mutex<Connection>>;
-
-fn lock(shared: &Shared) -> MutexGuard<'_, Connection> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 fn broken(e: rustls::Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, e)
@@ -40,18 +32,9 @@ pub(super) fn shake_hands(tls: &mut Connection, stream: &mut (impl Read + Write)
     Ok(())
 }
 
-/// Both directions of a connection whose handshake is over.
-pub(super) fn directions(mut tls: Connection) -> (Opener, Sealer) {
-    // A piece at a time is put in and taken out again at once: that is the bound.
-    tls.set_buffer_limit(None);
-    let shared = Arc::new(Mutex::new(tls));
-    let opener = Opener { shared: shared.clone(), sealed: vec![0; PIECE_BYTES], left: 0..0, failure: None };
-    (opener, Sealer { shared, sealed: Vec::new() })
-}
-
-/// Opens what arrives.
-pub(super) struct Opener {
-    shared: Shared,
+/// A connection whose handshake is over.
+pub(super) struct Session {
+    tls: Connection,
     sealed: Vec<u8>,
     /// What of `sealed` has not been opened yet.
     left: Range<usize>,
@@ -59,10 +42,16 @@ pub(super) struct Opener {
     failure: Option<io::Error>,
 }
 
-impl Opener {
+impl Session {
+    pub(super) fn new(mut tls: Connection) -> Self {
+        // A piece at a time is put in and taken out again at once: that is the bound.
+        tls.set_buffer_limit(None);
+        Self { tls, sealed: vec![0; PIECE_BYTES], left: 0..0, failure: None }
+    }
+
     /// A secret of this session's two ends, for this purpose (RFC 8446, section 7.5).
     pub(super) fn export(&self, purpose: &[u8]) -> io::Result<[u8; 32]> {
-        lock(&self.shared).export_keying_material([0; 32], purpose, None).map_err(broken)
+        self.tls.export_keying_material([0; 32], purpose, None).map_err(broken)
     }
 
     /// As [`Read::read`]: at least one byte, or 0 once the other side has said that no more comes. A connection that ends without
@@ -84,10 +73,9 @@ impl Opener {
 
     /// Opens what is there, as much as fits. Nothing if more has to come.
     fn open(&mut self, plain: &mut [u8]) -> Option<usize> {
-        let mut tls = lock(&self.shared);
         let mut filled = 0;
         loop {
-            match tls.reader().read(&mut plain[filled..]) {
+            match self.tls.reader().read(&mut plain[filled..]) {
                 // No more comes, or no more fits.
                 Ok(0) => return Some(filled),
                 Ok(n) => {
@@ -99,7 +87,7 @@ impl Opener {
             }
             if self.failure.is_none() && !self.left.is_empty() {
                 let mut left = &self.sealed[self.left.clone()];
-                let fed = tls.read_tls(&mut left).and_then(|_| tls.process_new_packets().map_err(broken));
+                let fed = self.tls.read_tls(&mut left).and_then(|_| self.tls.process_new_packets().map_err(broken));
                 self.left.start = self.left.end - left.len();
                 // Of what came before a broken record, nothing is lost.
                 self.failure = fed.err();
@@ -108,53 +96,33 @@ impl Opener {
             return (filled > 0).then_some(filled);
         }
     }
-}
 
-/// Seals what is sent.
-pub(super) struct Sealer {
-    shared: Shared,
-    sealed: Vec<u8>,
-}
-
-impl Sealer {
-    /// As [`Write::write_all`].
-    pub(super) fn write_all(&mut self, stream: &mut impl Write, plain: &[u8]) -> io::Result<()> {
+    /// Appends the sealed form of `plain` to `out`.
+    pub(super) fn seal(&mut self, plain: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
         for piece in plain.chunks(PIECE_BYTES) {
-            self.send(stream, |tls| tls.writer().write_all(piece))?;
+            self.tls.writer().write_all(piece)?;
+            self.take_sealed(out)?;
         }
         Ok(())
     }
 
-    /// Says that no more comes.
-    pub(super) fn close(&mut self, stream: &mut impl Write) -> io::Result<()> {
-        self.send(stream, |tls| {
-            tls.send_close_notify();
-            Ok(())
-        })
+    /// Appends the word that no more comes.
+    pub(super) fn seal_end(&mut self, out: &mut Vec<u8>) -> io::Result<()> {
+        self.tls.send_close_notify();
+        self.take_sealed(out)
     }
 
-    fn send(&mut self, stream: &mut impl Write, put: impl FnOnce(&mut Connection) -> io::Result<()>) -> io::Result<()> {
-        self.sealed.clear();
-        {
-            let mut tls = lock(&self.shared);
-            put(&mut tls)?;
-            while tls.wants_write() {
-                tls.write_tls(&mut self.sealed)?;
-            }
+    fn take_sealed(&mut self, out: &mut Vec<u8>) -> io::Result<()> {
+        while self.tls.wants_write() {
+            self.tls.write_tls(out)?;
         }
-        stream.write_all(&self.sealed)
+        Ok(())
     }
 }
 
 // The state holds keys: nothing of it is shown.
-impl fmt::Debug for Opener {
+impl fmt::Debug for Session {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Opener")
-    }
-}
-
-impl fmt::Debug for Sealer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Sealer")
+        f.write_str("Session")
     }
 }

@@ -19,6 +19,7 @@ use super::mirror::Target;
 use super::replay::Vm;
 use super::resync::{self, Baseline};
 use super::standby::ToStandby;
+use super::turns::Turns;
 use super::window::Window;
 use crate::control::Ask;
 use crate::disk::Replica;
@@ -67,7 +68,7 @@ const UNEVEN_PATIENCE: Duration = Duration::from_millis(50);
 /// The thread that owns the machine.
 pub(super) struct Follower {
     inbox: Receiver<ToReplay>,
-    to: Sender<ToStandby>,
+    to: Turns<ToStandby>,
     /// The disks, and what comes before the machine.
     target: Target,
     /// The machine on its way.
@@ -84,6 +85,8 @@ pub(super) struct Follower {
     /// Outputs that may not have left, with their numbers.
     held: VecDeque<(OutputId, Output)>,
     last_output: OutputId,
+    /// The protocol has been told something, and has not had a turn since.
+    untold: bool,
 }
 
 struct Running {
@@ -103,14 +106,28 @@ struct Running {
 impl Follower {
     pub(super) fn new(
         inbox: Receiver<ToReplay>,
-        to: Sender<ToStandby>,
+        to: Turns<ToStandby>,
         target: Target,
         cables: usize,
         tune: fn(&mut Config),
         window: Option<Window>,
     ) -> Self {
         let (delta, waiting, held) = (Vec::new(), VecDeque::new(), VecDeque::new());
-        Self { inbox, to, target, arrival: None, cables, tune, window, delta, waiting, running: None, held, last_output: 0 }
+        Self {
+            inbox,
+            to,
+            target,
+            arrival: None,
+            cables,
+            tune,
+            window,
+            delta,
+            waiting,
+            running: None,
+            held,
+            last_output: 0,
+            untold: false,
+        }
     }
 
     pub(super) fn run(mut self) {
@@ -153,16 +170,24 @@ impl Follower {
                     return;
                 }
             };
-            if let Err(e) = result {
+            if let Err(e) = &result {
                 self.tell(ToStandby::Failed(e.to_string()));
+            }
+            if self.drive().is_err() || result.is_err() {
                 return;
             }
         }
     }
 
-    fn tell(&self, message: ToStandby) {
-        // A protocol that has ended wants nothing.
-        let _ = self.to.send(message);
+    /// Has something for the protocol, which takes it in its next turn.
+    fn tell(&mut self, message: ToStandby) {
+        self.to.put(message);
+        self.untold = true;
+    }
+
+    /// Takes the protocol's turn, if there is something for it.
+    fn drive(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.untold) { self.to.turn() } else { Ok(()) }
     }
 
     fn next(&self) -> std::result::Result<ToReplay, RecvTimeoutError> {

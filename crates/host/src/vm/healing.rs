@@ -2,12 +2,12 @@
 //!
 //! *In*: where the primary stands; what became of attempts. *Out*: connections, and word for people. *Invariant*: the thread that drives the
 //! primary never waits for a connection to be made, and one attempt is under way at a time.
-use std::sync::mpsc::Sender;
 
 use serde_json::{Map, json};
 use twinstep_pair::wire::MAX_STANDBYS;
 use twinstep_pair::{Healer, Nanos, PrimaryState, Setback};
 
+use super::turns::Post;
 use crate::channel::{Channel, REGISTERED, Reach, Reached};
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
@@ -28,13 +28,13 @@ pub(super) struct Healing<M> {
     reach: Reach,
     /// Where the one is that was connected last.
     at: Option<String>,
-    to: Sender<M>,
+    to: Post<M>,
     reached: fn(Result<Reached>) -> M,
     events: Events,
 }
 
 impl<M: Send + 'static> Healing<M> {
-    pub(super) fn new(standbys: Standbys, to: Sender<M>, reached: fn(Result<Reached>) -> M, events: Events) -> Self {
+    pub(super) fn new(standbys: Standbys, to: Post<M>, reached: fn(Result<Reached>) -> M, events: Events) -> Self {
         let Standbys { healer, reach, at } = standbys;
         Self { healer, reach, at, to, reached, events }
     }

@@ -5,10 +5,10 @@
 //! the position at which it enters; and every output's note comes before whatever the machine is given next.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use twinstep_log::{EndReason, Entry, LogStats, Recorder, encode_into};
+use twinstep_log::{EndReason, Entry, EntryKind, LogStats, Recorder, encode_into};
 use twinstep_machine::{Activity, DiskRequest, DiskWanted, Input, Machine, Output, Pause};
 use twinstep_pair::Record;
 
@@ -17,6 +17,7 @@ use super::pace::{Pace, cpu_ns};
 use super::pairing::ToPair;
 use super::precopy::{self, Copier, CopyAsk, Surroundings};
 use super::resync::{self, Baseline};
+use super::turns::Turns;
 use crate::control::Ask;
 use crate::disk::{Replica, SharedDisk};
 use crate::error::{Error, Result};
@@ -132,7 +133,7 @@ pub struct Wiring {
     /// The recording.
     pub recording: Option<Box<dyn EntrySink>>,
     /// The pair.
-    pub pair: Option<Sender<ToPair>>,
+    pub pair: Option<Turns<ToPair>>,
     /// Events.
     pub events: Events,
     /// Positions between two state digests in the log; 0 for none.
@@ -146,6 +147,9 @@ pub struct Wiring {
     /// Where `perf` is told what translated code is.
     pub perf_map: Option<PerfMap>,
 }
+
+/// So long the pair need not hear that a busy guest is still busy.
+const PAIR_PATIENCE_NS: u64 = 5_000_000;
 
 /// So long a slowed guest waits at most at a time.
 const LOST_NS: u64 = 25_000_000;
@@ -163,6 +167,12 @@ struct Live {
     copier: Option<Copier>,
     /// What has changed since the standby was last known to be equal.
     baseline: Option<Baseline>,
+    /// The pair has been told something, and has not had a turn since.
+    untold: bool,
+    /// Something of it is more than the time and how far the guest is.
+    urgent: bool,
+    /// When it had its last turn.
+    driven_ns: u64,
     end: Option<End>,
 }
 
@@ -183,6 +193,9 @@ pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
         throttled: false,
         copier: None,
         baseline: None,
+        untold: false,
+        urgent: false,
+        driven_ns: now,
         end: None,
     };
     let end = live.run();
@@ -238,6 +251,7 @@ impl Live {
         self.digest_if_due();
         let now = now_ns();
         if self.read_disks(matches!(pause, Pause::Idle { .. })) {
+            self.drive_pair();
             return;
         }
         match pause {
@@ -245,6 +259,9 @@ impl Live {
                 if self.pace.tick_due(now) {
                     self.tick(now);
                     self.progress();
+                }
+                if self.urgent || now - self.driven_ns > PAIR_PATIENCE_NS {
+                    self.drive_pair();
                 }
                 let percent = precopy::slowed(self.copier.as_ref());
                 if (1..100).contains(&percent) {
@@ -306,6 +323,7 @@ impl Live {
 
     /// Waits for a message and takes it; false if none came in time. An input to a sleeping guest comes with the time.
     fn wait(&mut self, timeout: Option<Duration>) -> bool {
+        self.drive_pair();
         let activity = self.machine.activity();
         activity.set(if self.stands_still() { Activity::Waiting } else { Activity::Halted });
         let message = match timeout {
@@ -357,10 +375,8 @@ impl Live {
             }
             ToVm::Unprotected => self.forget_baseline(),
             ToVm::Ask(ask) if ask.is_failover() && self.wiring.pair.is_some() => {
-                if let Some(pair) = self.wiring.pair.clone() {
-                    self.tell_pair(pair, ToPair::HandOver);
-                    ask.failing_over();
-                }
+                self.tell_pair(ToPair::HandOver);
+                ask.failing_over();
             }
             ToVm::Ask(ask) => ask.answer(&mut self.machine),
         }
@@ -413,10 +429,10 @@ impl Live {
             self.record(&entry);
             match &self.wiring.pair {
                 None => (self.wiring.outlet)(output),
-                Some(pair) => {
+                Some(_) => {
                     let note = record_of(&entry);
                     let id = self.wiring.last_output;
-                    self.tell_pair(pair.clone(), ToPair::Output { id, made_ns: now_ns(), note, output });
+                    self.tell_pair(ToPair::Output { id, made_ns: now_ns(), note, output });
                 }
             }
         }
@@ -435,18 +451,15 @@ impl Live {
     }
 
     fn progress(&mut self) {
-        if let Some(pair) = &self.wiring.pair {
-            let position = self.machine.position();
-            self.tell_pair(pair.clone(), ToPair::Progress { position });
-        }
+        let position = self.machine.position();
+        self.tell_pair(ToPair::Progress { position });
     }
 
     /// An entry that is not the note of an output.
     fn log(&mut self, entry: Entry) {
         self.record(&entry);
-        if let Some(pair) = &self.wiring.pair {
-            let record = record_of(&entry);
-            self.tell_pair(pair.clone(), ToPair::Record(record));
+        if self.wiring.pair.is_some() {
+            self.tell_pair(ToPair::Record(record_of(&entry)));
         }
     }
 
@@ -460,16 +473,38 @@ impl Live {
         }
     }
 
-    fn tell_pair(&mut self, pair: Sender<ToPair>, message: ToPair) {
-        if pair.send(message).is_err() && self.end.is_none() {
-            self.end = Some(End::HostFailure("the thread that holds the outputs is gone".into()));
+    /// Has something for the pair, which takes it in its next turn.
+    fn tell_pair(&mut self, message: ToPair) {
+        if let Some(pair) = &self.wiring.pair {
+            self.untold = true;
+            self.urgent |= match &message {
+                ToPair::Progress { .. } => false,
+                ToPair::Record(record) => record.kind != EntryKind::Clock.number(),
+                _ => true,
+            };
+            pair.put(message);
+        }
+    }
+
+    /// Takes the pair's turn, if there is something for it: what follows is done at once, and by nobody who would have to be woken.
+    fn drive_pair(&mut self) {
+        if let Some(pair) = &self.wiring.pair
+            && std::mem::take(&mut self.untold)
+        {
+            self.urgent = false;
+            self.driven_ns = now_ns();
+            if let Err(e) = pair.turn()
+                && self.end.is_none()
+            {
+                self.end = Some(End::HostFailure(e.to_string()));
+            }
         }
     }
 
     /// Does what a copy asks for, between two slices.
     fn copy(&mut self, ask: CopyAsk) {
         let Some(pair) = &self.wiring.pair else { return };
-        let around = Surroundings { disks: &self.wiring.disks, last_output: self.wiring.last_output, pair };
+        let around = Surroundings { disks: &self.wiring.disks, last_output: self.wiring.last_output, pair: pair.post() };
         if let Err(e) = precopy::serve(&mut self.copier, &mut self.baseline, &mut self.machine, ask, &around) {
             self.end = Some(End::HostFailure(e.to_string()));
         }
@@ -484,18 +519,17 @@ impl Live {
 
     /// Makes the delta and hands it to the pair, which has throttled the guest already.
     fn make_delta(&mut self, changed: &[u8], scrub: bool) {
-        let Some(pair) = self.wiring.pair.clone() else { return };
         let Some(baseline) = &mut self.baseline else {
-            return self.tell_pair(pair, ToPair::NoDelta("nothing is known of what the standby has".into()));
+            return self.tell_pair(ToPair::NoDelta("nothing is known of what the standby has".into()));
         };
         let started = now_ns();
         let disk_bytes = disks::bytes(&self.wiring.disks);
         match resync::delta(&mut self.machine, baseline, changed, &disk_bytes, self.wiring.last_output, scrub) {
             Ok(delta) => {
                 let (position, took_ns) = (self.machine.position(), now_ns() - started);
-                self.tell_pair(pair, ToPair::Delta { position, delta, took_ns });
+                self.tell_pair(ToPair::Delta { position, delta, took_ns });
             }
-            Err(e) => self.tell_pair(pair, ToPair::NoDelta(e.to_string())),
+            Err(e) => self.tell_pair(ToPair::NoDelta(e.to_string())),
         }
     }
 
@@ -507,7 +541,7 @@ impl Live {
                 self.record(&entry);
                 // The standby comes to the same end, so that its disks are equal. Of a host that fails nobody is to believe where it was.
                 if let (Some(pair), false) = (&self.wiring.pair, matches!(end, End::HostFailure(_))) {
-                    let _ = pair.send(ToPair::Record(record_of(&entry)));
+                    pair.put(ToPair::Record(record_of(&entry)));
                 }
             }
         }
@@ -523,7 +557,7 @@ impl Live {
                 _ => ToPair::Shutdown { reason: end.text() },
             };
             // A pair that has ended already wants nothing.
-            let _ = pair.send(message);
+            let _ = pair.post().send(message);
         }
     }
 }

@@ -18,6 +18,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use super::disks;
 use super::pairing::ToPair;
 use super::spec::DiskSpec;
+use super::turns::Post;
 use crate::disk::{Access, BLOCK_BYTES, Baseline, Replica, Writer};
 use crate::error::{Context, Error, Result};
 
@@ -203,7 +204,7 @@ pub struct Mirrored {
 
 impl Mirror {
     /// Begins to mirror these disks of a VM; `to` gets [`ToPair::Copied`], and in the end [`ToPair::Mirrored`].
-    pub fn start(disks: Vec<Replica>, writer: Writer, number: u64, to: Sender<ToPair>) -> Result<Self> {
+    pub fn start(disks: Vec<Replica>, writer: Writer, number: u64, to: Post<ToPair>) -> Result<Self> {
         let (sender, inbox) = channel();
         // Before anything is read: what is written from here on is sent again. Whoever gives the mirror up ends this.
         disks.iter().for_each(|disk| disk.begin_mirror(number));
@@ -242,7 +243,7 @@ impl Mirror {
 struct Maker {
     disks: Vec<Replica>,
     inbox: Receiver<ToMirror>,
-    to: Sender<ToPair>,
+    to: Post<ToPair>,
     number: u64,
     room: u64,
     reports: Pieces,

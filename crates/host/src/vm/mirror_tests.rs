@@ -42,7 +42,7 @@ fn no_image(_: &[u8], _: &[Replica]) -> Result<()> {
 
 /// Mirrors to the end. Gives how many blocks were sent before the cut.
 fn mirror(disk: &Replica, target: &mut Target) -> Result<usize> {
-    let (to, from) = channel();
+    let (to, from) = Post::new().unwrap();
     let mirror = Mirror::start(vec![disk.clone()], WRITER, 7, to)?;
     mirror.room(1 << 20);
     loop {
@@ -131,7 +131,7 @@ fn what_the_guest_writes_meanwhile_arrives_too() {
             writes
         });
         let mut target = world.target("standby.img", false);
-        let (to, from) = channel();
+        let (to, from) = Post::new().unwrap();
         let mirror = Mirror::start(vec![disk.clone()], WRITER, 7, to).unwrap();
         mirror.room(1 << 30);
         let baseline = loop {
@@ -157,7 +157,7 @@ fn rounds_go_on_while_the_machine_is_copied() {
     let disk = [Replica::create(&world.path("primary.img"), None, blocks as u64 * BLOCK_BYTES).unwrap()];
     disk[0].begin(WRITER, true).unwrap();
     let mut target = world.target("standby.img", false);
-    let (to, from) = channel();
+    let (to, from) = Post::new().unwrap();
     let mirror = Mirror::start(disk.to_vec(), WRITER, 7, to).unwrap();
     mirror.room(1 << 30);
     let baseline = loop {

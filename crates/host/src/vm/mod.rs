@@ -6,6 +6,9 @@
 //! | [`build`] | a machine from a spec, an image or a recording |
 //! | [`pace`] | guest time pulled toward real time |
 //! | [`live`] | run and record: real I/O to inputs, outputs to real I/O |
+//! | [`turns`] | drivers that others drive in their place |
+//! | `line` | the logging channel as a driver has it |
+//! | `asker` | the arbiter, asked on a thread of its own |
 //! | `precopy` | the copy of a running machine to a standby |
 //! | `arrival` | the machine that comes of it there |
 //! | [`pairing`] | the primary's end of the logging channel |
@@ -22,12 +25,14 @@
 //!
 //! *Invariant*: a machine is driven by one thread; everything else reaches it as a message.
 mod arrival;
+mod asker;
 pub mod build;
 pub mod difference;
 mod disk_writer;
 pub mod disks;
 mod follow;
 mod healing;
+mod line;
 pub mod live;
 pub mod mirror;
 pub mod pace;
@@ -38,5 +43,6 @@ pub mod resync;
 pub mod session;
 pub mod spec;
 pub mod standby;
+pub mod turns;
 pub mod vote;
 mod window;

@@ -18,6 +18,7 @@ use super::live::ToVm;
 use super::mirror;
 use super::pairing::ToPair;
 use super::resync::Baseline;
+use super::turns::Post;
 use crate::disk::{self, Replica};
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
@@ -104,7 +105,7 @@ pub(super) struct CopyWiring {
     pub(super) config: Config,
     pub(super) disks: Option<(Vec<Replica>, MirroredDisks)>,
     pub(super) vm: Sender<ToVm>,
-    pub(super) pair: Sender<ToPair>,
+    pub(super) pair: Post<ToPair>,
     pub(super) events: Events,
     pub(super) board: Board,
 }
@@ -177,7 +178,7 @@ struct Thread {
     inbox: Receiver<ToCopy>,
     answer: Sender<ToCopy>,
     vm: Sender<ToVm>,
-    pair: Sender<ToPair>,
+    pair: Post<ToPair>,
     events: Events,
     board: Board,
 }
@@ -316,7 +317,7 @@ pub(super) struct Copier {
 pub(super) struct Surroundings<'a> {
     pub(super) disks: &'a [Replica],
     pub(super) last_output: u64,
-    pub(super) pair: &'a Sender<ToPair>,
+    pub(super) pair: &'a Post<ToPair>,
 }
 
 /// How much of its time the guest loses, in hundredths.

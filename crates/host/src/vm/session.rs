@@ -215,7 +215,7 @@ impl Outside {
     /// The pair is told when what was written to shared disks is durable.
     fn when_written(&self, pair: Option<&PairThread>) {
         if let Some((disks, pair)) = self.disks.as_ref().zip(pair) {
-            let pair = pair.sender.clone();
+            let pair = pair.turns.post().clone();
             // One that has ended wants nothing.
             disks.when_written(Box::new(move |outputs| _ = pair.send(ToPair::Written(outputs))));
         }
@@ -235,7 +235,7 @@ impl Outside {
     /// People are told when a switch refuses this side's frames, and the pair, which finds out whether that is right.
     fn when_fenced(&self, events: &Events, pair: Option<&PairThread>) {
         for (nic, link) in self.links.iter().enumerate() {
-            let (events, pair) = (events.clone(), pair.map(|pair| pair.sender.clone()));
+            let (events, pair) = (events.clone(), pair.map(|pair| pair.turns.post().clone()));
             link.when_fenced(Box::new(move |epoch| {
                 let figures = Map::from_iter([("epoch".to_owned(), json!(epoch)), ("nic".to_owned(), json!(nic))]);
                 let text = format!(
@@ -476,7 +476,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         inbox,
         outlet: outside.outlet(control.board())?,
         recording,
-        pair: pair.as_ref().map(|pair| pair.sender.clone()),
+        pair: pair.as_ref().map(|pair| pair.turns.clone()),
         events: events.clone(),
         digest_interval: if options.record.is_some() || !options.protect.is_empty() { digest_interval } else { 0 },
         disks: replicas.clone(),
@@ -600,7 +600,7 @@ pub fn run_live(
         inbox,
         outlet,
         recording: None,
-        pair: pair.as_ref().map(|pair| pair.sender.clone()),
+        pair: pair.as_ref().map(|pair| pair.turns.clone()),
         events: events.clone(),
         digest_interval: if pair.is_some() { DIGEST_INTERVAL } else { 0 },
         disks: live.disks.clone(),

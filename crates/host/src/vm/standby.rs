@@ -5,8 +5,9 @@
 use std::net::UdpSocket;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::{Map, json};
 use twinstep_machine::{Config, Machine, Output};
@@ -15,12 +16,14 @@ use twinstep_pair::{
     StopReason, Verdict, VmId,
 };
 
+use super::asker::Asker;
 use super::build::Extra;
 use super::follow::{Follower, Replayed, ToReplay};
+use super::line::{Closing, Line};
 use super::mirror::Target;
-use super::pairing::{Asker, Closing, Connection};
 use super::resync::Changes;
 use super::spec::DiskSpec;
+use super::turns::{self, Post, Turn, Turns};
 use super::window::{Window, WindowNews};
 use crate::channel::{Beats, Channel};
 use crate::control::Control;
@@ -92,8 +95,6 @@ pub enum Outcome {
 pub(super) enum ToStandby {
     /// A sign of life of the primary beside the channel.
     Beat,
-    Bytes(Vec<u8>),
-    Closed(String),
     Verdict(Epoch, Verdict),
     /// So many bytes more of an image are used up.
     Taken(u64),
@@ -140,42 +141,76 @@ pub(super) enum ToStandby {
 
 /// Serves one primary to the end. Blocks.
 pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
-    let (sender, inbox) = channel();
+    let (post, inbox) = Post::new()?;
     let (replay, replay_inbox) = channel();
     let peer = wiring.stream.peer().map(|address| address.to_string());
-    let connection = Connection::start(wiring.stream, sender.clone(), ToStandby::Bytes, ToStandby::Closed)?;
+    let line = Line::new(wiring.stream)?;
     let target = Target::new(wiring.disks, wiring.force_stale_disk, wiring.setup.owner.0);
     let owner = wiring.setup.owner.0;
-    let window = wiring.record_window.map(|folder| Window::new(&folder, sender.clone())).transpose()?;
-    let follower = Follower::new(replay_inbox, sender.clone(), target, wiring.cables, wiring.tune, window);
-    std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
+    let window = wiring.record_window.map(|folder| Window::new(&folder, post.clone())).transpose()?;
     let asked = replay.clone();
     wiring.control.serve("standby", move |ask| asked.send(ToReplay::Ask(ask)).is_ok());
-    let told = sender.clone();
+    let told = post.clone();
     // Whoever has ended needs not be told.
     wiring.signals.listen(move |why| _ = told.send(ToStandby::Shutdown(why)));
     let secondary = Secondary::new(wiring.setup).what("the pair's settings do not fit")?;
     let board = wiring.control.board().clone();
     board.set_peer(peer);
-    let mut driver = Driver {
+    let driver = Driver {
+        inbox,
         meter: Meter::new(board.clone(), now_ns()),
         board,
         secondary,
         owner,
         vm: VmId::default(),
-        connection: Some(connection),
+        line: Some(line),
         beat_socket: wiring.beat_socket,
         beats: None,
-        to_self: sender.clone(),
+        to_self: post.clone(),
         closing: Closing::default(),
-        asker: Asker::new(wiring.arbiter, sender, ToStandby::Verdict),
+        asker: Asker::new(wiring.arbiter, post.clone(), ToStandby::Verdict),
         replay,
         events: wiring.events,
         state_differs: 0,
         failure: None,
+        ending: None,
         outcome: None,
     };
-    driver.run(inbox)
+    let driver = Arc::new(Mutex::new(driver));
+    let turns = Turns::new(post.clone(), driver.clone());
+    let follower = Follower::new(replay_inbox, turns, target, wiring.cables, wiring.tune, window);
+    std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
+    own(&driver, &post)
+}
+
+/// The driver's own thread: waits for the primary, for messages and for time.
+fn own(driver: &Mutex<Driver>, post: &Post<ToStandby>) -> Result<Outcome> {
+    let lock = || driver.lock().map_err(|_| Error::new("the thread that replays has failed while it drove the pair"));
+    lock()?.secondary.handle(now(), SecondaryEvent::PeerConnected);
+    let mut readable = false;
+    loop {
+        let (interest, patience) = {
+            let mut driver = lock()?;
+            if std::mem::take(&mut readable) {
+                driver.receive();
+            }
+            driver.turn();
+            driver.look_at_time();
+            if let Some(action) = driver.ending.take() {
+                driver.end(action);
+            }
+            if let Some(outcome) = driver.outcome.take() {
+                let closing = std::mem::take(&mut driver.closing);
+                drop(driver);
+                if !matches!(outcome, Ok(Outcome::Live(_))) {
+                    closing.wait();
+                }
+                return outcome;
+            }
+            (driver.line.as_ref().map(Line::interest), driver.patience())
+        };
+        readable = turns::wait(post, interest.as_ref(), patience)?;
+    }
 }
 
 struct Driver {
@@ -184,11 +219,12 @@ struct Driver {
     owner: [u8; 16],
     /// Whose standby it is.
     vm: VmId,
-    connection: Option<Connection>,
+    inbox: Receiver<ToStandby>,
+    line: Option<Line>,
     /// Where the primary's signs of life beside it come, if anywhere, and what hears them.
     beat_socket: Option<Arc<UdpSocket>>,
     beats: Option<Beats>,
-    to_self: Sender<ToStandby>,
+    to_self: Post<ToStandby>,
     closing: Closing,
     asker: Asker<ToStandby>,
     replay: Sender<ToReplay>,
@@ -199,6 +235,8 @@ struct Driver {
     meter: Meter,
     /// Why this host cannot go on, if it cannot.
     failure: Option<String>,
+    /// The last action, for which the thread that replays is waited for: it is carried out by the driver's own.
+    ending: Option<SecondaryAction>,
     outcome: Option<Result<Outcome>>,
 }
 
@@ -206,28 +244,51 @@ fn now() -> Nanos {
     Nanos(now_ns())
 }
 
-impl Driver {
-    fn run(&mut self, inbox: Receiver<ToStandby>) -> Result<Outcome> {
-        self.secondary.handle(now(), SecondaryEvent::PeerConnected);
+impl Turn for Driver {
+    fn turn(&mut self) {
+        while let Ok(message) = self.inbox.try_recv() {
+            self.take(message);
+        }
         self.act();
-        loop {
-            if let Some(outcome) = self.outcome.take() {
-                if !matches!(outcome, Ok(Outcome::Live(_))) {
-                    self.closing.wait();
+        self.meter.secondary(now_ns(), &self.secondary.status());
+    }
+    fn wants_owner(&self) -> bool {
+        self.ending.is_some() || self.line.as_ref().is_some_and(Line::wants_owner)
+    }
+}
+
+impl Driver {
+    /// How long its thread may wait.
+    fn patience(&self) -> Duration {
+        self.meter.patience(self.secondary.deadline(), now_ns())
+    }
+
+    fn look_at_time(&mut self) {
+        if self.secondary.deadline().is_some_and(|deadline| deadline <= now()) {
+            self.secondary.handle(now(), SecondaryEvent::Tick);
+            self.act();
+        }
+    }
+
+    /// Takes what the primary has sent.
+    fn receive(&mut self) {
+        if let Some(line) = &mut self.line {
+            line.flush();
+        }
+        while let Some(received) = self.line.as_mut().and_then(Line::receive) {
+            let event = match received {
+                Ok(bytes) => {
+                    self.meter.heard(now_ns());
+                    SecondaryEvent::Bytes(bytes)
                 }
-                return outcome;
-            }
-            self.meter.secondary(now_ns(), &self.secondary.status());
-            let deadline = self.secondary.deadline();
-            match inbox.recv_timeout(self.meter.patience(deadline, now_ns())) {
-                Ok(message) => self.take(message),
-                Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|deadline| deadline <= now()) => {
-                    self.secondary.handle(now(), SecondaryEvent::Tick);
+                Err(reason) => {
+                    (self.line, self.beats) = (None, None);
+                    self.meter.lost();
+                    self.events.say("peer-lost", format!("the primary is gone: {reason}"));
+                    SecondaryEvent::PeerClosed { reason }
                 }
-                // Only the figures are due.
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(Error::new("the standby's threads are gone")),
-            }
+            };
+            self.secondary.handle(now(), event);
             self.act();
         }
     }
@@ -235,18 +296,8 @@ impl Driver {
     fn take(&mut self, message: ToStandby) {
         let event = match message {
             // Of a connection that was given up, nothing is wanted.
-            ToStandby::Bytes(_) | ToStandby::Beat | ToStandby::Closed(_) if self.connection.is_none() => return,
-            ToStandby::Bytes(bytes) => {
-                self.meter.heard(now_ns());
-                SecondaryEvent::Bytes(bytes)
-            }
+            ToStandby::Beat if self.line.is_none() => return,
             ToStandby::Beat => SecondaryEvent::Beat,
-            ToStandby::Closed(reason) => {
-                (self.connection, self.beats) = (None, None);
-                self.meter.lost();
-                self.events.say("peer-lost", format!("the primary is gone: {reason}"));
-                SecondaryEvent::PeerClosed { reason }
-            }
             ToStandby::Verdict(epoch, verdict) => {
                 self.asker.answered();
                 let figures = Map::from_iter([("epoch".to_owned(), json!(epoch.0))]);
@@ -316,10 +367,10 @@ impl Driver {
     }
 
     fn open_beats(&mut self, peer: [u8; 16]) {
-        let (Some(connection), Some(socket)) = (&self.connection, &self.beat_socket) else { return };
+        let (Some(line), Some(socket)) = (&self.line, &self.beat_socket) else { return };
         let inbox = self.to_self.clone();
         let heard = move || inbox.send(ToStandby::Beat).is_ok();
-        match Beats::listen(socket.clone(), &connection.beat_key, self.owner, peer, heard) {
+        match Beats::listen(socket.clone(), line.beat_key(), self.owner, peer, heard) {
             Ok(beats) => self.beats = Some(beats),
             // The channel's own heartbeats do without.
             Err(e) => self.events.say("no-heartbeats", e.to_string()),
@@ -330,16 +381,16 @@ impl Driver {
         while let Some(action) = self.secondary.poll() {
             match action {
                 SecondaryAction::Send(bytes) => {
-                    if let Some(connection) = &self.connection {
-                        connection.send(bytes);
+                    if let Some(line) = &mut self.line {
+                        line.send(&bytes);
                     }
                 }
                 SecondaryAction::OpenBeats { peer } => self.open_beats(peer.0),
                 SecondaryAction::Beat => self.beats.iter_mut().for_each(Beats::send),
                 SecondaryAction::Disconnect => {
                     self.beats = None;
-                    if let Some(connection) = self.connection.take() {
-                        self.closing = connection.close();
+                    if let Some(line) = self.line.take() {
+                        self.closing = line.close();
                         self.meter.lost();
                     }
                 }
@@ -370,19 +421,27 @@ impl Driver {
                     self.events.say("arbiter", format!("claiming epoch {}", claim.epoch));
                     self.asker.ask(claim);
                 }
-                SecondaryAction::GoLive { epoch, reissue } => self.go_live(epoch, reissue),
-                SecondaryAction::Stop(reason) => {
-                    if matches!(reason, StopReason::PeerEnded { .. }) {
-                        self.end_with_primary();
-                    }
-                    self.events.say("stopped", reason.to_string());
-                    self.outcome = Some(match self.failure.take() {
-                        Some(failure) => Err(Error::new(format!("this standby cannot follow the primary any more: {failure}"))),
-                        None => Ok(Outcome::Stopped(reason)),
-                    });
-                }
+                ending @ (SecondaryAction::GoLive { .. } | SecondaryAction::Stop(_)) => self.ending = Some(ending),
                 SecondaryAction::Notice(notice) => self.events.say("notice", notice.to_string()),
             }
+        }
+    }
+
+    /// Carries out the last action.
+    fn end(&mut self, action: SecondaryAction) {
+        match action {
+            SecondaryAction::GoLive { epoch, reissue } => self.go_live(epoch, reissue),
+            SecondaryAction::Stop(reason) => {
+                if matches!(reason, StopReason::PeerEnded { .. }) {
+                    self.end_with_primary();
+                }
+                self.events.say("stopped", reason.to_string());
+                self.outcome = Some(match self.failure.take() {
+                    Some(failure) => Err(Error::new(format!("this standby cannot follow the primary any more: {failure}"))),
+                    None => Ok(Outcome::Stopped(reason)),
+                });
+            }
+            other => unreachable!("{other:?} ends nothing"),
         }
     }
 

@@ -12,7 +12,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
@@ -23,6 +22,7 @@ use twinstep_machine::{ConsumerId, Machine, PAGE_SIZE, PageSet, Start};
 use twinstep_migrate::unit_hash;
 
 use super::standby::ToStandby;
+use super::turns::Post;
 use super::{build, replay};
 use crate::disk::Replica;
 use crate::error::{Context, Error, Result};
@@ -87,7 +87,7 @@ struct Agreed {
 /// See the head of this module.
 pub(super) struct Window {
     folder: PathBuf,
-    to: Sender<ToStandby>,
+    to: Post<ToStandby>,
     ram: Arc<File>,
     consumer: Option<ConsumerId>,
     /// Pages that are not zero in the file.
@@ -107,7 +107,7 @@ pub(super) struct Window {
 
 impl Window {
     /// Windows in this folder, which is made if it is not there.
-    pub(super) fn new(folder: &Path, to: Sender<ToStandby>) -> Result<Self> {
+    pub(super) fn new(folder: &Path, to: Post<ToStandby>) -> Result<Self> {
         fs::create_dir_all(folder).at("create", folder)?;
         let path = folder.join(format!(".window-{}", std::process::id()));
         let ram = File::options().read(true).write(true).create(true).truncate(true).open(&path).at("create", &path)?;

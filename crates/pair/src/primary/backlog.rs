@@ -56,6 +56,11 @@ impl Backlog {
         self.pending_bytes >= LOG_BATCH_BYTES
     }
 
+    /// Whether there is something to be sent.
+    pub(super) fn is_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// Takes what is pending, with the number of the first record.
     pub(super) fn take_batch(&mut self) -> Option<(Seq, Vec<Record>)> {
         if self.pending.is_empty() {

@@ -112,6 +112,9 @@ pub struct Primary {
     actions: VecDeque<PrimaryAction>,
 }
 
+/// So many outputs may have left without the secondary having been told. It keeps their data.
+const MAX_UNTOLD: u64 = 64;
+
 /// More actions than this between two calls of `poll` mean that the host does not call it.
 const MAX_ACTIONS: usize = 1 << 20;
 
@@ -199,10 +202,16 @@ impl Primary {
     /// Records given in since the last call go out together in one message when this is called, so the host decides by its own rhythm how
     /// much is batched.
     pub fn poll(&mut self) -> Option<PrimaryAction> {
-        if self.actions.is_empty() {
+        if self.actions.is_empty() && self.is_worth_a_message() {
             self.flush();
         }
         self.actions.pop_front()
+    }
+
+    /// Whether what waits to be sent is sent now. Word of what has left alone is not: it goes with the next records, or with a heartbeat. Until then the
+    /// secondary keeps a few outputs more, and would send them again.
+    fn is_worth_a_message(&self) -> bool {
+        self.backlog.as_ref().is_some_and(Backlog::is_pending) || self.outputs.untold() > MAX_UNTOLD
     }
 
     /// Takes in what happened at `now`.
@@ -690,6 +699,7 @@ impl Primary {
                 if self.beats {
                     self.actions.push_back(PrimaryAction::Beat);
                 }
+                self.flush();
             }
         }
         if let Some(silence) = self.link.as_mut().and_then(|link| link.silence(now, timeout, grace)) {

@@ -74,6 +74,11 @@ impl HeldOutputs {
         news.then_some(self.told)
     }
 
+    /// How many the secondary could be told of now.
+    pub(super) fn untold(&self) -> u64 {
+        self.left - self.told
+    }
+
     /// The newest.
     pub(super) fn produced(&self) -> OutputId {
         self.produced

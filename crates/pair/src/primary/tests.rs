@@ -151,8 +151,27 @@ fn an_output_is_held_until_its_note_is_received() {
     assert_eq!(bench.ack(1, 0, 10).actions, []);
     assert_eq!(bench.ack(2, 0, 10).actions, [release(1)]);
     assert_eq!(bench.ack(3, 3, 13).actions, [release(2)]);
-    let done = bench.tell(PrimaryEvent::OutputsLeft { up_to: 2 });
-    assert_eq!(done.sent, [Message::Released { up_to: 2 }]);
+}
+
+/// That outputs have left is no message of its own: it goes with the next records or heartbeat, unless it is of many.
+#[test]
+fn what_has_left_is_told_on_occasion() {
+    let mut bench = Bench::protected();
+    (1..=3).for_each(|position| _ = bench.output(10 + position));
+    bench.ack(3, 3, 13);
+    assert_eq!(bench.tell(PrimaryEvent::OutputsLeft { up_to: 2 }).sent, []);
+    let records = vec![record(14, 1)];
+    let done = bench.tell(PrimaryEvent::Record(record(14, 1)));
+    assert_eq!(done.sent, [Message::Log { first_seq: 4, records }, Message::Released { up_to: 2 }]);
+    assert_eq!(bench.tell(PrimaryEvent::OutputsLeft { up_to: 3 }).sent, []);
+    bench.now = bench.now.plus(config().heartbeat_interval);
+    let done = bench.tell(PrimaryEvent::Tick);
+    assert!(matches!(done.sent[..], [Message::Heartbeat { .. }, Message::Released { up_to: 3 }]), "{done:?}");
+    (4..=4 + MAX_UNTOLD).for_each(|id| _ = bench.output(11 + id));
+    bench.ack(5 + MAX_UNTOLD, 4, 14);
+    assert_eq!(bench.tell(PrimaryEvent::OutputsLeft { up_to: 3 + MAX_UNTOLD }).sent, []);
+    let up_to = 4 + MAX_UNTOLD;
+    assert_eq!(bench.tell(PrimaryEvent::OutputsLeft { up_to }).sent, [Message::Released { up_to }]);
 }
 
 #[test]

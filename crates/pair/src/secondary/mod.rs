@@ -76,6 +76,8 @@ pub struct Secondary {
     /// When progress of replay is reported at the latest, if there is any.
     report_at: Option<Nanos>,
     last_ack_at: Nanos,
+    /// The time of the last event.
+    now: Nanos,
     arbitration: Option<Arbitration>,
     lost_reason: String,
     /// Only for [`Bug::AckBeforeReceive`].
@@ -115,6 +117,7 @@ impl Secondary {
             ack_due: false,
             report_at: None,
             last_ack_at: Nanos(0),
+            now: Nanos(0),
             arbitration: None,
             lost_reason: String::new(),
             staged: None,
@@ -170,6 +173,7 @@ impl Secondary {
         if matches!(self.state, SecondaryState::Live | SecondaryState::Stopped) {
             return;
         }
+        self.now = self.now.max(now);
         match event {
             SecondaryEvent::PeerConnected => self.on_connected(now),
             SecondaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
@@ -182,7 +186,7 @@ impl Secondary {
             SecondaryEvent::Mismatch { output, position, damaged, detail, changed } => {
                 self.on_mismatch(output, position, damaged, detail, &changed);
             }
-            SecondaryEvent::Replayed { seq, position } => self.on_replayed(now, seq, position),
+            SecondaryEvent::Replayed { seq, position } => self.on_replayed(seq, position),
             SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             SecondaryEvent::Shutdown { reason } => self.on_shutdown(reason),
             SecondaryEvent::Failed { reason } => self.say_goodbye(reason),
@@ -446,7 +450,12 @@ impl Secondary {
             return self.lose_peer(now, &format!("the log goes on at record {first_seq} instead of {expected}"));
         }
         self.received_seq += records.len() as u64;
-        self.ack_due = true;
+        if self.matters() {
+            // Nothing leaves before it is matched, and that is acknowledged at once.
+            self.report_later();
+        } else {
+            self.ack_due = true;
+        }
         if let Some(last) = records.last() {
             self.primary_position = self.primary_position.max(last.position);
         }
@@ -482,7 +491,7 @@ impl Secondary {
         }
     }
 
-    fn on_replayed(&mut self, now: Nanos, seq: Seq, position: u64) {
+    fn on_replayed(&mut self, seq: Seq, position: u64) {
         assert!(seq >= self.replayed_seq && position >= self.replayed_position, "replay goes forward");
         assert!(seq <= self.received_seq, "replay has only what was received");
         if seq == self.replayed_seq && position == self.replayed_position {
@@ -490,19 +499,24 @@ impl Secondary {
         }
         self.replayed_seq = seq;
         self.replayed_position = position;
+        self.report_later();
+        self.go_live_if_consumed();
+    }
+
+    /// Has progress that nobody waits for acknowledged now and then.
+    fn report_later(&mut self) {
         let due_at = self.last_ack_at.plus(self.setup.config.replay_report_interval);
-        if now >= due_at {
-            self.last_ack_at = now;
+        if self.now >= due_at {
             self.ack_due = true;
         } else if self.report_at.is_none() {
             self.report_at = Some(due_at);
         }
-        self.go_live_if_consumed();
     }
 
     fn acknowledge(&mut self) {
         self.ack_due = false;
         self.report_at = None;
+        self.last_ack_at = self.now;
         let ack = Ack {
             received_seq: self.received_seq,
             replayed_seq: self.replayed_seq,
@@ -646,7 +660,6 @@ impl Secondary {
             }
         }
         if self.report_at.is_some_and(|at| now >= at) {
-            self.last_ack_at = now;
             self.report_at = None;
             self.ack_due = true;
         }

@@ -228,7 +228,7 @@ fn progress_of_replay_is_reported_but_not_too_often() {
     assert_eq!(bench.tell(SecondaryEvent::Replayed { seq: 1, position: 11 }).sent.len(), 1);
     assert_eq!(bench.tell(SecondaryEvent::Replayed { seq: 2, position: 12 }).sent, []);
     bench.now = bench.secondary.deadline().unwrap();
-    assert_eq!(bench.now, millis(12));
+    assert_eq!(bench.now, millis(10).plus(config().replay_report_interval));
     let done = bench.tell(SecondaryEvent::Tick);
     let Some(Message::Ack(ack)) = done.sent.last() else { panic!("{done:?}") };
     assert_eq!((ack.replayed_seq, ack.replayed_position), (2, 12));

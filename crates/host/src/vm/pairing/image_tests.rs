@@ -50,8 +50,8 @@ fn a_machine_and_its_disk_arrive_as_they_were_at_the_cut() {
     let mut machine = Machine::new(config, disks::of_machine(&disk)).unwrap();
     (0..1000).for_each(|turn| write(&mut machine, &disk[0], turn));
 
-    let (to_pair, pair) = channel();
-    let (to_vm, vm) = channel();
+    let (to_pair, pair) = Post::new().unwrap();
+    let (to_vm, vm) = std::sync::mpsc::channel();
     let spec = dir.path().join("there.img").to_str().unwrap().parse().unwrap();
     let mut there = There { target: Target::new(vec![spec], false, [3; 16]), arrival: None };
     let mut feed = Feed::default();

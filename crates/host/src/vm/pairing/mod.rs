@@ -1,4 +1,4 @@
-//! The primary's end of the logging channel: the thread that drives [`twinstep_pair::Primary`].
+//! The primary's end of the logging channel: drives [`twinstep_pair::Primary`], on a thread of its own and on the machine's ([`super::turns`]).
 //!
 //! *In*: entries and outputs from the machine's thread, bytes from the standby, verdicts from the arbiter. *Out*: bytes to the standby,
 //! outputs that may leave, and word to the machine's thread. *Invariant*: an output is handed to the world here and nowhere else, and only when
@@ -10,27 +10,28 @@ mod image_tests;
 mod leaving;
 
 use std::collections::VecDeque;
-use std::io::Read;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Map, json};
 use twinstep_machine::Output;
 use twinstep_pair::{
-    Arbiter, Claim, Epoch, Nanos, Notice, OutputId, OwnerId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record,
-    StopReason, Verdict,
+    Arbiter, Epoch, Nanos, Notice, OutputId, OwnerId, Primary, PrimaryAction, PrimaryEvent, PrimaryState, Record, StopReason,
+    Verdict,
 };
 
 use self::feed::Feed;
+use super::asker::Asker;
 use super::difference;
 use super::healing::{Healing, Standbys};
+use super::line::{Closing, Line};
 use super::live::{Outlet, ToVm};
 use super::mirror::{Mirror, Mirrored};
 use super::precopy::{self, CopyId, CopyNews, Copying};
 use super::resync::{self, Delta};
-use crate::channel::{BeatKey, Beats, Channel, Reached};
+use super::turns::{self, Post, Turn, Turns};
+use crate::channel::{Beats, Channel, Reached};
 use crate::disk::{Replica, Writer};
 use crate::error::{Context, Result};
 use crate::events::{Events, now_ns};
@@ -85,12 +86,8 @@ pub enum ToPair {
     },
     /// It cannot be made.
     NoDelta(String),
-    /// Bytes from the standby, on the connection of this number.
-    Bytes(u64, Vec<u8>),
     /// A sign of life beside the connection of this number.
     Beat(u64),
-    /// The connection of this number is gone.
-    Closed(u64, String),
     /// The arbiter's answer.
     Verdict(Epoch, Verdict),
     /// So many outputs to shared disks, the oldest ones, have been carried out and are durable.
@@ -108,126 +105,6 @@ pub enum ToPair {
         /// Why.
         reason: String,
     },
-}
-
-/// A connection: a thread that reads, a thread that writes.
-pub(super) struct Connection {
-    writer: Sender<Vec<u8>>,
-    closing: Closing,
-    /// For signs of life beside it.
-    pub(super) beat_key: BeatKey,
-}
-
-/// A connection that nothing more is put into. Its threads still send what was put in, and read until the other side has closed as well.
-#[derive(Default)]
-pub(super) struct Closing(Vec<JoinHandle<()>>);
-
-/// How long the other side is waited for at the end. It closes at once if it is alive.
-const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
-
-impl Closing {
-    /// Waits until the last words have arrived. To be called before the process ends, which would cut them off: a refusal would have no reason, and
-    /// a goodbye that is not heard is a death.
-    pub(super) fn wait(&self) {
-        let deadline = Instant::now() + CLOSING_PATIENCE;
-        while !self.0.iter().all(JoinHandle::is_finished) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-/// Bytes read from a connection at once at most.
-const READ_BYTES: usize = 256 << 10;
-
-impl Connection {
-    /// Starts both threads. `bytes` and `closed` make messages of what is read.
-    pub(super) fn start<M: Send + 'static>(
-        stream: Channel,
-        to: Sender<M>,
-        bytes: impl Fn(Vec<u8>) -> M + Send + 'static,
-        closed: impl Fn(String) -> M + Send + 'static,
-    ) -> Result<Self> {
-        let beat_key = stream.beat_key()?;
-        let (mut reading, mut writing) = stream.split()?;
-        let reader = std::thread::Builder::new()
-            .name("channel-read".into())
-            .spawn(move || {
-                let mut buffer = vec![0; READ_BYTES];
-                loop {
-                    let reason = match reading.read(&mut buffer) {
-                        Ok(0) => "the other side closed the connection".to_owned(),
-                        Ok(n) => {
-                            // Read also when nobody wants it any more: a socket that is closed over unread bytes resets the connection, and
-                            // the other side loses what it has not read yet.
-                            let _ = to.send(bytes(buffer[..n].to_vec()));
-                            continue;
-                        }
-                        Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
-                        Err(e) => e.to_string(),
-                    };
-                    let _ = to.send(closed(reason));
-                    return;
-                }
-            })
-            .what("cannot start a thread")?;
-        let (writer, queue) = channel::<Vec<u8>>();
-        let write_thread = std::thread::Builder::new()
-            .name("channel-write".into())
-            .spawn(move || {
-                // The queue is bounded by the pair's own limits on what may be under way.
-                while let Ok(bytes) = queue.recv() {
-                    if writing.write_all(&bytes).is_err() {
-                        // The reader sees the same failure and says so.
-                        return writing.cut();
-                    }
-                }
-                writing.finish();
-            })
-            .what("cannot start a thread")?;
-        Ok(Self { writer, closing: Closing(vec![reader, write_thread]), beat_key })
-    }
-    /// Queues bytes.
-    pub(super) fn send(&self, bytes: Vec<u8>) {
-        // A writer that has ended has closed the connection, which the reader reports.
-        let _ = self.writer.send(bytes);
-    }
-    /// Puts nothing more in.
-    pub(super) fn close(self) -> Closing {
-        self.closing
-    }
-}
-
-/// An arbiter that is asked on a thread of its own, one question at a time, since it may take long to answer.
-pub(super) struct Asker<M: Send + 'static> {
-    arbiter: Arc<Mutex<Box<dyn Arbiter + Send>>>,
-    asking: Option<Claim>,
-    to: Sender<M>,
-    answer: fn(Epoch, Verdict) -> M,
-}
-
-impl<M: Send + 'static> Asker<M> {
-    pub(super) fn new(arbiter: Box<dyn Arbiter + Send>, to: Sender<M>, answer: fn(Epoch, Verdict) -> M) -> Self {
-        Self { arbiter: Arc::new(Mutex::new(arbiter)), asking: None, to, answer }
-    }
-    /// Puts a claim, unless the same one is still waiting for its answer.
-    pub(super) fn ask(&mut self, claim: Claim) {
-        if self.asking == Some(claim) {
-            return;
-        }
-        self.asking = Some(claim);
-        let (arbiter, to, answer) = (self.arbiter.clone(), self.to.clone(), self.answer);
-        let asked = std::thread::Builder::new().name("arbiter".into()).spawn(move || {
-            let verdict = arbiter.lock().unwrap_or_else(std::sync::PoisonError::into_inner).test_and_set(&claim);
-            let _ = to.send(answer(claim.epoch, verdict));
-        });
-        if asked.is_err() {
-            let _ = self.to.send((self.answer)(claim.epoch, Verdict::Unreachable));
-        }
-    }
-    /// The answer has come.
-    pub(super) fn answered(&mut self) {
-        self.asking = None;
-    }
 }
 
 /// What the pair's thread works with.
@@ -261,15 +138,10 @@ pub struct PairWiring {
 /// Tells the networks in which epoch the VM runs here.
 pub type Identify = Arc<dyn Fn(u64) + Send + Sync>;
 
-fn connection(stream: Channel, number: u64, to: &Sender<ToPair>) -> Result<Connection> {
-    let bytes = move |bytes| ToPair::Bytes(number, bytes);
-    Connection::start(stream, to.clone(), bytes, move |reason| ToPair::Closed(number, reason))
-}
-
 /// A running pair thread.
 pub struct PairThread {
-    /// Messages to it.
-    pub sender: Sender<ToPair>,
+    /// Messages to it, and its turns.
+    pub turns: Turns<ToPair>,
     thread: std::thread::JoinHandle<PairReport>,
 }
 
@@ -291,18 +163,18 @@ pub struct PairReport {
 impl PairThread {
     /// Starts the thread.
     pub fn start(wiring: PairWiring) -> Result<Self> {
-        let (sender, inbox) = channel();
-        let connection = wiring.stream.map(|stream| connection(stream, 0, &sender)).transpose()?;
-        let mut driver = Driver {
-            asker: Asker::new(wiring.arbiter, sender.clone(), ToPair::Verdict),
-            healing: Healing::new(wiring.standbys, sender.clone(), ToPair::Reached, wiring.events.clone()),
-            to_self: sender.clone(),
+        let (post, inbox) = Post::new()?;
+        let line = wiring.stream.map(Line::new).transpose()?;
+        let driver = Driver {
+            asker: Asker::new(wiring.arbiter, post.clone(), ToPair::Verdict),
+            healing: Healing::new(wiring.standbys, post.clone(), ToPair::Reached, wiring.events.clone()),
+            to_self: post.clone(),
             copy: wiring.copy,
             copying: None,
             copies: 0,
             primary: wiring.primary,
             inbox,
-            connection,
+            line,
             connections: 0,
             beats: None,
             closing: Closing::default(),
@@ -332,14 +204,46 @@ impl PairThread {
             held_before: (0, 0),
             done: false,
         };
-        let thread = std::thread::Builder::new().name("pair".into()).spawn(move || driver.run()).what("cannot start a thread")?;
-        Ok(Self { sender, thread })
+        let driver = Arc::new(Mutex::new(driver));
+        let turns = Turns::new(post.clone(), driver.clone());
+        let own = move || own(&driver, &post);
+        let thread = std::thread::Builder::new().name("pair".into()).spawn(own).what("cannot start a thread")?;
+        Ok(Self { turns, thread })
     }
     /// Waits for its end, which comes after the guest's.
     pub fn join(self) -> PairReport {
-        drop(self.sender);
         self.thread.join().unwrap_or_default()
     }
+}
+
+/// The driver's own thread: waits for the standby, for messages and for time.
+fn own(driver: &Mutex<Driver>, post: &Post<ToPair>) -> PairReport {
+    let mut readable = false;
+    // Who panics while it drives takes the pair with it.
+    let lock = || driver.lock().expect("nobody has failed while it drove the pair");
+    lock().begin();
+    loop {
+        let (interest, patience) = {
+            let mut driver = lock();
+            if std::mem::take(&mut readable) {
+                driver.receive();
+            }
+            driver.turn();
+            driver.look_at_time();
+            // Once it is over, not another action is carried out.
+            if driver.done {
+                break;
+            }
+            (driver.line.as_ref().map(Line::interest), driver.patience())
+        };
+        match turns::wait(post, interest.as_ref(), patience) {
+            Ok(ready) => readable = ready,
+            Err(e) => lock().tell_vm(ToVm::Fail(e.to_string())),
+        }
+    }
+    let closing = std::mem::take(&mut lock().closing);
+    closing.wait();
+    std::mem::take(&mut lock().report)
 }
 
 /// Outputs that the secondary has not matched. Those that are too many are forgotten, the oldest first: then a difference in them is shown without bytes.
@@ -393,10 +297,10 @@ struct Driver {
     primary: Primary,
     healing: Healing<ToPair>,
     /// For threads of connections to come.
-    to_self: Sender<ToPair>,
+    to_self: Post<ToPair>,
     inbox: Receiver<ToPair>,
-    connection: Option<Connection>,
-    /// The number of the newest connection: what still comes on an earlier one is wanted by nobody.
+    line: Option<Line>,
+    /// The number of the newest connection: what still comes beside an earlier one is wanted by nobody.
     connections: u64,
     /// Signs of life beside it.
     beats: Option<Beats>,
@@ -446,66 +350,87 @@ fn now() -> Nanos {
     Nanos(now_ns())
 }
 
+impl Turn for Driver {
+    fn turn(&mut self) {
+        // What has come meanwhile goes into the same packets.
+        while !self.done
+            && let Ok(message) = self.inbox.try_recv()
+        {
+            self.take(message);
+        }
+        self.act();
+    }
+    fn wants_owner(&self) -> bool {
+        self.done || self.line.as_ref().is_some_and(Line::wants_owner)
+    }
+}
+
 impl Driver {
-    fn run(&mut self) -> PairReport {
-        if self.connection.is_some() {
+    fn begin(&mut self) {
+        if self.line.is_some() {
             let standbys = self.healing.greeting();
-            self.event(PrimaryEvent::PeerConnected { standbys });
-        } else {
+            self.primary.handle(now(), PrimaryEvent::PeerConnected { standbys });
+        }
+    }
+
+    /// How long its thread may wait.
+    fn patience(&self) -> Duration {
+        self.meter.patience(self.deadline(), now_ns())
+    }
+
+    fn deadline(&self) -> Option<Nanos> {
+        self.primary.deadline().into_iter().chain(self.healing.deadline()).min()
+    }
+
+    fn look_at_time(&mut self) {
+        if self.deadline().is_some_and(|deadline| deadline <= now()) {
+            self.primary.handle(now(), PrimaryEvent::Tick);
             self.act();
         }
-        // Once it is over, not another action is carried out.
-        while !self.done {
-            let deadline = self.primary.deadline().into_iter().chain(self.healing.deadline()).min();
-            match self.inbox.recv_timeout(self.meter.patience(deadline, now_ns())) {
-                Ok(message) => {
-                    self.take(message);
-                    // What has come meanwhile goes into the same packets.
-                    let mut more = 0;
-                    while more < 256
-                        && let Ok(message) = self.inbox.try_recv()
-                    {
-                        self.take(message);
-                        more += 1;
-                    }
-                    self.act();
-                }
-                Err(RecvTimeoutError::Timeout) if deadline.is_some_and(|deadline| deadline <= now()) => {
-                    self.event(PrimaryEvent::Tick);
-                }
-                // Only the figures are due.
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-            self.meter.primary(now_ns(), &self.primary.status());
-            self.status();
+        self.status();
+    }
+
+    /// Takes what the standby has sent.
+    fn receive(&mut self) {
+        if let Some(line) = &mut self.line {
+            line.flush();
         }
-        self.closing.wait();
-        std::mem::take(&mut self.report)
+        while !self.done
+            && let Some(received) = self.line.as_mut().and_then(Line::receive)
+        {
+            let event = match received {
+                Ok(bytes) => {
+                    self.meter.heard(now_ns());
+                    PrimaryEvent::Bytes(bytes)
+                }
+                Err(reason) => {
+                    (self.line, self.mirror, self.beats) = (None, None, None);
+                    self.meter.lost();
+                    PrimaryEvent::PeerClosed { reason }
+                }
+            };
+            self.primary.handle(now(), event);
+            self.act();
+        }
     }
 
     fn disconnect(&mut self) {
         (self.mirror, self.beats) = (None, None);
-        if let Some(connection) = self.connection.take() {
-            self.closing = connection.close();
+        if let Some(line) = self.line.take() {
+            self.closing = line.close();
             self.meter.lost();
         }
     }
 
     fn open_beats(&mut self, to: &str, peer: OwnerId) {
-        let Some(connection) = &self.connection else { return };
+        let Some(line) = &self.line else { return };
         let (number, inbox) = (self.connections, self.to_self.clone());
         let heard = move || inbox.send(ToPair::Beat(number)).is_ok();
-        match Beats::toward(to, &connection.beat_key, self.writer.owner, peer.0, heard) {
+        match Beats::toward(to, line.beat_key(), self.writer.owner, peer.0, heard) {
             Ok(beats) => self.beats = Some(beats),
             // The channel's own heartbeats do without.
             Err(e) => self.events.say("no-heartbeats", e.to_string()),
         }
-    }
-
-    fn event(&mut self, event: PrimaryEvent) {
-        self.primary.handle(now(), event);
-        self.act();
     }
 
     fn take(&mut self, message: ToPair) {
@@ -540,21 +465,8 @@ impl Driver {
                 PrimaryEvent::PeerClosed { reason }
             }
             // Of a connection that was given up, nothing is wanted.
-            ToPair::Bytes(number, _) | ToPair::Beat(number) | ToPair::Closed(number, _)
-                if self.connection.is_none() || number != self.connections =>
-            {
-                return;
-            }
-            ToPair::Bytes(_, bytes) => {
-                self.meter.heard(now_ns());
-                PrimaryEvent::Bytes(bytes)
-            }
+            ToPair::Beat(number) if self.line.is_none() || number != self.connections => return,
             ToPair::Beat(_) => PrimaryEvent::Beat,
-            ToPair::Closed(_, reason) => {
-                (self.connection, self.mirror, self.beats) = (None, None, None);
-                self.meter.lost();
-                PrimaryEvent::PeerClosed { reason }
-            }
             ToPair::Verdict(epoch, verdict) => {
                 self.asker.answered();
                 let figures = Map::from_iter([("epoch".to_owned(), json!(epoch.0))]);
@@ -572,7 +484,7 @@ impl Driver {
             }
             // The switch may be wrong. So may this side, and the arbiter knows.
             ToPair::Fenced(epoch) => {
-                if self.connection.is_none() {
+                if self.line.is_none() {
                     return;
                 }
                 self.disconnect();
@@ -582,7 +494,7 @@ impl Driver {
             ToPair::Abandon => {
                 self.events.say("abandoned", "this host has failed; the secondary may take over");
                 self.held.clear();
-                self.connection = None;
+                self.line = None;
                 self.done = true;
                 return;
             }
@@ -594,15 +506,15 @@ impl Driver {
     /// A standby was reached, or not: the connection is taken over if the VM still has none.
     fn reached(&mut self, result: Result<Reached>) -> Option<Vec<String>> {
         let (stream, standbys) = self.healing.reached(result)?;
-        if self.primary.state() != PrimaryState::Unprotected || self.connection.is_some() {
+        if self.primary.state() != PrimaryState::Unprotected || self.line.is_some() {
             return None;
         }
         let peer = stream.peer().map(|address| address.to_string());
-        match connection(stream, self.connections + 1, &self.to_self) {
-            Ok(connection) => {
+        match Line::new(stream) {
+            Ok(line) => {
                 self.board.set_peer(peer);
                 self.connections += 1;
-                self.connection = Some(connection);
+                self.line = Some(line);
                 Some(standbys)
             }
             Err(e) => {
@@ -620,8 +532,8 @@ impl Driver {
         {
             match action {
                 PrimaryAction::Send(bytes) => {
-                    if let Some(connection) = &self.connection {
-                        connection.send(bytes);
+                    if let Some(line) = &mut self.line {
+                        line.send(&bytes);
                     }
                 }
                 PrimaryAction::OpenBeats { to, peer } => self.open_beats(&to, peer),
