@@ -2,11 +2,11 @@
 //! encodes and decodes to itself.
 #![no_main]
 use libfuzzer_sys::fuzz_target;
-use twinstep_pair::wire::{Decoder, MAX_VERSION, Message, WireError, encode};
+use twinstep_pair::wire::{Decoder, Message, WireError, encode};
 
 fn decode(bytes: &[u8], piece: usize) -> (Vec<Message>, Option<WireError>) {
     let mut decoder = Decoder::new();
-    decoder.agree(MAX_VERSION);
+    decoder.greeted();
     let mut messages = Vec::new();
     for piece in bytes.chunks(piece) {
         decoder.push(piece);
@@ -26,6 +26,6 @@ fuzz_target!(|input: (u8, &[u8])| {
     let (messages, error) = decode(bytes, 1 << 16);
     assert_eq!((messages.clone(), error), decode(bytes, usize::from(piece) + 1));
     for message in messages {
-        assert_eq!(decode(&encode(&message, MAX_VERSION), 1 << 16), (vec![message], None));
+        assert_eq!(decode(&encode(&message), 1 << 16), (vec![message], None));
     }
 });

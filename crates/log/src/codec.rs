@@ -190,7 +190,7 @@ fn checks(header: &Header, payload: &[u8]) -> (u32, u32) {
     (check, hasher.finalize())
 }
 
-fn encode_payload(event: &Event, out: &mut Vec<u8>) {
+pub(crate) fn encode_payload(event: &Event, out: &mut Vec<u8>) {
     match event {
         Event::Input(input) => input::encode(input, out),
         Event::Output(note) => out.extend_from_slice(note_layout(note).as_bytes()),
@@ -268,7 +268,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Parsed, Fault> {
     Ok(Parsed::Whole(Entry { position: header.position.get(), event }, whole))
 }
 
-fn decode_payload(kind: EntryKind, payload: &[u8]) -> Result<Event, &'static str> {
+pub(crate) fn decode_payload(kind: EntryKind, payload: &[u8]) -> Result<Event, &'static str> {
     match kind {
         EntryKind::Clock
         | EntryKind::NetRx
@@ -287,22 +287,70 @@ fn decode_payload(kind: EntryKind, payload: &[u8]) -> Result<Event, &'static str
     }
 }
 
+/// The note as the logging channel carries it ([`crate::channel`]).
+pub(crate) fn encode_short_note(note: &OutputNote, out: &mut Vec<u8>) {
+    let layout = note_layout(note);
+    out.extend_from_slice(&[layout.port, layout.nic]);
+    if layout.port == PORT_NIC_GSO {
+        out.extend_from_slice(layout.segment_size.as_bytes());
+    }
+    let mut length = note.length;
+    while length >= 0x80 {
+        out.push(length as u8 | 0x80);
+        length >>= 7;
+    }
+    out.push(length as u8);
+    out.extend_from_slice(&note.digest.to_le_bytes());
+}
+
+pub(crate) fn decode_short_note(payload: &[u8]) -> Result<OutputNote, &'static str> {
+    let mut rest = payload.iter().copied();
+    let mut next = || rest.next().ok_or("an output note is cut short");
+    let (port, nic) = (next()?, next()?);
+    let segment_size = if port == PORT_NIC_GSO { u16::from_le_bytes([next()?, next()?]) } else { 0 };
+    let port = port_of(port, nic, segment_size)?;
+    let mut length = 0u64;
+    for at in 0.. {
+        let byte = next()?;
+        length |= u64::from(byte & 0x7f) << (7 * at);
+        if length > u64::from(u32::MAX) {
+            return Err("the length is too large");
+        }
+        if byte & 0x80 == 0 {
+            if byte == 0 && at > 0 {
+                return Err("the length has a leading zero");
+            }
+            break;
+        }
+        if at == 4 {
+            return Err("the length is too large");
+        }
+    }
+    let digest: Vec<u8> = rest.collect();
+    let digest = u128::from_le_bytes(digest.try_into().map_err(|_| "the digest has 16 bytes")?);
+    Ok(OutputNote { port, length: length as u32, digest })
+}
+
+fn port_of(port: u8, nic: u8, segment_size: u16) -> Result<OutputPort, &'static str> {
+    match (port, nic) {
+        (PORT_NIC, nic) => Ok(OutputPort::Nic(nic)),
+        (PORT_SERIAL, 0) => Ok(OutputPort::Serial),
+        (PORT_CONSOLE, 0) => Ok(OutputPort::Console),
+        (PORT_NIC_GSO, nic) => Ok(OutputPort::NicGso { nic, segment_size }),
+        (PORT_DISK, disk) => Ok(OutputPort::Disk(disk)),
+        (PORT_DISK_FLUSH, disk) => Ok(OutputPort::DiskFlush(disk)),
+        (PORT_SERIAL | PORT_CONSOLE, _) => Err("a network card is named for an output that has none"),
+        _ => Err("the output port is not known"),
+    }
+}
+
 fn decode_note(payload: &[u8]) -> Result<OutputNote, &'static str> {
     let layout = NoteLayout::ref_from_bytes(payload).map_err(|_| "an output note has 24 bytes")?;
     let segment_size = layout.segment_size.get();
     if layout.port != PORT_NIC_GSO && segment_size != 0 {
         return Err("bytes that are reserved for this port are not zero");
     }
-    let port = match (layout.port, layout.nic) {
-        (PORT_NIC, nic) => OutputPort::Nic(nic),
-        (PORT_SERIAL, 0) => OutputPort::Serial,
-        (PORT_CONSOLE, 0) => OutputPort::Console,
-        (PORT_NIC_GSO, nic) => OutputPort::NicGso { nic, segment_size },
-        (PORT_DISK, disk) => OutputPort::Disk(disk),
-        (PORT_DISK_FLUSH, disk) => OutputPort::DiskFlush(disk),
-        (PORT_SERIAL | PORT_CONSOLE, _) => return Err("a network card is named for an output that has none"),
-        _ => return Err("the output port is not known"),
-    };
+    let port = port_of(layout.port, layout.nic, segment_size)?;
     Ok(OutputNote { port, length: layout.length.get(), digest: layout.digest.get() })
 }
 

@@ -15,6 +15,7 @@
 //! | [`vote`] | whose output a third machine makes |
 //! | [`container`] | how files begin, and how they can be wrong |
 //! | [`stats`] | how much of what |
+pub mod channel;
 pub mod codec;
 pub mod compare;
 pub mod container;

@@ -1,37 +1,30 @@
-//! One connection of the logging channel, as either side sees it: framing, version, heartbeats, silence.
+//! One connection of the logging channel, as either side sees it: framing, heartbeats, silence.
 //!
-//! In: bytes, messages, time. Out: messages, frames, the moment of the next heartbeat, a suspicion. Invariant: nothing survives
-//! a connection; the next one starts with a new `Link`, so a half-received frame or an old version can't leak into it.
+//! In: bytes, time. Out: messages, the moment of the next heartbeat, a suspicion. Invariant: nothing survives
+//! a connection; the next one starts with a new `Link`, so a half-received frame can't leak into it.
 
 use crate::config::Config;
 use crate::detector::{Detector, Grace};
 use crate::types::Nanos;
-use crate::wire::{Decoder, MAX_VERSION, Message, WireError, encode};
+use crate::wire::{Decoder, Message, WireError};
 
 /// One connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
     decoder: Decoder,
     detector: Detector,
-    version: u16,
     beat_at: Nanos,
 }
 
 impl Link {
     /// A connection that was made now.
     pub(crate) fn new(now: Nanos, config: &Config) -> Link {
-        Link {
-            decoder: Decoder::new(),
-            detector: Detector::new(now),
-            version: MAX_VERSION,
-            beat_at: now.plus(config.heartbeat_interval),
-        }
+        Link { decoder: Decoder::new(), detector: Detector::new(now), beat_at: now.plus(config.heartbeat_interval) }
     }
 
     /// The greeting is over.
-    pub(crate) fn agree(&mut self, version: u16) {
-        self.version = version;
-        self.decoder.agree(version);
+    pub(crate) fn greeted(&mut self) {
+        self.decoder.greeted();
     }
 
     /// Bytes came in; take the messages out with [`Link::next_message`].
@@ -47,11 +40,6 @@ impl Link {
             self.detector.heard(now);
         }
         Ok(message)
-    }
-
-    /// The frame of a message on this connection.
-    pub(crate) fn frame(&self, message: &Message) -> Vec<u8> {
-        encode(message, self.version)
     }
 
     /// Whether a heartbeat is due; if so, the next one is due an interval from now.

@@ -61,13 +61,13 @@ pub(crate) fn record(position: u64, length: usize) -> Record {
 }
 
 pub(crate) fn frame(message: &Message) -> Vec<u8> {
-    encode(message, MAX_VERSION)
+    encode(message)
 }
 
 /// The messages in bytes that were sent.
 pub(crate) fn messages(bytes: &[u8]) -> Vec<Message> {
     let mut decoder = Decoder::new();
-    decoder.agree(MAX_VERSION);
+    decoder.greeted();
     decoder.push(bytes);
     let mut found = Vec::new();
     while let Some(message) = decoder.next_message().expect("what is sent is sound") {

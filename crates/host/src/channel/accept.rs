@@ -131,7 +131,7 @@ impl Door {
             Security::Tls(_) if begins[0] == wire::MAGIC[0] => {
                 let reason = "this standby speaks TLS only: give `run` --tls DIR as well".to_owned();
                 // If it is a primary, it shows that to people.
-                let _ = Hurried::new(stream).write_all(&wire::encode(&Message::Refuse { reason }, wire::GREETING_VERSION));
+                let _ = Hurried::new(stream).write_all(&wire::encode(&Message::Refuse { reason }));
                 return Err("it does not speak TLS".into());
             }
             Security::OnThisHost | Security::Plaintext if speaks_tls => {

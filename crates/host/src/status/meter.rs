@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use twinstep_log::EntryKind;
+use twinstep_pair::wire::record_bytes;
 use twinstep_pair::{Nanos, PrimaryStatus, Record, SecondaryStatus};
 
 use super::LogRate;
@@ -30,6 +31,8 @@ struct Published {
 pub struct Meter {
     board: Board,
     log: [LogRate; KINDS],
+    /// Of the last record.
+    position: u64,
     /// The log when the span of the rates began.
     before: [LogRate; KINDS],
     before_ns: u64,
@@ -48,6 +51,7 @@ impl Meter {
         Self {
             board,
             log: [LogRate::default(); KINDS],
+            position: 0,
             before: [LogRate::default(); KINDS],
             before_ns: now_ns,
             latency: Latency::default(),
@@ -58,12 +62,15 @@ impl Meter {
             published: None,
         }
     }
-    /// A record of the log.
-    pub fn record(&mut self, record: &Record) {
+    /// A record of the log. Gives the bytes it takes on the channel.
+    pub fn record(&mut self, record: &Record) -> u64 {
+        let bytes = record_bytes(self.position, record) as u64;
+        self.position = record.position;
         let kind = EntryKind::ALL.iter().position(|kind| kind.number() == record.kind).unwrap_or(KINDS - 1);
         self.log[kind].entries += 1;
-        self.log[kind].bytes += record.bytes.len() as u64;
+        self.log[kind].bytes += bytes;
         self.fresh_bytes += record.cost_bytes();
+        bytes
     }
     /// The other side was heard.
     pub fn heard(&mut self, now_ns: u64) {
@@ -215,7 +222,7 @@ mod tests {
         assert_eq!((status.state.as_str(), status.epoch), ("protected", Some(4)), "another state is told at once");
         assert_eq!((status.lag.instructions, status.lag.unreceived_bytes, status.lag.unreplayed_bytes), (77, 10, 20));
         assert!(status.lag.replayed_ns > 0 && status.lag.received_ns > 0 && status.heartbeat_age_ns.is_some());
-        assert_eq!((status.log["clock"].entries, status.log["clock"].bytes, status.log["output"].bytes), (2, 40, 30));
+        assert_eq!((status.log["clock"].entries, status.log["clock"].bytes, status.log["output"].bytes), (2, 46, 33));
         assert_eq!((status.commit.total.count, status.commit.minute.max_ns), (1, 1_000_000));
         assert_eq!((status.counts.throttled, status.throttled), (1, true));
 
@@ -223,7 +230,7 @@ mod tests {
         meter.throttle(None);
         meter.primary(2 * RATE_NS, &primary(PrimaryState::Protected, 3, 3, 3));
         let status = seen(&board);
-        assert_eq!((status.log["clock"].entries_per_s, status.log["clock"].bytes_per_s), (1.0, 20.0));
+        assert_eq!((status.log["clock"].entries_per_s, status.log["clock"].bytes_per_s), (1.0, 23.0));
         assert_eq!((status.lag.replayed_ns, status.lag.received_ns, status.throttled), (0, 0, false));
         meter.lost();
         meter.primary(3 * RATE_NS, &primary(PrimaryState::Unprotected, 0, 0, 0));

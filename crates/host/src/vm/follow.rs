@@ -300,10 +300,11 @@ impl Follower {
         while self.running.as_ref().is_some_and(|running| !running.still)
             && let Some((seq, record)) = self.waiting.pop_front()
         {
+            let entry = entry_of(&record)?;
             if let Some(window) = &mut self.window {
-                window.entry(&record.bytes);
+                window.entry(&entry);
             }
-            if !self.follow(entry_of(&record)?)? {
+            if !self.follow(entry)? {
                 // Without the primary, it is what comes next.
                 self.waiting.push_front((seq, record));
                 break;

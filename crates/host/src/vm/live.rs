@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-use twinstep_log::{EndReason, Entry, EntryKind, LogStats, Recorder, encode_into};
+use twinstep_log::channel::{decode_payload, encode_payload};
+use twinstep_log::{EndReason, Entry, EntryKind, LogStats, Recorder};
 use twinstep_machine::{Activity, DiskRequest, DiskWanted, Input, Machine, Output, Pause};
 use twinstep_pair::Record;
 
@@ -564,19 +565,12 @@ impl Live {
 
 /// A log entry as the pair carries it.
 fn record_of(entry: &Entry) -> Record {
-    let mut bytes = Vec::new();
-    encode_into(entry, &mut bytes).expect("what goes through the door fits an entry");
+    let bytes = encode_payload(entry).expect("what goes through the door fits an entry");
     Record { position: entry.position, kind: entry.event.kind().number(), bytes }
 }
 
 /// An entry from a pair's record.
 pub(super) fn entry_of(record: &Record) -> Result<Entry> {
-    let mut decoder = twinstep_log::Decoder::new();
-    decoder.push(&record.bytes);
-    let entry = decoder.pop().map_err(|e| Error::new("a record of the log cannot be read").because(e))?;
-    let entry = entry.ok_or_else(|| Error::new("a record of the log is cut"))?;
-    if entry.position != record.position || entry.event.kind().number() != record.kind {
-        return Err(Error::new("a record of the log says two things about itself"));
-    }
-    Ok(entry)
+    decode_payload(record.position, record.kind, &record.bytes)
+        .map_err(|e| Error::new("a record of the log cannot be read").because(e))
 }

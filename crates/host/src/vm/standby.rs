@@ -412,7 +412,7 @@ impl Driver {
                 SecondaryAction::ImageChunk(bytes) => self.tell_replay(ToReplay::Chunk(bytes)),
                 SecondaryAction::Restore { position } => self.tell_replay(ToReplay::Restore { position }),
                 SecondaryAction::Replay { first_seq, records } => {
-                    records.iter().for_each(|record| self.meter.record(record));
+                    records.iter().for_each(|record| _ = self.meter.record(record));
                     self.tell_replay(ToReplay::Records { first_seq, records });
                 }
                 SecondaryAction::Diverge => self.tell_replay(ToReplay::Diverge),

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use twinstep_log::{
-    Compression, Decoder, Dispute, Disputed, ImageMetadata, ImagePayload, Mismatch, RecordingMetadata, RecordingStart,
+    Compression, Decoder, Dispute, Disputed, Entry, ImageMetadata, ImagePayload, Mismatch, RecordingMetadata, RecordingStart,
+    encode_into, encoded_length,
 };
 use twinstep_machine::{ConsumerId, Machine, PAGE_SIZE, PageSet, Start};
 use twinstep_migrate::unit_hash;
@@ -155,16 +156,16 @@ impl Window {
     }
 
     /// An entry of the log is about to be replayed.
-    pub(super) fn entry(&mut self, bytes: &[u8]) {
+    pub(super) fn entry(&mut self, entry: &Entry) {
         if self.agreed.is_none() {
             return;
         }
-        if self.log.len() + bytes.len() > MAX_LOG_BYTES {
+        if self.log.len() + encoded_length(entry) > MAX_LOG_BYTES {
             // Until both agree again.
             self.forget();
             return;
         }
-        self.log.extend(bytes);
+        encode_into(entry, &mut self.log).expect("what was decoded can be encoded");
     }
 
     fn forget(&mut self) {

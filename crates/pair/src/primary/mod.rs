@@ -54,7 +54,7 @@ use crate::detector::Grace;
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{Ack, Hello, HelloReply, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message};
+use crate::wire::{Ack, Hello, HelloReply, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message, encode};
 
 use backlog::Backlog;
 pub use door::{PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
@@ -330,7 +330,7 @@ impl Primary {
             return self.refuse(now, reason);
         }
         let link = self.link.as_mut().expect("the reply came over it");
-        link.agree(reply.version);
+        link.greeted();
         self.image = Image::default();
         self.enter(PrimaryState::Copying, "the standby can replay this machine");
         self.beats = reply.beats.is_some();
@@ -562,8 +562,8 @@ impl Primary {
     }
 
     fn send(&mut self, message: &Message) {
-        if let Some(link) = &self.link {
-            self.actions.push_back(PrimaryAction::Send(link.frame(message)));
+        if self.link.is_some() {
+            self.actions.push_back(PrimaryAction::Send(encode(message)));
         }
     }
 

@@ -36,7 +36,7 @@ use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::primary::{Primary, PrimarySetup};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{Ack, Hello, HelloReply, MAX_CHANGED_BYTES, MAX_REPORT_BYTES, Message, greeting_version};
+use crate::wire::{Ack, Hello, HelloReply, MAX_CHANGED_BYTES, MAX_REPORT_BYTES, Message, encode, greeting_version};
 
 pub use door::{SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
 
@@ -305,7 +305,7 @@ impl Secondary {
         if self.setup.beats.is_some() {
             self.actions.push_back(SecondaryAction::OpenBeats { peer: hello.owner });
         }
-        self.link.as_mut().expect("the hello came over it").agree(version);
+        self.link.as_mut().expect("the hello came over it").greeted();
         self.actions.push_back(SecondaryAction::Prepare(hello.clone()));
         self.enter(SecondaryState::Copying, &format!("VM {} in epoch {} is accepted", hello.vm.vm, hello.epoch));
         self.hello = Some(hello);
@@ -529,8 +529,8 @@ impl Secondary {
     }
 
     fn send(&mut self, message: &Message) {
-        if let Some(link) = &self.link {
-            self.actions.push_back(SecondaryAction::Send(link.frame(message)));
+        if self.link.is_some() {
+            self.actions.push_back(SecondaryAction::Send(encode(message)));
         }
     }
 

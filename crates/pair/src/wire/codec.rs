@@ -1,19 +1,20 @@
 //! Frames and payloads: how each [`Message`] becomes bytes, and the other way round.
 //!
-//! In: one message, or one complete frame. Out: one frame, or one message. Invariant: layouts are fixed, checked at compile
-//! time, and hold no byte that is not accounted for; reserved bytes are written zero and refused otherwise.
+//! In: one message, or one complete frame. Out: one frame, or one message. Invariant: no byte is unaccounted for, and a message has one form only; a length is believed only
+//! after it has been checked.
 
-use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::byteorder::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::varint::{self, Reader};
 use super::{
     Ack, GREETING_VERSION, HEADER_BYTES, Hello, HelloReply, Kind, MAGIC, MAX_CHANGED_BYTES, MAX_DETAIL_BYTES,
     MAX_IMAGE_CHUNK_BYTES, MAX_PAYLOAD_BYTES, MAX_RECORD_BYTES, MAX_REPORT_BYTES, MAX_TEXT_BYTES, Message, RECORD_HEAD_BYTES,
-    WireError,
+    SHORT_HEADER_BYTES, WireError,
 };
 use crate::types::{Nanos, Record};
 
-/// The header of every frame. Frozen.
+/// The header of a greeting. Frozen.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
 struct FrameHeader {
@@ -27,110 +28,70 @@ struct FrameHeader {
     header_crc: U32,
 }
 
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+/// The header of every other frame.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
-struct ImageEndPayload {
-    position: U64,
-    total_bytes: U64,
-}
-
-/// `ImageReady` (a position), `ProtectionStart` (a sequence number) and `Released` (an output).
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct OneNumberPayload {
-    number: U64,
-    reserved: [u8; 8],
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct AckPayload {
-    received_seq: U64,
-    replayed_seq: U64,
-    replayed_position: U64,
-    image_bytes: U64,
-    matched: U64,
-    agreed_position: U64,
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct MismatchHead {
-    output: U64,
-    position: U64,
-    damaged: U64,
-    reserved: [u8; 8],
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct HeartbeatPayload {
-    time: U64,
-    position: U64,
-    echo: U64,
-    reserved: [u8; 8],
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct LogHead {
-    first_seq: U64,
-    count: U32,
-    reserved: [u8; 4],
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct RecordHead {
-    position: U64,
-    length_bytes: U32,
+struct ShortHeader {
     kind: u8,
-    reserved: [u8; 3],
+    payload_bytes: [u8; 3],
+    /// The lower half of the CRC-32 of the four bytes before it.
+    header_check: U16,
+    payload_crc: U32,
 }
 
 const _: () = assert!(size_of::<FrameHeader>() == HEADER_BYTES);
 const _: () = assert!(std::mem::offset_of!(FrameHeader, header_crc) == HEADER_CHECKED_BYTES);
-const _: () = assert!(size_of::<RecordHead>() == RECORD_HEAD_BYTES);
-const _: () = assert!(size_of::<LogHead>() == 16);
-const _: () = assert!(size_of::<AckPayload>() == 48);
-const _: () = assert!(size_of::<HeartbeatPayload>() == 32);
+const _: () = assert!(size_of::<ShortHeader>() == SHORT_HEADER_BYTES);
+const _: () = assert!(std::mem::offset_of!(ShortHeader, header_check) == SHORT_CHECKED_BYTES);
+const _: () = assert!(MAX_PAYLOAD_BYTES < 1 << 24);
 
 const HEADER_CHECKED_BYTES: usize = 28;
+const SHORT_CHECKED_BYTES: usize = 4;
 
 /// A header that has passed all checks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CheckedHeader {
     pub(super) kind: Kind,
+    pub(super) header_bytes: usize,
     pub(super) payload_bytes: usize,
     payload_crc: u32,
 }
 
-/// The frame of a message. `version` is the agreed one; a greeting does not look at it.
+/// The frame of a message.
 ///
 /// # Panics
 /// If the message breaks the bounds of the protocol: an oversized record, chunk or text, an empty log. The state machines see to that.
-pub fn encode(message: &Message, version: u16) -> Vec<u8> {
+pub fn encode(message: &Message) -> Vec<u8> {
     let kind = message.kind();
-    let mut frame = vec![0; HEADER_BYTES];
+    let header_bytes = if kind.is_greeting() { HEADER_BYTES } else { SHORT_HEADER_BYTES };
+    let mut frame = vec![0; header_bytes];
     put_payload(message, &mut frame);
-    let payload_bytes = frame.len() - HEADER_BYTES;
+    let payload_bytes = frame.len() - header_bytes;
     assert!(payload_bytes <= MAX_PAYLOAD_BYTES, "a {kind:?} payload of {payload_bytes} bytes breaks the protocol's bound");
-    let mut header = FrameHeader {
-        magic: MAGIC,
-        version: U16::new(if kind.is_greeting() { GREETING_VERSION } else { version }),
-        kind: U16::new(kind as u16),
-        payload_bytes: U32::new(payload_bytes as u32),
-        payload_crc: U32::new(crc32fast::hash(&frame[HEADER_BYTES..])),
-        reserved: [0; 12],
-        header_crc: U32::new(0),
-    };
-    header.header_crc = U32::new(crc32fast::hash(&header.as_bytes()[..HEADER_CHECKED_BYTES]));
-    frame[..HEADER_BYTES].copy_from_slice(header.as_bytes());
+    let payload_crc = U32::new(crc32fast::hash(&frame[header_bytes..]));
+    if kind.is_greeting() {
+        let mut header = FrameHeader {
+            magic: MAGIC,
+            version: U16::new(GREETING_VERSION),
+            kind: U16::new(kind as u16),
+            payload_bytes: U32::new(payload_bytes as u32),
+            payload_crc,
+            reserved: [0; 12],
+            header_crc: U32::new(0),
+        };
+        header.header_crc = U32::new(crc32fast::hash(&header.as_bytes()[..HEADER_CHECKED_BYTES]));
+        frame[..HEADER_BYTES].copy_from_slice(header.as_bytes());
+    } else {
+        let [low, middle, high, _] = (payload_bytes as u32).to_le_bytes();
+        let mut header =
+            ShortHeader { kind: kind as u8, payload_bytes: [low, middle, high], header_check: U16::new(0), payload_crc };
+        header.header_check = U16::new(crc32fast::hash(&header.as_bytes()[..SHORT_CHECKED_BYTES]) as u16);
+        frame[..SHORT_HEADER_BYTES].copy_from_slice(header.as_bytes());
+    }
     frame
 }
 
 fn put_payload(message: &Message, frame: &mut Vec<u8>) {
-    let one_number = |number: u64| OneNumberPayload { number: U64::new(number), reserved: [0; 8] };
     match message {
         Message::Hello(hello) => frame.extend(hello.to_payload()),
         Message::HelloReply(reply) => frame.extend(reply.to_payload()),
@@ -141,24 +102,14 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
             assert!(!bytes.is_empty() && bytes.len() <= MAX_IMAGE_CHUNK_BYTES, "a chunk of {} bytes", bytes.len());
             frame.extend(bytes);
         }
-        Message::ImageEnd { position, total_bytes } => {
-            let payload = ImageEndPayload { position: U64::new(*position), total_bytes: U64::new(*total_bytes) };
-            frame.extend(payload.as_bytes());
-        }
-        Message::ImageReady { position } => frame.extend(one_number(*position).as_bytes()),
-        Message::ProtectionStart { last_seq } => frame.extend(one_number(*last_seq).as_bytes()),
-        Message::Released { up_to } => frame.extend(one_number(*up_to).as_bytes()),
+        Message::ImageEnd { position, total_bytes } => put_all(&[*position, *total_bytes], frame),
+        Message::ImageReady { position: number }
+        | Message::ProtectionStart { last_seq: number }
+        | Message::Released { up_to: number } => varint::put(*number, frame),
         Message::Log { first_seq, records } => put_log(*first_seq, records, frame),
         Message::Ack(ack) => {
-            let payload = AckPayload {
-                received_seq: U64::new(ack.received_seq),
-                replayed_seq: U64::new(ack.replayed_seq),
-                replayed_position: U64::new(ack.replayed_position),
-                image_bytes: U64::new(ack.image_bytes),
-                matched: U64::new(ack.matched),
-                agreed_position: U64::new(ack.agreed_position),
-            };
-            frame.extend(payload.as_bytes());
+            let Ack { received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position } = *ack;
+            put_all(&[received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position], frame);
         }
         Message::Changed(bytes) => {
             assert!(!bytes.is_empty() && bytes.len() <= MAX_CHANGED_BYTES, "a list of {} bytes", bytes.len());
@@ -170,43 +121,30 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
         }
         Message::Mismatch { output, position, damaged, detail } => {
             assert!(detail.len() <= MAX_DETAIL_BYTES, "a detail of {} bytes", detail.len());
-            let head = MismatchHead {
-                output: U64::new(*output),
-                position: U64::new(*position),
-                damaged: U64::new(*damaged),
-                reserved: [0; 8],
-            };
-            frame.extend(head.as_bytes());
+            put_all(&[*output, *position, *damaged], frame);
             frame.extend(detail);
         }
-        Message::Heartbeat { time, position, echo } => {
-            let payload = HeartbeatPayload {
-                time: U64::new(time.0),
-                position: U64::new(*position),
-                echo: U64::new(echo.0),
-                reserved: [0; 8],
-            };
-            frame.extend(payload.as_bytes());
-        }
+        Message::Heartbeat { time, position, echo } => put_all(&[time.0, *position, echo.0], frame),
     }
+}
+
+fn put_all(numbers: &[u64], frame: &mut Vec<u8>) {
+    numbers.iter().for_each(|number| varint::put(*number, frame));
 }
 
 fn put_log(first_seq: u64, records: &[Record], frame: &mut Vec<u8>) {
     assert!(!records.is_empty(), "a log message without records");
-    let total: usize = records.iter().map(|record| RECORD_HEAD_BYTES + record.bytes.len()).sum();
-    frame.reserve_exact(size_of::<LogHead>() + total);
-    let head = LogHead { first_seq: U64::new(first_seq), count: U32::new(records.len() as u32), reserved: [0; 4] };
-    frame.extend(head.as_bytes());
+    frame.reserve(records.iter().map(|record| RECORD_HEAD_BYTES + record.bytes.len()).sum());
+    varint::put(first_seq, frame);
+    let mut before = 0;
     for record in records {
         assert!(record.bytes.len() <= MAX_RECORD_BYTES, "a record of {} bytes", record.bytes.len());
-        let head = RecordHead {
-            position: U64::new(record.position),
-            length_bytes: U32::new(record.bytes.len() as u32),
-            kind: record.kind,
-            reserved: [0; 3],
-        };
-        frame.extend(head.as_bytes());
+        frame.push(record.kind);
+        // Positions go forward, so this is small; that they do is the receiver's to check.
+        varint::put(record.position.wrapping_sub(before), frame);
+        varint::put(record.bytes.len() as u64, frame);
         frame.extend(&record.bytes);
+        before = record.position;
     }
 }
 
@@ -215,8 +153,36 @@ fn shortened(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_TEXT_BYTES)]
 }
 
-/// Checks a header. `agreed` is the payload version of this connection, if the greeting is over.
-pub(super) fn check_header(bytes: &[u8; HEADER_BYTES], agreed: Option<u16>) -> Result<CheckedHeader, WireError> {
+/// Checks what a frame begins with; nothing if more of it has to come. Before the greeting is over (`greeted`) there are greetings only.
+pub(super) fn check_header(bytes: &[u8], greeted: bool) -> Result<Option<CheckedHeader>, WireError> {
+    match bytes.first() {
+        None => Ok(None),
+        // No kind has this number: a greeting may come late, since who greets cannot know yet that it is over.
+        Some(first) if !greeted || *first == MAGIC[0] => bytes.first_chunk().map(check_greeting).transpose(),
+        Some(_) => bytes.first_chunk().map(check_short).transpose(),
+    }
+}
+
+fn check_short(bytes: &[u8; SHORT_HEADER_BYTES]) -> Result<CheckedHeader, WireError> {
+    let header = ShortHeader::read_from_bytes(bytes).expect("the size is right and any bytes will do");
+    let (stated, computed) = (header.header_check.get(), crc32fast::hash(&bytes[..SHORT_CHECKED_BYTES]) as u16);
+    if stated != computed {
+        return Err(WireError::HeaderChecksum { stated: stated.into(), computed: computed.into() });
+    }
+    let kind = Kind::from_number(header.kind.into()).ok_or(WireError::UnknownKind(header.kind.into()))?;
+    if kind.is_greeting() {
+        return Err(WireError::Payload { kind, problem: "a greeting has another header" });
+    }
+    let [low, middle, high] = header.payload_bytes;
+    let length_bytes = u32::from_le_bytes([low, middle, high, 0]);
+    if length_bytes as usize > MAX_PAYLOAD_BYTES {
+        return Err(WireError::TooLong { kind, length_bytes });
+    }
+    let (header_bytes, payload_bytes) = (SHORT_HEADER_BYTES, length_bytes as usize);
+    Ok(CheckedHeader { kind, header_bytes, payload_bytes, payload_crc: header.payload_crc.get() })
+}
+
+fn check_greeting(bytes: &[u8; HEADER_BYTES]) -> Result<CheckedHeader, WireError> {
     let header = FrameHeader::read_from_bytes(bytes).expect("the size is right and any bytes will do");
     if header.magic != MAGIC {
         return Err(WireError::Magic { found: header.magic });
@@ -226,18 +192,12 @@ pub(super) fn check_header(bytes: &[u8; HEADER_BYTES], agreed: Option<u16>) -> R
         return Err(WireError::HeaderChecksum { stated, computed });
     }
     let kind = Kind::from_number(header.kind.get()).ok_or(WireError::UnknownKind(header.kind.get()))?;
+    if !kind.is_greeting() {
+        return Err(WireError::Payload { kind, problem: "only a greeting has this header; is the greeting over?" });
+    }
     let found = header.version.get();
-    match (kind.is_greeting(), agreed) {
-        (true, _) if found != GREETING_VERSION => {
-            return Err(WireError::Version { kind, found, expected: GREETING_VERSION });
-        }
-        (false, Some(expected)) if found != expected => {
-            return Err(WireError::Version { kind, found, expected });
-        }
-        (false, None) => {
-            return Err(WireError::Payload { kind, problem: "it came before the greeting was over" });
-        }
-        _ => {}
+    if found != GREETING_VERSION {
+        return Err(WireError::Version { kind, found, expected: GREETING_VERSION });
     }
     if header.reserved != [0; 12] {
         return Err(WireError::Reserved { kind });
@@ -246,7 +206,8 @@ pub(super) fn check_header(bytes: &[u8; HEADER_BYTES], agreed: Option<u16>) -> R
     if length_bytes as usize > MAX_PAYLOAD_BYTES {
         return Err(WireError::TooLong { kind, length_bytes });
     }
-    Ok(CheckedHeader { kind, payload_bytes: length_bytes as usize, payload_crc: header.payload_crc.get() })
+    let (header_bytes, payload_bytes) = (HEADER_BYTES, length_bytes as usize);
+    Ok(CheckedHeader { kind, header_bytes, payload_bytes, payload_crc: header.payload_crc.get() })
 }
 
 /// The message of a frame whose header has been checked.
@@ -270,23 +231,17 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         }
         Kind::ImageChunk => Message::ImageChunk(payload.to_vec()),
         Kind::ImageEnd => {
-            let end = ImageEndPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;
-            Message::ImageEnd { position: end.position.get(), total_bytes: end.total_bytes.get() }
+            let [position, total_bytes] = numbers(payload).map_err(bad)?;
+            Message::ImageEnd { position, total_bytes }
         }
-        Kind::ImageReady => Message::ImageReady { position: one_number(kind, payload)? },
-        Kind::ProtectionStart => Message::ProtectionStart { last_seq: one_number(kind, payload)? },
-        Kind::Released => Message::Released { up_to: one_number(kind, payload)? },
+        Kind::ImageReady => Message::ImageReady { position: numbers::<1>(payload).map_err(bad)?[0] },
+        Kind::ProtectionStart => Message::ProtectionStart { last_seq: numbers::<1>(payload).map_err(bad)?[0] },
+        Kind::Released => Message::Released { up_to: numbers::<1>(payload).map_err(bad)?[0] },
         Kind::Log => decode_log(payload)?,
         Kind::Ack => {
-            let ack = AckPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;
-            Message::Ack(Ack {
-                received_seq: ack.received_seq.get(),
-                replayed_seq: ack.replayed_seq.get(),
-                replayed_position: ack.replayed_position.get(),
-                image_bytes: ack.image_bytes.get(),
-                matched: ack.matched.get(),
-                agreed_position: ack.agreed_position.get(),
-            })
+            let [received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position] =
+                numbers(payload).map_err(bad)?;
+            Message::Ack(Ack { received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position })
         }
         Kind::Changed if payload.is_empty() => return Err(bad("it is empty")),
         Kind::Changed if payload.len() > MAX_CHANGED_BYTES => return Err(bad("it is too long")),
@@ -295,32 +250,34 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::CopyReport if payload.len() > MAX_REPORT_BYTES => return Err(bad("it is too long")),
         Kind::CopyReport => Message::CopyReport(payload.to_vec()),
         Kind::Mismatch => {
-            let (head, detail) = MismatchHead::read_from_prefix(payload).map_err(|_| bad("its head is cut off"))?;
-            reserved(kind, &head.reserved)?;
+            let mut reader = Reader(payload);
+            let [output, position, damaged] = take_all(&mut reader).map_err(bad)?;
+            let detail = reader.0;
             if detail.len() > MAX_DETAIL_BYTES {
                 return Err(bad("it is too long"));
             }
-            let (output, position, damaged) = (head.output.get(), head.position.get(), head.damaged.get());
             Message::Mismatch { output, position, damaged, detail: detail.to_vec() }
         }
         Kind::Heartbeat => {
-            let beat = HeartbeatPayload::read_from_bytes(payload).map_err(|_| bad(WRONG_SIZE))?;
-            reserved(kind, &beat.reserved)?;
-            Message::Heartbeat { time: Nanos(beat.time.get()), position: beat.position.get(), echo: Nanos(beat.echo.get()) }
+            let [time, position, echo] = numbers(payload).map_err(bad)?;
+            Message::Heartbeat { time: Nanos(time), position, echo: Nanos(echo) }
         }
     })
 }
 
-const WRONG_SIZE: &str = "its size is wrong";
-
-fn reserved(kind: Kind, bytes: &[u8]) -> Result<(), WireError> {
-    if bytes.iter().all(|byte| *byte == 0) { Ok(()) } else { Err(WireError::Reserved { kind }) }
+/// So many numbers, and nothing after them.
+fn numbers<const N: usize>(payload: &[u8]) -> Result<[u64; N], &'static str> {
+    let mut reader = Reader(payload);
+    let numbers = take_all(&mut reader)?;
+    if reader.0.is_empty() { Ok(numbers) } else { Err("bytes are left over after its numbers") }
 }
 
-fn one_number(kind: Kind, payload: &[u8]) -> Result<u64, WireError> {
-    let payload = OneNumberPayload::read_from_bytes(payload).map_err(|_| WireError::Payload { kind, problem: WRONG_SIZE })?;
-    reserved(kind, &payload.reserved)?;
-    Ok(payload.number.get())
+fn take_all<const N: usize>(reader: &mut Reader<'_>) -> Result<[u64; N], &'static str> {
+    let mut numbers = [0; N];
+    for number in &mut numbers {
+        *number = reader.number()?;
+    }
+    Ok(numbers)
 }
 
 fn text(payload: &[u8]) -> Result<String, &'static str> {
@@ -331,35 +288,27 @@ fn text(payload: &[u8]) -> Result<String, &'static str> {
 }
 
 fn decode_log(payload: &[u8]) -> Result<Message, WireError> {
-    let kind = Kind::Log;
-    let bad = |problem| WireError::Payload { kind, problem };
-    let (head, mut rest) = LogHead::read_from_prefix(payload).map_err(|_| bad("its head is cut off"))?;
-    reserved(kind, &head.reserved)?;
-    let count = head.count.get() as usize;
-    if count == 0 {
-        return Err(bad("it has no records"));
-    }
-    // Checked before anything is allocated for them.
-    if count > rest.len() / RECORD_HEAD_BYTES {
-        return Err(bad("it is too short for its number of records"));
-    }
-    if head.first_seq.get() == 0 || head.first_seq.get().checked_add(count as u64).is_none() {
-        return Err(bad("its records can't have such numbers"));
-    }
-    let mut records = Vec::with_capacity(count);
-    for _ in 0..count {
-        let (record, after) = RecordHead::read_from_prefix(rest).map_err(|_| bad("a record's head is cut off"))?;
-        reserved(kind, &record.reserved)?;
-        let length_bytes = record.length_bytes.get() as usize;
-        if length_bytes > MAX_RECORD_BYTES {
+    let bad = |problem| WireError::Payload { kind: Kind::Log, problem };
+    let mut reader = Reader(payload);
+    let first_seq = reader.number().map_err(bad)?;
+    // Each record takes three bytes at least, so what is allocated for them follows from what came.
+    let (mut records, mut before) = (Vec::new(), 0u64);
+    while !reader.0.is_empty() {
+        let kind = reader.bytes(1).map_err(bad)?[0];
+        let position = before.wrapping_add(reader.number().map_err(bad)?);
+        let length_bytes = reader.number().map_err(bad)?;
+        if length_bytes > MAX_RECORD_BYTES as u64 {
             return Err(bad("a record is too long"));
         }
-        let bytes = after.get(..length_bytes).ok_or(bad("a record is cut off"))?;
-        records.push(Record { position: record.position.get(), kind: record.kind, bytes: bytes.to_vec() });
-        rest = &after[length_bytes..];
+        let bytes = reader.bytes(length_bytes as usize).map_err(bad)?.to_vec();
+        records.push(Record { position, kind, bytes });
+        before = position;
     }
-    if !rest.is_empty() {
-        return Err(bad("bytes are left over after its records"));
+    if records.is_empty() {
+        return Err(bad("it has no records"));
     }
-    Ok(Message::Log { first_seq: head.first_seq.get(), records })
+    if first_seq == 0 || first_seq.checked_add(records.len() as u64).is_none() {
+        return Err(bad("its records can't have such numbers"));
+    }
+    Ok(Message::Log { first_seq, records })
 }

@@ -15,7 +15,7 @@ pub struct Decoder {
     start: usize,
     /// Of the frame that is being received. Checked as soon as it is complete, so that garbage is refused early.
     header: Option<CheckedHeader>,
-    agreed: Option<u16>,
+    greeted: bool,
     failed: Option<WireError>,
 }
 
@@ -25,9 +25,9 @@ impl Decoder {
         Decoder::default()
     }
 
-    /// The greeting is over: payloads are of this version now.
-    pub fn agree(&mut self, version: u16) {
-        self.agreed = Some(version);
+    /// The greeting is over: other frames follow.
+    pub fn greeted(&mut self) {
+        self.greeted = true;
     }
 
     /// Puts bytes in. Take out all messages before you put in more.
@@ -62,14 +62,14 @@ impl Decoder {
         let header = match self.header {
             Some(header) => header,
             None => {
-                let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else {
+                let Some(header) = check_header(bytes, self.greeted)? else {
                     return Ok(None);
                 };
-                *self.header.insert(check_header(header, self.agreed)?)
+                *self.header.insert(header)
             }
         };
-        let end = HEADER_BYTES + header.payload_bytes;
-        let Some(payload) = bytes.get(HEADER_BYTES..end) else {
+        let end = header.header_bytes + header.payload_bytes;
+        let Some(payload) = bytes.get(header.header_bytes..end) else {
             return Ok(None);
         };
         let message = decode_payload(&header, payload)?;

@@ -5,18 +5,19 @@
 //! was encoded decodes to itself. `docs/protocol-pair.md` is the same in prose.
 //!
 //! ```text
-//!   frame   = header (32 bytes) payload (0..=MAX_PAYLOAD_BYTES)
-//!   header  = magic "TWPR" · version u16 · kind u16 · payload length u32 · payload crc32 · reserved 12 · header crc32
+//!   greeting = magic "TWPR" · version u16 · kind u16 · payload length u32 · payload crc32 · reserved 12 · header crc32 · payload
+//!   frame    = kind u8 · payload length u24 · header check u16 · payload crc32 · payload (0..=MAX_PAYLOAD_BYTES)
 //! ```
 //!
-//! All integers are little-endian. The header's layout is frozen for ever; `version` tells how to read payloads. The
-//! greeting (`Hello`, `HelloReply`, `Refuse`) carries version 0, since it is what agrees on one.
+//! All integers are little-endian, numbers in payloads are varints. The layout of the greeting's header (`Hello`, `HelloReply`, `Refuse`) is frozen for ever, with version 0,
+//! since it is what agrees on a version; the rest belongs to the version that was agreed on.
 
 mod codec;
 mod decoder;
 mod greeting;
 #[cfg(test)]
 mod tests;
+mod varint;
 
 pub use codec::encode;
 pub use decoder::Decoder;
@@ -27,17 +28,19 @@ pub use greeting::{
 
 use crate::types::{Nanos, OutputId, Record, Seq};
 
-/// The first four bytes of every frame.
+/// The first four bytes of every greeting.
 pub const MAGIC: [u8; 4] = *b"TWPR";
-/// The oldest payload version this build understands.
-pub const MIN_VERSION: u16 = 3;
-/// The newest payload version this build understands.
-pub const MAX_VERSION: u16 = 3;
+/// The oldest version this build understands.
+pub const MIN_VERSION: u16 = 4;
+/// The newest version this build understands.
+pub const MAX_VERSION: u16 = 4;
 /// The version in the header of a greeting.
 pub const GREETING_VERSION: u16 = 0;
-/// The size of a frame's header.
+/// The size of a greeting's header.
 pub const HEADER_BYTES: usize = 32;
-/// The size of what precedes each record's bytes in a `Log` message.
+/// The size of any other frame's header.
+pub const SHORT_HEADER_BYTES: usize = 10;
+/// What a record counts for in buffers besides its bytes. What precedes its bytes in a `Log` message is not larger.
 pub const RECORD_HEAD_BYTES: usize = 16;
 /// The largest `bytes` of a record.
 pub const MAX_RECORD_BYTES: usize = 1 << 20;
@@ -57,9 +60,16 @@ pub const MAX_REPORT_BYTES: usize = 1 << 18;
 /// The most that is said of an output that differs.
 pub const MAX_DETAIL_BYTES: usize = 1 << 18;
 
+const _: () = assert!(1 + varint::MAX_BYTES + 3 <= RECORD_HEAD_BYTES && MAX_RECORD_BYTES < 1 << 21);
 const _: () = assert!(MAX_CHANGED_BYTES <= MAX_PAYLOAD_BYTES && MAX_DETAIL_BYTES + 32 <= MAX_PAYLOAD_BYTES);
 const _: () = assert!(LOG_BATCH_BYTES + MAX_RECORD_BYTES + 2 * RECORD_HEAD_BYTES <= MAX_PAYLOAD_BYTES);
 const _: () = assert!(MAX_IMAGE_CHUNK_BYTES <= MAX_PAYLOAD_BYTES && MAX_REPORT_BYTES <= MAX_PAYLOAD_BYTES);
+
+/// Bytes that a record takes in a `Log` message, behind one at position `before`.
+pub fn record_bytes(before: u64, record: &Record) -> usize {
+    let length = record.bytes.len();
+    1 + varint::bytes_of(record.position.wrapping_sub(before)) + varint::bytes_of(length as u64) + length
+}
 
 /// What one side says to the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -223,7 +233,7 @@ impl Kind {
         Kind::ALL.into_iter().find(|kind| *kind as u16 == number)
     }
 
-    /// Greetings agree on a version and carry none themselves.
+    /// Greetings agree on a version, and have a header of their own.
     pub fn is_greeting(self) -> bool {
         matches!(self, Kind::Hello | Kind::HelloReply | Kind::Refuse)
     }
@@ -276,8 +286,8 @@ pub enum WireError {
         /// Where.
         kind: Kind,
     },
-    /// A newer peer that did not keep to the agreed version, or one that speaks before the greeting is over.
-    #[error("a {kind:?} frame has version {found}, {expected} was agreed")]
+    /// A greeting of another kind than all others.
+    #[error("a {kind:?} frame has version {found} instead of {expected}")]
     Version {
         /// Of which frame.
         kind: Kind,

@@ -650,10 +650,10 @@ impl Driver {
     }
 
     fn count(&mut self, record: &Record) {
-        self.meter.record(record);
+        let taken = self.meter.record(record);
         let (entries, bytes) = self.logged.entry(record.kind).or_default();
         *entries += 1;
-        *bytes += record.bytes.len() as u64;
+        *bytes += taken;
     }
 
     /// Says how the pair does, now and then.
