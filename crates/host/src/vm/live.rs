@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use twinstep_log::channel::{decode_payload, encode_payload};
-use twinstep_log::{EndReason, Entry, EntryKind, LogStats, Recorder};
+use twinstep_log::{EndReason, Entry, LogStats, Recorder};
 use twinstep_machine::{Activity, DiskRequest, DiskWanted, Input, Machine, Output, Pause};
 use twinstep_pair::Record;
 
@@ -149,7 +149,7 @@ pub struct Wiring {
     pub perf_map: Option<PerfMap>,
 }
 
-/// So long the pair need not hear that a busy guest is still busy.
+/// So long the pair need not hear of what has entered and how far the guest is, as long as nothing comes of it. Its own thread looks every heartbeat.
 const PAIR_PATIENCE_NS: u64 = 5_000_000;
 
 /// So long a slowed guest waits at most at a time.
@@ -170,7 +170,7 @@ struct Live {
     baseline: Option<Baseline>,
     /// The pair has been told something, and has not had a turn since.
     untold: bool,
-    /// Something of it is more than the time and how far the guest is.
+    /// Something of it is to leave, or is asked for.
     urgent: bool,
     /// When it had its last turn.
     driven_ns: u64,
@@ -261,9 +261,7 @@ impl Live {
                     self.tick(now);
                     self.progress();
                 }
-                if self.urgent || now - self.driven_ns > PAIR_PATIENCE_NS {
-                    self.drive_pair();
-                }
+                self.drive_pair();
                 let percent = precopy::slowed(self.copier.as_ref());
                 if (1..100).contains(&percent) {
                     self.lose_time(percent, now - started);
@@ -478,20 +476,20 @@ impl Live {
     fn tell_pair(&mut self, message: ToPair) {
         if let Some(pair) = &self.wiring.pair {
             self.untold = true;
-            self.urgent |= match &message {
-                ToPair::Progress { .. } => false,
-                ToPair::Record(record) => record.kind != EntryKind::Clock.number(),
-                _ => true,
-            };
+            // What has entered matters once something comes of it that wants to leave.
+            self.urgent |= !matches!(message, ToPair::Progress { .. } | ToPair::Record(_));
             pair.put(message);
         }
     }
 
-    /// Takes the pair's turn, if there is something for it: what follows is done at once, and by nobody who would have to be woken.
+    /// Takes the pair's turn, if there is something for it that matters: what follows is done at once, and by nobody who would have to be woken. What
+    /// only matters later goes with what comes next, or when the pair's own thread looks.
     fn drive_pair(&mut self) {
         if let Some(pair) = &self.wiring.pair
-            && std::mem::take(&mut self.untold)
+            && self.untold
+            && (self.urgent || now_ns() - self.driven_ns > PAIR_PATIENCE_NS)
         {
+            self.untold = false;
             self.urgent = false;
             self.driven_ns = now_ns();
             if let Err(e) = pair.turn()
