@@ -158,7 +158,7 @@ impl Door {
             return Err("it wants another service".into());
         }
         let who = names(tls.peer_certificates());
-        let mut session = Session::new(tls);
+        let mut session = Box::new(Session::new(tls));
         self.take(move || {
             let mut hurried = Hurried::new(stream);
             let mut taken = Vec::new();
@@ -183,7 +183,7 @@ impl Door {
 
 /// Somebody who may be a primary.
 struct Met {
-    tls: Option<Session>,
+    tls: Option<Box<Session>>,
     first: Vec<u8>,
     who: String,
 }

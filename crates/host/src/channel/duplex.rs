@@ -23,7 +23,7 @@ const SLACK: usize = 64 << 10;
 /// A connection to the other side that does not block.
 pub struct Duplex {
     stream: Arc<TcpStream>,
-    session: Option<Session>,
+    session: Option<Box<Session>>,
     /// Read already, in order to know who speaks.
     first: Vec<u8>,
     /// Bytes as they go on the wire; those before `sent` have gone.
@@ -44,7 +44,7 @@ impl AsFd for Waitable {
 
 impl Duplex {
     /// Of a stream that was set not to block.
-    pub(super) fn new(stream: TcpStream, session: Option<Session>, first: Vec<u8>) -> Self {
+    pub(super) fn new(stream: TcpStream, session: Option<Box<Session>>, first: Vec<u8>) -> Self {
         Self { stream: Arc::new(stream), session, first, waiting: Vec::new(), sent: 0, finishing: false }
     }
 

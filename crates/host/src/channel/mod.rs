@@ -53,7 +53,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Channel {
     stream: TcpStream,
-    tls: Option<Session>,
+    tls: Option<Box<Session>>,
     /// What was read already in order to know who speaks.
     first: Vec<u8>,
 }

@@ -61,7 +61,7 @@ fn expected_name(tls: &Tls, address: &str) -> Result<ServerName<'static>> {
     server_name(host.trim_start_matches('[').trim_end_matches(']'), "the address, or give --peer-name NAME")
 }
 
-fn hello(stream: &TcpStream, configured: &Tls, name: ServerName<'static>) -> io::Result<Session> {
+fn hello(stream: &TcpStream, configured: &Tls, name: ServerName<'static>) -> io::Result<Box<Session>> {
     let client = ClientConnection::new(configured.client.clone(), name).map_err(io::Error::other)?;
     let mut tls = rustls::Connection::from(client);
     stream.set_nodelay(true)?;
@@ -70,7 +70,7 @@ fn hello(stream: &TcpStream, configured: &Tls, name: ServerName<'static>) -> io:
     if tls.alpn_protocol() != Some(PROTOCOL) {
         return Err(io::Error::other("it is no standby of Twinstep"));
     }
-    let mut session = Session::new(tls);
+    let mut session = Box::new(Session::new(tls));
     // What it thinks of our certificate, it says only now.
     let (mut word, mut filled) = ([0; TAKEN.len()], 0);
     while filled < word.len() {

@@ -254,7 +254,7 @@ mod tests {
             unconfirmed_outputs: 3,
             image_bytes: 0,
         };
-        (0..2).for_each(|_| meter.record(&record(EntryKind::Serial, 5)));
+        (0..2).for_each(|_| _ = meter.record(&record(EntryKind::Serial, 5)));
         meter.secondary(1, &status);
         let seen = board.report("db", "standby");
         assert_eq!((seen.state.as_str(), seen.lag.instructions, seen.held), ("following", 250, 3));
