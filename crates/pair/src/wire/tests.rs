@@ -344,7 +344,7 @@ proptest! {
         messages in proptest::collection::vec(any_message(), 1..8),
         pieces in proptest::collection::vec(1_usize..90, 1..20),
     ) {
-        let bytes: Vec<u8> = messages.iter().flat_map(|message| encode(message)).collect();
+        let bytes: Vec<u8> = messages.iter().flat_map(encode).collect();
         let (mut decoder, mut decoded, mut rest) = (decoder(), Vec::new(), &bytes[..]);
         for length in pieces.iter().cycle() {
             let (piece, after) = rest.split_at(rest.len().min(*length));
