@@ -427,6 +427,10 @@ impl World {
                 if !reissue.is_empty() {
                     self.plan_leave(side, reissue.end - 1);
                 }
+                // What it made and the primary had not noted is new to the world.
+                for output in std::mem::take(&mut self.sides[side].made) {
+                    self.give_output(side, output);
+                }
                 self.plan(0, Happening::Run(side));
             }
             SecondaryAction::Stop(reason) => {
@@ -484,10 +488,8 @@ impl World {
             let Some(output) = self.sides[side].machine.step() else {
                 continue;
             };
-            let (id, position, chain) = (output.id, output.position, output.chain_after());
-            self.sides[side].outputs.insert(id, output);
-            let note = Record { position, kind: NOTE, bytes: [id, chain].map(u64::to_le_bytes).concat() };
-            self.give_primary(side, PrimaryEvent::Output { id, note });
+            let id = output.id;
+            self.give_output(side, output);
             if self.sides[side].lets_go() {
                 self.sides[side].made_freely = id;
             }
@@ -504,6 +506,13 @@ impl World {
         let delay = self.random.between(0, 800_000);
         self.plan(delay, Happening::Poll(side));
         Ok(())
+    }
+
+    fn give_output(&mut self, side: usize, output: Output) {
+        let (id, position, chain) = (output.id, output.position, output.chain_after());
+        self.sides[side].outputs.insert(id, output);
+        let note = Record { position, kind: NOTE, bytes: [id, chain].map(u64::to_le_bytes).concat() };
+        self.give_primary(side, PrimaryEvent::Output { id, note });
     }
 
     fn give_input(&mut self, side: usize, input: Input) {
