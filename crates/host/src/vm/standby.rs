@@ -24,7 +24,7 @@ use super::mirror::Target;
 use super::resync::Changes;
 use super::spec::DiskSpec;
 use super::turns::{self, Post, Turn, Turns};
-use super::window::{Window, WindowNews};
+use super::window::Window;
 use crate::channel::{Beats, Channel};
 use crate::control::Control;
 use crate::disk::{Replica, Writer};
@@ -132,8 +132,6 @@ pub(super) enum ToStandby {
         seq: Seq,
         position: u64,
     },
-    /// What is kept for a third opinion: something that people should know.
-    Window(WindowNews),
     Failed(String),
     /// This process was told to end.
     Shutdown(String),
@@ -147,7 +145,7 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
     let line = Line::new(wiring.stream)?;
     let target = Target::new(wiring.disks, wiring.force_stale_disk, wiring.setup.owner.0);
     let owner = wiring.setup.owner.0;
-    let window = wiring.record_window.map(|folder| Window::new(&folder, post.clone())).transpose()?;
+    let window = wiring.record_window.map(|folder| Window::new(&folder, wiring.events.clone())).transpose()?;
     let asked = replay.clone();
     wiring.control.serve("standby", move |ask| asked.send(ToReplay::Ask(ask)).is_ok());
     let told = post.clone();
@@ -349,11 +347,6 @@ impl Driver {
                 self.events.say_with("resynced", text, figures);
                 self.board.resynced();
                 SecondaryEvent::ImageRestored { position, last_output }
-            }
-            ToStandby::Window(news) => {
-                let (what, text, figures) = news.event();
-                self.events.say_with(what, text, figures);
-                return;
             }
             ToStandby::Replayed { seq, position } => SecondaryEvent::Replayed { seq, position },
             ToStandby::Failed(reason) => {

@@ -22,11 +22,10 @@ use twinstep_log::{
 use twinstep_machine::{ConsumerId, Machine, PAGE_SIZE, PageSet, Start};
 use twinstep_migrate::unit_hash;
 
-use super::standby::ToStandby;
-use super::turns::Post;
 use super::{build, replay};
 use crate::disk::Replica;
 use crate::error::{Context, Error, Result};
+use crate::events::Events;
 
 /// Bytes of the log that are kept in memory.
 const MAX_LOG_BYTES: usize = 128 << 20;
@@ -40,7 +39,7 @@ const MAX_OUTPUT_BYTES: usize = 128 << 10;
 
 /// What people should know of a window.
 #[derive(Debug)]
-pub(super) enum WindowNews {
+enum WindowNews {
     /// It is written.
     Written { path: PathBuf, output: u64, from: u64, to: u64 },
     /// There is none, and why.
@@ -50,8 +49,12 @@ pub(super) enum WindowNews {
 }
 
 impl WindowNews {
+    fn say(self, events: &Events) {
+        let (what, text, figures) = self.event();
+        events.say_with(what, text, figures);
+    }
     /// Kind, text and figures of the event.
-    pub(super) fn event(self) -> (&'static str, String, Map<String, Value>) {
+    fn event(self) -> (&'static str, String, Map<String, Value>) {
         match self {
             Self::Written { path, output, from, to } => {
                 let figures = Map::from_iter([
@@ -88,7 +91,7 @@ struct Agreed {
 /// See the head of this module.
 pub(super) struct Window {
     folder: PathBuf,
-    to: Post<ToStandby>,
+    events: Events,
     ram: Arc<File>,
     consumer: Option<ConsumerId>,
     /// Pages that are not zero in the file.
@@ -108,7 +111,7 @@ pub(super) struct Window {
 
 impl Window {
     /// Windows in this folder, which is made if it is not there.
-    pub(super) fn new(folder: &Path, to: Post<ToStandby>) -> Result<Self> {
+    pub(super) fn new(folder: &Path, events: Events) -> Result<Self> {
         fs::create_dir_all(folder).at("create", folder)?;
         let path = folder.join(format!(".window-{}", std::process::id()));
         let ram = File::options().read(true).write(true).create(true).truncate(true).open(&path).at("create", &path)?;
@@ -116,7 +119,7 @@ impl Window {
         fs::remove_file(&path).at("remove", &path)?;
         Ok(Self {
             folder: folder.to_owned(),
-            to,
+            events,
             ram: Arc::new(ram),
             consumer: None,
             filled: PageSet::none(0),
@@ -131,8 +134,7 @@ impl Window {
     }
 
     fn say(&self, news: WindowNews) {
-        // A protocol that has ended wants nothing.
-        let _ = self.to.send(ToStandby::Window(news));
+        news.say(&self.events);
     }
 
     /// The machine has come, equal to the primary's.
@@ -255,7 +257,7 @@ impl Window {
             text: text.to_owned(),
         };
         let path = self.folder.join(format!("output-{output}-position-{position}.rec"));
-        let (ram, log, to, busy) = (self.ram.clone(), std::mem::take(&mut self.log), self.to.clone(), self.busy.clone());
+        let (ram, log, events, busy) = (self.ram.clone(), std::mem::take(&mut self.log), self.events.clone(), self.busy.clone());
         busy.store(true, Ordering::Release);
         let (filled, from) = (self.filled.clone(), agreed.position);
         let write = move || {
@@ -264,7 +266,8 @@ impl Window {
                 Err(e) => WindowNews::Missing(format!("what led to this difference cannot be recorded: {e}")),
             };
             busy.store(false, Ordering::Release);
-            let _ = to.send(ToStandby::Window(news));
+            // By itself: the protocol may have ended long ago, with this side gone live.
+            news.say(&events);
         };
         if let Err(e) = std::thread::Builder::new().name("window".into()).spawn(write) {
             self.busy.store(false, Ordering::Release);
