@@ -5,6 +5,8 @@
 //! until it is the primary's again.
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -50,6 +52,8 @@ pub(super) enum ToReplay {
         reissue: Range<OutputId>,
         answer: Sender<Result<Replayed>>,
     },
+    /// Nobody wants the machine any more. Said after the flag of [`Follower::until`] is set, which ends a replay that is under way.
+    Over,
 }
 
 /// A machine at the end of its log.
@@ -87,6 +91,8 @@ pub(super) struct Follower {
     last_output: OutputId,
     /// The protocol has been told something, and has not had a turn since.
     untold: bool,
+    /// Nobody wants the machine any more.
+    over: Arc<AtomicBool>,
 }
 
 struct Running {
@@ -127,7 +133,12 @@ impl Follower {
             held,
             last_output: 0,
             untold: false,
+            over: Arc::default(),
         }
+    }
+    /// Ends soon after this is set, and [`ToReplay::Over`] said.
+    pub(super) fn until(self, over: Arc<AtomicBool>) -> Self {
+        Self { over, ..self }
     }
 
     pub(super) fn run(mut self) {
@@ -169,6 +180,7 @@ impl Follower {
                     let _ = answer.send(self.finish(reissue));
                     return;
                 }
+                Ok(ToReplay::Over) => return,
             };
             if let Err(e) = &result {
                 self.tell(ToStandby::Failed(e.to_string()));
@@ -298,6 +310,7 @@ impl Follower {
 
     fn replay(&mut self) -> Result<()> {
         while self.running.as_ref().is_some_and(|running| !running.still)
+            && !self.over.load(Ordering::Relaxed)
             && let Some((seq, record)) = self.waiting.pop_front()
         {
             let entry = entry_of(&record)?;

@@ -5,6 +5,7 @@
 use std::net::UdpSocket;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -167,7 +168,7 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
         to_self: post.clone(),
         closing: Closing::default(),
         asker: Asker::new(wiring.arbiter, post.clone(), ToStandby::Verdict),
-        replay,
+        replay: replay.clone(),
         events: wiring.events,
         state_differs: 0,
         failure: None,
@@ -176,9 +177,15 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
     };
     let driver = Arc::new(Mutex::new(driver));
     let turns = Turns::new(post.clone(), driver.clone());
-    let follower = Follower::new(replay_inbox, turns, target, wiring.cables, wiring.tune, window);
-    std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
-    own(&driver, &post)
+    let over = Arc::new(AtomicBool::new(false));
+    let follower = Follower::new(replay_inbox, turns, target, wiring.cables, wiring.tune, window).until(over.clone());
+    let thread = std::thread::Builder::new().name("replay".into()).spawn(move || follower.run()).what("cannot start a thread")?;
+    let outcome = own(&driver, &post);
+    // It has the disks, which the next one wants.
+    over.store(true, Ordering::Relaxed);
+    let _ = replay.send(ToReplay::Over);
+    let ended = thread.join();
+    outcome.and_then(|outcome| ended.map(|()| outcome).map_err(|_| Error::new("the thread that replays has failed")))
 }
 
 /// The driver's own thread: waits for the primary, for messages and for time.
