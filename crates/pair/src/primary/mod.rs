@@ -100,6 +100,7 @@ pub struct Primary {
     arbitration: Option<Arbitration>,
     lost_reason: String,
     throttled: bool,
+    held_back_for: Option<&'static str>,
     last_progress: Nanos,
     ending: Option<String>,
     handing: Option<Handing>,
@@ -140,6 +141,7 @@ impl Primary {
             arbitration: None,
             lost_reason: String::new(),
             throttled: false,
+            held_back_for: None,
             last_progress: Nanos(0),
             ending: None,
             handing: None,
@@ -733,12 +735,7 @@ impl Primary {
                 if !self.bugs.has(Bug::NeverThrottle) {
                     self.hold_back(now, what);
                 }
-            } else if self.throttled
-                && self.state != PrimaryState::Resyncing
-                && self.handing.is_none()
-                && self.beyond(1, 2).is_none()
-            {
-                // Half the bound, so that the guest is not stopped and started for every record.
+            } else if self.throttled && self.state != PrimaryState::Resyncing && self.handing.is_none() && self.may_run_on() {
                 self.set_throttle(None);
             }
         }
@@ -753,24 +750,31 @@ impl Primary {
 
     /// Which bound, times `multiplier / divisor`, is passed.
     fn beyond(&self, multiplier: u64, divisor: u64) -> Option<&'static str> {
-        let Some(backlog) = &self.backlog else {
-            return None;
-        };
+        self.all_beyond(multiplier, divisor).next()
+    }
+
+    /// Which bounds are.
+    fn all_beyond(&self, multiplier: u64, divisor: u64) -> impl Iterator<Item = &'static str> {
         let config = &self.setup.config;
-        let passes = |value: u64, bound: u64| value > bound.saturating_mul(multiplier) / divisor;
-        if passes(backlog.unacked_bytes(), config.max_unacked_bytes) {
-            return Some("too much log is not acknowledged");
-        }
-        if passes(backlog.unreplayed_bytes(), config.max_unreplayed_bytes) {
-            return Some("too much log is not replayed");
-        }
-        if !self.image.restored {
-            return None; // The secondary can't replay before it has the image.
-        }
-        if multiplier == 1 && passes(backlog.lag_instructions(), config.max_lag()) {
-            return Some("the standby is too far behind");
-        }
-        passes(self.outputs.held(), config.max_held_outputs).then_some("too many outputs are held")
+        // The secondary can't replay before it has the image.
+        let restored = self.image.restored;
+        let figures = self.backlog.as_ref().map(|backlog| {
+            [
+                (true, backlog.unacked_bytes(), config.max_unacked_bytes, "too much log is not acknowledged"),
+                (true, backlog.unreplayed_bytes(), config.max_unreplayed_bytes, "too much log is not replayed"),
+                (restored && multiplier == 1, backlog.lag_instructions(), config.max_lag(), "the standby is too far behind"),
+                (restored, self.outputs.held(), config.max_held_outputs, "too many outputs are held"),
+            ]
+        });
+        let passes = move |value: u64, bound: u64| value > bound.saturating_mul(multiplier) / divisor;
+        let passed = figures.into_iter().flatten().filter(move |(counts, value, bound, _)| *counts && passes(*value, *bound));
+        passed.map(|(.., what)| what)
+    }
+
+    /// Whether a guest that is held back may run on: the figure it was held back for has fallen to half its bound, so that it is not stopped and started for every
+    /// record, and no other one is beyond its own.
+    fn may_run_on(&self) -> bool {
+        self.beyond(1, 1).is_none() && self.held_back_for.is_none_or(|reason| self.all_beyond(1, 2).all(|what| what != reason))
     }
 
     /// Holds the guest back until the secondary has got on, which is waited for from now on.
@@ -782,6 +786,7 @@ impl Primary {
     fn set_throttle(&mut self, reason: Option<&'static str>) {
         if self.throttled != reason.is_some() {
             self.throttled = reason.is_some();
+            self.held_back_for = reason;
             self.actions.push_back(PrimaryAction::Throttle(self.throttled));
             self.actions.push_back(PrimaryAction::Notice(Notice::Throttle { reason }));
         }

@@ -329,11 +329,13 @@ fn the_guest_is_throttled_at_each_bound_and_freed_at_half() {
     let mut bench = Bench::protected();
     assert_eq!(bench.tell(PrimaryEvent::Record(record(11, 1_200))).actions, [PrimaryAction::Throttle(true)]);
     assert!(bench.primary.status().throttled);
-    assert_eq!(bench.ack(1, 0, 10).actions, [], "received, but more than half the bound is not replayed");
-    assert_eq!(bench.ack(1, 1, 11).actions, [PrimaryAction::Throttle(false)]);
+    assert_eq!(bench.ack(1, 0, 10).actions, [PrimaryAction::Throttle(false)], "what is not replayed is within its own bound");
+    assert_eq!(bench.tell(PrimaryEvent::Record(record(12, 900))).actions, [PrimaryAction::Throttle(true)]);
+    assert_eq!(bench.ack(2, 0, 10).actions, [], "received, but more than half the bound is not replayed");
+    assert_eq!(bench.ack(2, 1, 11).actions, [PrimaryAction::Throttle(false)]);
     assert_eq!(bench.tell(PrimaryEvent::Record(record(1_500, 1))).actions, [PrimaryAction::Throttle(true)]);
-    assert_eq!(bench.ack(2, 1, 900).actions, [], "600 behind is more than half of 1000");
-    assert_eq!(bench.ack(2, 1, 1_100).actions, [PrimaryAction::Throttle(false)]);
+    assert_eq!(bench.ack(3, 2, 900).actions, [], "600 behind is more than half of 1000");
+    assert_eq!(bench.ack(3, 2, 1_100).actions, [PrimaryAction::Throttle(false)]);
 }
 
 #[test]
