@@ -20,6 +20,21 @@ fn running() -> MutexGuard<'static, Vec<u32>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Waits until a switch listens: then it has made its socket. It has nothing else to say, so the file is what is waited for.
+///
+/// # Errors
+/// If it takes longer than `patience`.
+pub fn wait_for_switch(socket: &Path, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    while !socket.exists() {
+        if Instant::now() > deadline {
+            return Err(Error::new(format!("the switch does not listen on {}", socket.display())));
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
 /// Ends all of them, so that whoever waits for one of them waits no more. Says whether there were any.
 pub fn end_all() -> bool {
     let running = running();

@@ -6,24 +6,10 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::process::{Command, Stdio};
 
-use common::{PATIENCE, Twinstep, boot_with_network, folder, text, turn, twinstep, words};
+use common::{PATIENCE, Twinstep, boot_with_network, content, folder, text, turn, twinstep, words};
 use twinstep_host::guest::Network;
 use twinstep_host::packages::{Store, tell_on_stderr};
 use twinstep_host::passt::{self, Forward, free_port};
-
-/// Bytes that nobody can guess from those before.
-fn content(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut bytes = Vec::with_capacity(len);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
 
 fn sha256(bytes: &[u8]) -> String {
     let mut child = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("sha256sum is there");
@@ -61,7 +47,7 @@ fn bulk_transfers_are_whole_and_replay() {
     let folder = folder();
     let path = |name: &str| text(&folder.path().join(name));
     let (recording, snapshot) = (path("recording"), path("snapshot"));
-    let (port, sent) = (free_port().unwrap(), content(12 << 20));
+    let (port, sent) = (free_port().unwrap(), content(1, 12 << 20));
     let mut vm = Twinstep::run(&[
         &boot_with_network("256M", "shell", &format!("user,forward={port}:6379")),
         &words(&["--record", &recording, "--digest-interval", "50000000"]),
@@ -100,7 +86,7 @@ fn a_transfer_outlives_the_primary() {
     let path = |name: &str| text(&folder.path().join(name));
     let (arbiter, switch) = (path("arbiter"), path("switch"));
     std::fs::create_dir(&arbiter).unwrap();
-    let (port, sent) = (free_port().unwrap(), content(12 << 20));
+    let (port, sent) = (free_port().unwrap(), content(1, 12 << 20));
     let passt = passt::start(&passt::Options {
         program: passt::program(&Store::open().unwrap(), &mut tell_on_stderr).unwrap(),
         forwards: vec![Forward { host: SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), guest: 6379 }],

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use twinstep_host::child::Process;
+use twinstep_host::child::{Process, wait_for_switch};
 use twinstep_host::error::Context;
 use twinstep_host::guest::{self, Network};
 use twinstep_host::passt::{self, Forward, Passt};
@@ -83,7 +83,7 @@ impl World {
         let socket = folder.join("switch");
         let words = ["switch", "--quiet", "--listen", text(&socket)?, "--uplink", text(passt.socket())?];
         let switch = Process::start_program(&column.program, "switch", &words, &[], false)?;
-        wait_for_file(&socket)?;
+        wait_for_switch(&socket, PATIENCE)?;
 
         let (standby, standby_address) = match column.rule {
             None => (None, String::new()),
@@ -195,16 +195,4 @@ fn start_standby(folder: &Path, column: &Column, listen: &str) -> Result<(Proces
     let address = listening.figures.get("address").and_then(Value::as_str);
     let address = address.ok_or_else(|| Error::new("the standby does not say where it listens"))?.to_owned();
     Ok((standby, address))
-}
-
-/// A switch that listens has made its socket. It has nothing else to say, so the file is what is waited for.
-fn wait_for_file(path: &Path) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !path.exists() {
-        if Instant::now() > deadline {
-            return Err(Error::new(format!("the switch does not listen on {}", path.display())));
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
 }

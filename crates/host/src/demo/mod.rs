@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::child::{self, Process};
+use crate::child::{self, Process, wait_for_switch};
 use crate::error::{Context, Error, Result};
 use crate::events::{Event, now_ns};
 use crate::guest::{self, Kind, Network};
@@ -222,7 +222,7 @@ fn tell(stage: &Stage, options: &Options, number: u32, audience: &mut dyn Audien
     })?;
     let _switch =
         Process::start("switch", &["switch", "--quiet", "--listen", text(&socket)?, "--uplink", text(passt.socket())?])?;
-    wait_for_socket(&socket)?;
+    wait_for_switch(&socket, PATIENCE)?;
 
     let net = format!("switch={}", text(&socket)?);
     let common = ["--arbiter", &arbiter, "--net", &net, "--no-input", "--quiet", "--events", "/dev/stderr"];
@@ -337,18 +337,6 @@ fn play(primary: &mut Process, standbys: &mut [Process], options: &Options, clie
     }
     std::thread::sleep(AFTERWARDS);
     Ok(kills)
-}
-
-/// A switch that listens has made its socket. It has nothing else to say, so the file is what is waited for.
-fn wait_for_socket(path: &Path) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !path.exists() {
-        if Instant::now() > deadline {
-            return Err(Error::new(format!("the switch does not listen on {}", path.display())));
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
 }
 
 fn show(round: &Round, audience: &mut dyn Audience) {

@@ -236,18 +236,7 @@ impl Replica {
                 sidecar.store(state)
             }
             (none, Some(disk)) => {
-                let mut state = State {
-                    disk,
-                    generation: 0,
-                    bytes: inner.image.size(),
-                    role: Role::Closed,
-                    vm: [0; 16],
-                    epoch: 0,
-                    owner: [0; 16],
-                    baseline: None,
-                    boot: String::new(),
-                    changed_ns: 0,
-                };
+                let mut state = State::fresh(disk, inner.image.size());
                 change(&mut state);
                 *none = Some(Sidecar::create(inner.image.path(), blocks_of(inner.image.size()), state)?);
                 Ok(())

@@ -135,18 +135,7 @@ impl SharedDisk {
         let mut sidecar = match self.sidecar()? {
             Some(sidecar) => sidecar,
             None => {
-                let state = State {
-                    disk: identity::random_id(),
-                    generation: 0,
-                    bytes: self.size,
-                    role: Role::Closed,
-                    vm: [0; 16],
-                    epoch: 0,
-                    owner: [0; 16],
-                    baseline: None,
-                    boot: String::new(),
-                    changed_ns: 0,
-                };
+                let state = State::fresh(identity::random_id(), self.size);
                 Sidecar::create(&self.path, 0, state)?
             }
         };

@@ -84,6 +84,24 @@ pub struct State {
     pub changed_ns: i64,
 }
 
+impl State {
+    /// That of a disk of so many bytes of which nothing has happened yet.
+    pub fn fresh(disk: [u8; 16], bytes: u64) -> Self {
+        Self {
+            disk,
+            generation: 0,
+            bytes,
+            role: Role::Closed,
+            vm: [0; 16],
+            epoch: 0,
+            owner: [0; 16],
+            baseline: None,
+            boot: String::new(),
+            changed_ns: 0,
+        }
+    }
+}
+
 /// The name of a moment at which two replicas were equal; random.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 #[cbor(transparent)]

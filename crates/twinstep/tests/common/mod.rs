@@ -17,6 +17,20 @@ use tempfile::TempDir;
 use twinstep_host::guest::{self, Kind, Network};
 use twinstep_host::packages::{KernelLine, Store, tell_on_stderr};
 
+/// Bytes that nobody can guess from those before, other ones for each number.
+pub fn content(number: u64, len: usize) -> Vec<u8> {
+    let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
 /// How long anything may take; what is waited for comes in seconds on an idle machine.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use twinstep_host::redis_check::{Options, Report, Running};
 
+use crate::common::content;
 use crate::street::{CLIENT, GUEST};
 use crate::sys;
 
@@ -54,20 +55,6 @@ pub struct Client {
     redis: Running,
     files: Arc<Files>,
     sender: JoinHandle<Result<(), String>>,
-}
-
-/// Bytes that nobody can guess from those before.
-fn content(number: u64, len: usize) -> Vec<u8> {
-    let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
 }
 
 /// One connection: what is asked and sent, and what comes back.
