@@ -50,7 +50,22 @@ pub struct Block {
     links: std::ops::Range<u32>,
     incoming: Vec<u32>,
     alive: bool,
+    marked: bool,
+    samples: u32,
 }
+
+/// What was learnt of an instruction's accesses.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mark {
+    manner: Manner,
+    /// How often it was taken back.
+    chances: u32,
+}
+
+/// Samples of a trace after which it gets its first other chance; each further one takes four times as many.
+const CHANCE: u32 = 4;
+/// How many it gets.
+const CHANCES: u32 = 4;
 
 impl Block {
     /// Number of instructions.
@@ -74,6 +89,7 @@ struct LinkState {
     from: u32,
     to: Option<u32>,
     owing: Option<Owing>,
+    ungrouped: bool,
 }
 
 /// A piece of translated code, for profilers.
@@ -99,10 +115,8 @@ pub struct Cache {
     middle: usize,
     next_cold: usize,
     end: usize,
-    /// Instructions (guest-physical addresses) that access many pages in turn.
-    restless: HashSet<u64, FixedHasher>,
-    /// Instructions that led a group of accesses which crossed pages too often.
-    loners: HashSet<u64, FixedHasher>,
+    /// What was learnt of accesses, by their instructions' guest-physical addresses.
+    marks: HashMap<u64, Mark, FixedHasher>,
     /// Blocks that ran often: they are translated as traces.
     hot: HashSet<Key, FixedHasher>,
     blocks: Vec<Block>,
@@ -134,8 +148,7 @@ impl Cache {
             middle,
             next_cold: middle,
             end,
-            restless: HashSet::default(),
-            loners: HashSet::default(),
+            marks: HashMap::default(),
             hot: HashSet::default(),
             blocks: Vec::new(),
             entries: Vec::new(),
@@ -163,7 +176,7 @@ impl Cache {
     }
     /// How the instruction at this guest-physical address is to check its accesses.
     pub fn manner(&self, gpa: u64) -> Manner {
-        Manner { restless: self.restless.contains(&gpa), loner: self.loners.contains(&gpa) }
+        self.marks.get(&gpa).map_or_else(Manner::default, |mark| mark.manner)
     }
     /// Whether what is translated under this key is to be a trace.
     pub fn is_hot(&self, key: Key) -> bool {
@@ -192,14 +205,40 @@ impl Cache {
         let Some(id) = self.id_at(pc) else { return };
         let block = &self.blocks[id as usize];
         let gpa = |k: usize| block.key.gpa & !(PAGE_SIZE - 1) | block.points[k].guest as u64;
-        if group { &mut self.loners } else { &mut self.restless }.insert(gpa(k));
+        let mark = &mut self.marks.entry(gpa(k)).or_default().manner;
+        *if group { &mut mark.loner } else { &mut mark.restless } = true;
         for i in 0..block.sites.1 {
             let site = block.sites.0 + i * size_of::<Site>() as u32;
             if sites.is_restless(site) {
-                self.restless.insert(gpa(block.instruction_at(sites.retry_of(site) as usize)));
+                let k = block.instruction_at(sites.retry_of(site) as usize);
+                self.marks.entry(gpa(k)).or_default().manner.restless = true;
             }
         }
         self.kill(id);
+    }
+    /// Block `id` was about to run when time was up, which says how much of the time it takes. If that is much, and there are marks on its
+    /// instructions, it gets another chance without them: many are from when a program began.
+    pub fn sample(&mut self, id: u32) {
+        let block = &mut self.blocks[id as usize];
+        if !block.marked {
+            return;
+        }
+        block.samples += 1;
+        if block.samples < CHANCE || !block.samples.is_power_of_two() {
+            return;
+        }
+        let page = block.key.gpa & !(PAGE_SIZE - 1);
+        let marked = || block.points.iter().map(|p| page | p.guest as u64);
+        let chances = marked().filter_map(|gpa| self.marks.get(&gpa)).map(|mark| mark.chances).max().unwrap_or(0);
+        if chances < CHANCES && block.samples >= CHANCE << (2 * chances) {
+            for gpa in marked() {
+                if let Some(mark) = self.marks.get_mut(&gpa) {
+                    *mark = Mark { manner: Manner::default(), chances: chances + 1 };
+                }
+            }
+            self.stats.chances += 1;
+            self.kill(id);
+        }
     }
     /// A block by number.
     pub fn block(&self, id: u32) -> &Block {
@@ -230,7 +269,8 @@ impl Cache {
 
     /// Adds a block translated for [`Cache::next_place`]. `pages` are the RAM pages its bytes come from.
     /// `first_site` is the host address of its first site.
-    pub fn add(&mut self, key: Key, t: &Translation, first_site: u32, second: Option<u64>, pages: &[usize]) -> u32 {
+    /// `marked`: marks on its instructions made a difference.
+    pub fn add(&mut self, key: Key, t: &Translation, first_site: u32, second: Option<u64>, pages: &[usize], marked: bool) -> u32 {
         assert!(t.code.len() <= self.middle - self.next, "block of {} bytes overruns the cache", t.code.len());
         assert!(t.cold.len() <= self.end - self.next_cold, "block of {} cold bytes overruns the cache", t.cold.len());
         let id = self.blocks.len() as u32;
@@ -243,6 +283,7 @@ impl Cache {
             let kinds = match key.mode {
                 m if m.has(Mode::ALONE) => ["alone", "alone cold"],
                 m if m.has(Mode::SHORT) => ["short", "short cold"],
+                m if m.has(Mode::UNGROUPED) && self.hot.contains(&key) => ["ungrouped trace", "ungrouped trace cold"],
                 _ if self.hot.contains(&key) => ["trace", "trace cold"],
                 _ => ["block", "block cold"],
             };
@@ -252,7 +293,15 @@ impl Cache {
         }
         let first_link = self.links.len() as u32;
         for l in &t.links {
-            self.links.push(LinkState { patch: l.patch, stub: l.stub, target: l.target, from: id, to: None, owing: l.owing });
+            self.links.push(LinkState {
+                patch: l.patch,
+                stub: l.stub,
+                target: l.target,
+                from: id,
+                to: None,
+                owing: l.owing,
+                ungrouped: l.ungrouped,
+            });
         }
         self.stats.blocks += 1;
         self.stats.instructions += t.points.len() as u64;
@@ -270,6 +319,8 @@ impl Cache {
             links: first_link..self.links.len() as u32,
             incoming: Vec::new(),
             alive: true,
+            marked,
+            samples: 0,
         });
         self.next = (self.next + t.code.len()).next_multiple_of(16).min(self.middle);
         self.next_cold = (self.next_cold + t.cold.len()).min(self.end);
@@ -305,7 +356,8 @@ impl Cache {
     pub fn link_target(&self, link: u32) -> Key {
         let l = &self.links[link as usize];
         let from = &self.blocks[l.from as usize];
-        Key { gpa: from.key.gpa & !(PAGE_SIZE - 1) | l.target & (PAGE_SIZE - 1), rip: l.target, mode: from.key.mode }
+        let mode = Mode(from.key.mode.0 & !Mode::UNGROUPED | l.ungrouped as u16 * Mode::UNGROUPED);
+        Key { gpa: from.key.gpa & !(PAGE_SIZE - 1) | l.target & (PAGE_SIZE - 1), rip: l.target, mode }
     }
 
     fn patch(&mut self, patch: u32, target: u32) {
@@ -416,8 +468,7 @@ impl Cache {
         self.dead.clear();
         self.next = self.start;
         self.next_cold = self.middle;
-        self.restless.clear();
-        self.loners.clear();
+        self.marks.clear();
         self.hot.clear();
     }
 }

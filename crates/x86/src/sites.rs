@@ -253,7 +253,8 @@ impl Sites {
     }
     /// Whether the site at `address` is close to being translated anew.
     pub fn is_restless(&self, address: u32) -> bool {
-        self.at(address).misses < PATIENCE / 2
+        let site = self.at(address);
+        site.period == self.period as u8 && site.misses < PATIENCE / 2
     }
 
     #[allow(clippy::mut_from_ref)]

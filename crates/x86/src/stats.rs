@@ -102,6 +102,8 @@ counters! {
         pub killed,
         /// Those of them whose bytes the guest, or a device, wrote to.
         pub overwritten,
+        /// Traces among those dropped that get another chance with sites and groups.
+        pub chances,
         /// Times the cache was full and everything was dropped.
         pub full_flushes,
     }

@@ -4,7 +4,7 @@
 use super::{Emit, Shared};
 use crate::mmu::first::{First, TLB_ENTRIES};
 use crate::sites::{GUEST_BUCKETS, HALF_BUCKETS, HOST_BUCKETS, Notes, PATIENCE, Site, Sites};
-use dynasmrt::{DynasmApi, DynasmLabelApi, dynasm};
+use dynasmrt::{DynamicLabel, DynasmApi, DynasmLabelApi, dynasm};
 use std::mem::offset_of;
 
 /// Where the bytes of a checked access are.
@@ -112,6 +112,13 @@ impl Emit {
         // The operand size prefix comes before REX.
         self.ops.push(0x66);
         self.there(&[0x89], false, from, at);
+    }
+
+    /// Jumps to the label unless the `size` bytes from the address in r11 on lie on two pages. Clobbers r10 and flags.
+    pub fn unless_across(&mut self, size: i32) -> DynamicLabel {
+        let on_one = self.label();
+        dynasm!(self.ops ; .arch x64 ; mov r10d, r11d ; and r10d, 0xfff ; cmp r10d, 0x1000 - size ; jbe =>on_one);
+        on_one
     }
 
     /// Tells a helper which site a check belongs to.

@@ -37,7 +37,8 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
     let k = (arg >> 20) as usize;
     // SAFETY: as above.
     let (site, hard) = unsafe { ((*frame).site, std::mem::take(&mut (*frame).hard) != 0) };
-    if hard && core.mmu.sites().misses_left(site) == 0 {
+    let restless = hard && core.mmu.sites().misses_left(site) == 0;
+    if restless {
         core.give_up.push(GiveUp { code: ret, instruction: k, group: false });
     } else if ea % PAGE_SIZE + size <= PAGE_SIZE {
         // SAFETY: the state is not part of the MMU.
@@ -60,7 +61,7 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
             return 0;
         }
     }
-    if group && core.mmu.sites().group_failed(site) {
+    if group && !restless && core.mmu.sites().group_failed(site) {
         core.give_up.push(GiveUp { code: ret, instruction: k, group: true });
     }
     let block = core.cache.block_at(ret).expect("called from a block");
@@ -72,8 +73,11 @@ pub(super) extern "sysv64" fn mem_helper(frame: *mut Frame) -> u32 {
         core.position = core.limit - (*frame).budget;
     }
     core.join_flags();
-    // A group's address is not the instruction's own.
-    let onward = core.alone_and_on((write && !group).then_some(ea));
+    let onward = match group {
+        // Each of its accesses by itself.
+        true => core.ungrouped_and_on(),
+        false => core.alone_and_on(write.then_some(ea)),
+    };
     go_on(core, onward)
 }
 

@@ -27,11 +27,12 @@ use crate::sites::Sites;
 use crate::state::{cr4, gpr, rflags};
 use crate::stats::{CpuGauges, CpuStats};
 use crate::sys::{self, Cx, Delivery, Flow};
-use crate::translate::{MAX_TRACE, Mode, SHORT_TRACE, Source, Workshop, translate};
+use crate::translate::{MAX_TRACE, Manner, Mode, SHORT_TRACE, Source, Workshop, translate};
 use crate::{Bus, CpuModel, CpuState, Exception, Exit, Features, PAGE_SIZE, PageFlags, PhysMem, Position};
 use alone::{ALONE_KEPT, Alone};
 use fetch::Bytes;
 use helpers::{mem_alone_helper, mem_helper, sys_helper, write_back_helper};
+use std::cell::Cell;
 use std::sync::Arc;
 
 /// How an engine is built. None of it but the model is visible to the guest.
@@ -498,7 +499,15 @@ impl Core {
                     let key = self.cache.link_target(arg as u32);
                     self.st().rip = key.rip;
                     // A block that is known is linked and entered at once; the rest is the main loop's.
-                    let to = self.cache.find(key)?;
+                    let life = self.cache.life();
+                    let to = match self.cache.find(key) {
+                        None if key.mode.has(Mode::UNGROUPED) => self.ungrouped_block(key).ok()?,
+                        known => known?,
+                    };
+                    if life != self.cache.life() {
+                        entry = self.cache.block(to).entry;
+                        continue;
+                    }
                     self.cache.link(arg as u32, to);
                     if self.cache.block(to).second.is_some() {
                         return None;
@@ -509,6 +518,7 @@ impl Core {
                     let block = self.cache.block(arg as u32);
                     let (rip, n) = (block.key.rip, block.len());
                     self.st().rip = rip;
+                    self.cache.sample(arg as u32);
                     return Some(n);
                 }
                 exit::HOT => {
@@ -604,6 +614,7 @@ impl Core {
         // SAFETY: the frame is ours; nothing changes the sites while code is made.
         let (cache, sites) = (&self.cache, unsafe { &(*self.frame).first.sites });
         let hot = max > SHORT_TRACE && !straddles && (self.trace_after == 0 || cache.is_hot(key));
+        let marked = Cell::new(false);
         let source = Source {
             bytes: if straddles {
                 &bytes.joined[..15]
@@ -628,9 +639,13 @@ impl Core {
             runs: &|offset| {
                 let offset = u64::from(offset);
                 let (gpa, rip) = (key.gpa & !(PAGE_SIZE - 1) | offset, key.rip & !(PAGE_SIZE - 1) | offset);
-                cache.runs(Key { gpa, rip, mode: key.mode }, self.trace_after, sites)
+                cache.runs(Key { gpa, rip, mode: Mode(key.mode.0 & !Mode::UNGROUPED) }, self.trace_after, sites)
             },
-            manner: &|offset| cache.manner(key.gpa & !(PAGE_SIZE - 1) | offset as u64),
+            manner: &|offset| {
+                let manner = cache.manner(key.gpa & !(PAGE_SIZE - 1) | offset as u64);
+                marked.set(marked.get() | manner.restless | manner.loner);
+                Manner { loner: manner.loner || key.mode.has(Mode::UNGROUPED), ..manner }
+            },
         };
         let translation = translate(&source, FrameAt(self.frame as usize as i32), self.shared, &mut self.workshop);
         for &site in &translation.sites {
@@ -645,10 +660,21 @@ impl Core {
             }
         }
         self.cache.stats.traces += u64::from(hot);
-        let id = self.cache.add(key, &translation, first_site, bytes.second, pages);
+        let id = self.cache.add(key, &translation, first_site, bytes.second, pages, hot && marked.get());
         self.workshop.recycle(translation);
         self.activity.set(before);
         id
+    }
+
+    /// The block with this key, of mode [`Mode::UNGROUPED`]. Nothing finds it by the jump caches.
+    fn ungrouped_block(&mut self, key: Key) -> Result<u32, Stop> {
+        match self.cache.find(key) {
+            Some(id) => Ok(id),
+            None => {
+                let bytes = self.bytes(key.rip, key.gpa)?;
+                Ok(self.translate(key, &bytes, self.max))
+            }
+        }
     }
 
     // ---- one instruction ----

@@ -116,6 +116,20 @@ impl Core {
         self.onward(done)
     }
 
+    /// Goes on at the instruction at RIP, in the middle of a block that is left for good, with each access checked by itself. State, position and
+    /// budget are exact.
+    pub(super) fn ungrouped_and_on(&mut self) -> Onward {
+        self.activity.set(Activity::Engine);
+        self.settle();
+        let mut mode = self.mode();
+        let Ok((rip, gpa)) = self.fetch(mode) else { return Onward::Again };
+        mode.0 |= Mode::UNGROUPED;
+        match self.ungrouped_block(Key { gpa, rip, mode }) {
+            Ok(id) => Onward::Code(self.cache.block(id).entry.into()),
+            Err(_) => Onward::Again,
+        }
+    }
+
     /// How to go on after an instruction that is `done` with, its exception delivered if it had one.
     pub(super) fn onward(&mut self, done: bool) -> Onward {
         if !done {

@@ -27,7 +27,7 @@ impl Translator<'_> {
         } else if self.can_link(target) {
             let from = self.emit.jmp_out();
             let link = self.links.len();
-            self.links.push(Link { patch: (self.src.host + from) as u32, stub: 0, target, owing: None });
+            self.links.push(Link { patch: (self.src.host + from) as u32, stub: 0, target, owing: None, ungrouped: false });
             self.cold.push(Cold::Stub { from, link });
         } else {
             self.emit.owe(0);

@@ -57,6 +57,8 @@ impl Mode {
     pub const EM: u16 = 1 << 4;
     /// VEX-encoded vector instructions are switched on.
     pub const AVX: u16 = 1 << 8;
+    /// Each access is checked by itself: where a trace goes on when the bytes of a group turn out to lie on two pages.
+    pub const UNGROUPED: u16 = 1 << 9;
     /// Whether any of these bits is set.
     pub fn has(self, bits: u16) -> bool {
         self.0 & bits != 0
@@ -87,6 +89,8 @@ pub struct Link {
     pub target: u64,
     /// Another way there, for targets that take flags that are owed.
     pub owing: Option<Owing>,
+    /// To its block of mode [`Mode::UNGROUPED`].
+    pub ungrouped: bool,
 }
 
 /// A translated block.
@@ -557,6 +561,23 @@ impl Translator<'_> {
         Translation { code, cold, points, sys, links, sites, guest, entry, published, takes }
     }
 
+    /// A group's check failed, of the bytes from r11 on. If they lie on two pages, goes on where each access is checked by itself.
+    fn across_pages(&mut self, arg: i32, flags: Flags) {
+        let size = arg & 0xffff;
+        let k = (arg as u32 >> 20) as usize;
+        let on_one = self.emit.unless_across(size);
+        self.flags = flags;
+        self.settle_flags();
+        self.emit.refund((self.len - k) as i32);
+        let at = self.emit.jmp_out();
+        let stub = self.emit.here() as u32;
+        self.emit.leave(exit::LINK, (self.src.first_link as usize + self.links.len()) as i32);
+        let target = self.src.rip & !0xfff | u64::from(self.points[k].guest);
+        let patch = (self.src.cold + at) as u32;
+        self.links.push(Link { patch, stub, target, owing: None, ungrouped: true });
+        self.emit.bind(on_one);
+    }
+
     /// Emits what was put apart and leads the hot code's jumps there.
     fn cold_code(&mut self) -> (Vec<u8>, Vec<u8>) {
         let (mut hot, mut cold) = std::mem::take(&mut self.buffers);
@@ -569,6 +590,10 @@ impl Translator<'_> {
             let mut here = self.emit.here();
             let from = match self.cold[i] {
                 Cold::Slow { from, site, counter, ea, write, arg, retry, flags } => {
+                    if arg & helper_arg::GROUP != 0 {
+                        self.checked_address(ea, arg as usize & 0xffff);
+                        self.across_pages(arg, flags);
+                    }
                     if let Some((address, constant)) = site {
                         self.checked_address(ea, arg as usize & 0xffff);
                         self.emit.site_miss(address, write, constant);
@@ -577,7 +602,9 @@ impl Translator<'_> {
                     }
                     self.flags = flags;
                     if site.is_none() && self.flags.settled() {
-                        self.emit.unchecked(write);
+                        if arg & helper_arg::GROUP == 0 {
+                            self.emit.unchecked(write);
+                        }
                     } else {
                         self.settle_flags();
                         self.checked_address(ea, arg as usize & 0xffff);
@@ -614,7 +641,7 @@ impl Translator<'_> {
                         self.emit.leave(exit::LINK, (self.src.first_link + link as u32) as i32);
                         // Unlinked, the jump leads just behind itself: a displacement of 0, as emitted.
                         let owing = owing.map(|needs| self.owing_exit(from, here as u32, rest, flags, needs));
-                        self.links.push(Link { patch: (self.src.cold + at) as u32, stub, target, owing });
+                        self.links.push(Link { patch: (self.src.cold + at) as u32, stub, target, owing, ungrouped: false });
                     } else if self.alone() {
                         self.emit.imm(T0, target);
                         self.emit.leave_lookup();
