@@ -403,7 +403,7 @@ impl Emit {
     /// Notes what code makes the flags (0: they are in the frame). Returns where its address is, to be filled in later.
     pub fn owe(&mut self, maker: i32) -> usize {
         let owed = self.at.owed();
-        dynasm!(self.ops ; .arch x64 ; mov QWORD [owed], maker);
+        dynasm!(self.ops ; .arch x64 ; mov DWORD [owed], maker);
         self.offset() - 4
     }
     /// Has the flags made and saved, if they are owed. Clobbers r11 and flags.
@@ -445,7 +445,10 @@ impl Emit {
     /// Pays for `n` instructions. Returns the place of the jump to be made (with the budget still reduced) if the budget is too small.
     /// Clobbers flags.
     pub fn pay(&mut self, n: i32) -> usize {
-        dynasm!(self.ops ; .arch x64 ; sub r15, n);
+        match i8::try_from(n) {
+            Ok(n) => dynasm!(self.ops ; .arch x64 ; sub r15, BYTE n),
+            Err(_) => dynasm!(self.ops ; .arch x64 ; sub r15, n),
+        }
         self.jcc_out(8)
     }
     /// Gives back `n` instructions; no flags.
@@ -480,7 +483,12 @@ impl Emit {
     /// Goes on at the guest address in r11 through the jump cache; the frame's flags are valid. Clobbers flags.
     pub fn jump_cache(&mut self) {
         self.owe(0);
-        self.jump_if_cached();
+        let known = self.look_into_jumps();
+        // jne over the jump of 7 bytes.
+        dynasm!(self.ops ; .arch x64 ; .bytes [0x75, 7]);
+        let before = self.offset();
+        dynasm!(self.ops ; .arch x64 ; jmp QWORD [r10 + known]);
+        assert_eq!(self.offset() - before, 7);
         self.jmp_abs(self.shared.lookup);
     }
     /// Goes on at a known guest address through the jump cache, whoever goes on there being told what is owed ([`Emit::owe`]). Clobbers flags.
@@ -494,27 +502,27 @@ impl Emit {
         assert_eq!(self.offset() - before, 7);
         self.jmp_abs(self.shared.lookup);
     }
-    /// Goes on at the guest address in r11, which a guest computed, through the jump cache; what is owed is noted. Clobbers flags. Whoever finds that no code can be there is told whence it came: the block, and by
-    /// how much its last instruction has moved RSP.
-    pub fn jump_cache_or(&mut self, block: i32, moved: i32) {
-        self.jump_if_cached();
+    /// Goes on at the guest address in r11, which a guest computed, if the jump cache knows it; what is owed is noted. Returns the place of the jump to be
+    /// made if not. Clobbers flags.
+    pub fn jump_if_known(&mut self) -> usize {
+        let known = self.look_into_jumps();
+        let out = self.jcc_out(5);
+        dynasm!(self.ops ; .arch x64 ; jmp QWORD [r10 + known]);
+        out
+    }
+    /// Looks further for the guest address in r11. Whoever finds that no code can be there is told whence it came: the block, and by how much its last
+    /// instruction has moved RSP.
+    pub fn look_up(&mut self, block: i32, moved: i32) {
         let (exit_arg, tmp) = (self.at.exit_arg(), self.at.tmp(2));
         dynasm!(self.ops ; .arch x64 ; mov QWORD [exit_arg], block ; mov QWORD [tmp], moved);
         self.jmp_abs(self.shared.lookup);
     }
-    fn jump_if_cached(&mut self) {
+    /// ZF = the jump cache knows the guest address in r11; the result, added to r10, is where the code is noted.
+    fn look_into_jumps(&mut self) -> i32 {
         let jumps = self.at.jumps(self.user);
         let mask = ((crate::frame::JUMP_ENTRIES - 1) << 4) as i32;
-        dynasm!(self.ops ; .arch x64
-            ; mov r10d, r11d
-            ; shl r10d, 4
-            ; and r10d, mask
-            ; cmp [r10 + jumps], r11
-            // Over the jump of 7 bytes.
-            ; .bytes [0x75, 7]);
-        let before = self.offset();
-        dynasm!(self.ops ; .arch x64 ; jmp QWORD [r10 + jumps + 8]);
-        assert_eq!(self.offset() - before, 7);
+        dynasm!(self.ops ; .arch x64 ; mov r10d, r11d ; shl r10d, 4 ; and r10d, mask ; cmp [r10 + jumps], r11);
+        jumps + 8
     }
     /// Leaves at the guest address in r11.
     pub fn leave_lookup(&mut self) {

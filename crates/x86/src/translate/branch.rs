@@ -62,7 +62,8 @@ impl Translator<'_> {
             if self.code_32() {
                 self.emit.owe(0);
             }
-            self.emit.jump_cache_or(self.src.block as i32, moved);
+            let from = self.emit.jump_if_known();
+            self.cold.push(Cold::LookUp { from, moved });
         }
     }
 

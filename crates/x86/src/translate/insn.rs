@@ -438,10 +438,11 @@ impl Translator<'_> {
         let at = self.access(Ea::Plain(4, 0), size as usize, false);
         if insn.op0_kind() == OpKind::Register {
             let n = full_number(insn.op0_register()).expect("general register");
+            // RSP is as it was: flags that are made from it and from the register are made first.
+            self.protect(1 << n);
             if n != 4 {
                 self.protect_moved(4, size);
             }
-            self.protect(1 << n);
             if size == 8 && !in_frame(n) && n != 4 {
                 self.emit.load_at(n, at);
                 self.emit.lea(4, 4, size);

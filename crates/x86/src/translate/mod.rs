@@ -252,6 +252,8 @@ enum Cold {
     Maker { place: usize, flags: Flags },
     /// The budget is too small.
     Short { from: usize, n: i32 },
+    /// The jump cache does not know an address that the guest computed, after RSP was moved.
+    LookUp { from: usize, moved: i32 },
     /// The block ran often.
     Hot { from: usize },
     /// Somebody came by the jump cache who owes flags, which this block does not take; it goes on at `back`.
@@ -665,6 +667,10 @@ impl Translator<'_> {
                 }
                 Cold::Owed { from, back } => {
                     self.emit.settle_and_go(back as i32);
+                    Some(from)
+                }
+                Cold::LookUp { from, moved } => {
+                    self.emit.look_up(self.src.block as i32, moved);
                     Some(from)
                 }
                 Cold::Hot { from } => {
