@@ -356,7 +356,7 @@ impl Cache {
     pub fn link_target(&self, link: u32) -> Key {
         let l = &self.links[link as usize];
         let from = &self.blocks[l.from as usize];
-        let mode = Mode(from.key.mode.0 & !Mode::UNGROUPED | l.ungrouped as u16 * Mode::UNGROUPED);
+        let mode = Mode((from.key.mode.0 & !Mode::UNGROUPED) | (l.ungrouped as u16 * Mode::UNGROUPED));
         Key { gpa: from.key.gpa & !(PAGE_SIZE - 1) | l.target & (PAGE_SIZE - 1), rip: l.target, mode }
     }
 

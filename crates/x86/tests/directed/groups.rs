@@ -49,6 +49,21 @@ fn indexed() -> Vec<u8> {
     ])
 }
 
+/// A loop whose flags come from RSP and a register that POP overwrites.
+fn stack() -> Vec<u8> {
+    join(&[
+        // top: mov ebp, 8; sub rsp, rbp; pop rbp; mov rax, [rbx]; pushfq; pop rdi; xor [rbx+8], rdi
+        &[0xbd, 0x08, 0x00, 0x00, 0x00, 0x48, 0x29, 0xec, 0x5d, 0x48, 0x8b, 0x03, 0x9c, 0x5f, 0x48, 0x31, 0x7b, 0x08],
+        // mov rbp, -8; add rsp, rbp; pop rbp; mov rax, [rbx+16]; pushfq; pop rdi; xor [rbx+24], rdi
+        &[
+            0x48, 0xc7, 0xc5, 0xf8, 0xff, 0xff, 0xff, 0x48, 0x01, 0xec, 0x5d, 0x48, 0x8b, 0x43, 0x10, 0x9c, 0x5f, 0x48, 0x31,
+            0x7b, 0x18,
+        ],
+        // nop; nop; nop; nop; lea rsp, [rsp-8]; dec rcx; jnz top; hlt
+        &[0x90, 0x90, 0x90, 0x90, 0x48, 0x8d, 0x64, 0x24, 0xf8, 0x48, 0xff, 0xc9, 0x75, 0xcb, 0xf4],
+    ])
+}
+
 /// `at`: where the data is. Close to the end of a page, its groups lie across pages, too.
 fn world(program: &[u8], max: u32, at: u64) -> World {
     World::new(max, program).with(|st| {
@@ -63,7 +78,7 @@ const PLACES: [u64; 3] = [DATA, DATA + 4096 - 36, DATA + 4096 - 20];
 
 /// Each program at each place.
 fn cases() -> impl Iterator<Item = (Vec<u8>, u64)> {
-    [program(), indexed()].into_iter().flat_map(|program| PLACES.map(|at| (program.clone(), at)))
+    [program(), indexed(), stack()].into_iter().flat_map(|program| PLACES.map(|at| (program.clone(), at)))
 }
 
 #[test]
