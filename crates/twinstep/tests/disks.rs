@@ -1,12 +1,13 @@
 //! Disks of a protected VM: mirrored while the guest runs, right after a failover, never stale, repaired; and what one host's disk does is never the guest's.
 mod common;
 
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use common::{Twinstep, User, boot, text, turn, words};
+use common::{Twinstep, User, boot, text, turn, vote, words};
 use twinstep_host::guest::program_files;
 use twinstep_host::packages::{Request, Store, tell_on_stderr};
 
@@ -75,8 +76,9 @@ impl Hosts {
     fn common(&self, name: &str) -> Vec<String> {
         words(&["--arbiter", &text(&self.arbiter), "--debug-faults", "--name", name])
     }
-    fn standby(&self, disk: &str) -> (Twinstep, String) {
-        let standby = self.user.start("standby", &[&self.common("twin"), &words(&["--listen", "127.0.0.1:0", "--disk", disk])]);
+    fn standby(&self, disk: &str, more: &[&str]) -> (Twinstep, String) {
+        let own = words(&["--listen", "127.0.0.1:0", "--disk", disk]);
+        let standby = self.user.start("standby", &[&self.common("twin"), &own, &words(more)]);
         let address = standby.wait_said("waiting for a primary on ");
         (standby, address)
     }
@@ -100,7 +102,7 @@ fn a_disk_outlives_its_hosts() {
     content[SIZE as usize / 2..].iter_mut().enumerate().for_each(|(i, byte)| *byte = (i / 4096 * 31 + i) as u8);
     std::fs::write(&left, content).unwrap();
 
-    let (mut standby, address) = hosts.standby(&right);
+    let (mut standby, address) = hosts.standby(&right, &[]);
     let mut primary = hosts.primary(&left, &address, "128M", &[]);
     assert!(primary.has_said("mirrored: the standby's disks are mirrored: 512 of 1024 blocks"), "what is zero is not sent");
     primary.type_line(FILL);
@@ -124,7 +126,7 @@ fn a_disk_outlives_its_hosts() {
     none(&["--arbiter", &text(&hosts.arbiter)]).refused(&["left.img is not the newest", "in epoch 2", "--force-stale-disk"]);
 
     // The other way round: what either side wrote since they were equal is looked at, and what differs is sent.
-    let (standby, address) = hosts.standby(&left);
+    let (standby, address) = hosts.standby(&left, &[]);
     let mut primary = hosts.primary(&right, &address, "128M", &[]);
     let mirrored = primary.wait_said("mirrored: the standby's disks are mirrored: ");
     let figures: Vec<u32> = mirrored.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
@@ -144,35 +146,35 @@ fn a_disk_outlives_its_hosts() {
     none(&[]).with(0);
 }
 
-/// A bit that flips in memory and gets to the disk is repaired on the disk, too.
+/// A bit that flips in memory and gets to the disk is repaired on the disk, too; and a third host, which has none of these disks, can say whose bit it was.
 #[test]
 fn a_flipped_bit_that_reached_the_disk_is_repaired() {
     let _turn = turn(2);
     let hosts = Hosts::new();
     let (left, right) = (hosts.path("left.img"), hosts.path("right.img"));
-    // As large as the file.
+    // As large as the file, and with something at its beginning that is overwritten.
     sparse(Path::new(&left), 96 << 20);
-    let (mut standby, address) = hosts.standby(&right);
+    let old: Vec<u8> = (0..2 << 20).map(|i: u32| (i.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
+    std::fs::File::options().write(true).open(&left).unwrap().write_all(&old).unwrap();
+    let (mut standby, address) = hosts.standby(&right, &["--record-window", &hosts.path("windows")]);
     let mut primary = hosts.primary(&left, &address, "256M", &["--commit", "matched"]);
     primary.type_line(
         "cd /tmp; yes ABCDEFG | head -c 65536 > a; cat a a a a a a a a > b; cat b b b b b b b b > c; \
          cat c c c c c c c c c c c c c c c c c c c c c c c c > f; cd /; echo made $((1 + 1))",
     );
     primary.wait_console("made 2");
-    // Inside of what the file, or nothing, fills.
-    for address in ["0x5800123", "0x6c00456", "0x8100789", "0x9400abc", "0xa800def", "0xbb00321", "0xce00654", "0xe000987"] {
-        hosts.user.ask("debug", &["flip-bit", "twin", "--address", address, "--bit", "2"]).with(0);
-    }
+    hosts.user.ask("debug", &["flip-bit", "twin", "--filled", "ABCDEFG\\n", "--count", "25", "--bit", "2"]).with(0);
     // The copy goes through the bad memory to the disk, and the memory is forgotten; nobody has seen a difference yet.
     primary.type_line(
-        "dd if=/tmp/f of=/dev/vda bs=1048576; sync; rm /tmp/f; echo 3 > /proc/sys/vm/drop_caches; echo copied $((1 + 1))",
+        "head -c 2097152 /dev/vda > /tmp/old; dd if=/tmp/f of=/dev/vda bs=1048576; sync; rm /tmp/f; echo 3 > /proc/sys/vm/drop_caches; echo copied $((1 + 1))",
     );
     primary.wait_console("copied 2");
     assert!(!primary.has_said("mismatch: "));
-    const LOOK: &str = "echo 3 > /proc/sys/vm/drop_caches; md5sum < /dev/vda; echo looked $((1 + 1))";
+    const LOOK: &str = "echo 3 > /proc/sys/vm/drop_caches; cat /tmp/old /dev/vda | md5sum; echo looked $((1 + 1))";
     primary.type_line(LOOK);
     // The sum is of other bytes.
     primary.wait_said("resynced: ");
+    vote(&hosts.user, &standby, "primary", 0);
     primary.wait_console("looked 2");
     primary.kill();
     standby.wait_said("live: live in epoch 2");
@@ -210,7 +212,7 @@ fn a_full_disk_is_its_hosts_failure() {
             primary = hosts.primary(&left, &address, "128M", &[]);
         } else {
             let address;
-            (standby, address) = hosts.standby(&right);
+            (standby, address) = hosts.standby(&right, &[]);
             let arguments =
                 [words(&["run"]), hosts.common("db"), words(&["--disk", &left, "--protect", &address]), boot("128M", "shell")]
                     .concat();

@@ -2,7 +2,7 @@
 //! afterwards (`--commit received`), and the pair is made whole again.
 mod common;
 
-use common::{Twinstep, User, boot, text, turn, words};
+use common::{Twinstep, User, boot, text, turn, vote, words};
 
 /// A pair whose guest sits at a shell and has a large file in its memory. Both sides can be broken on purpose.
 struct Pair {
@@ -43,15 +43,6 @@ impl Pair {
     fn sum(&mut self) {
         self.primary.type_line("md5sum < /tmp/f; echo second $((1 + 1))");
     }
-}
-
-/// What a third host says of what the two sides made, once the standby has recorded what led to it; and its exit status.
-fn vote(user: &User, standby: &Twinstep, says: &str, status: i32) {
-    let window = standby.wait_said("are recorded: `twinstep vote ");
-    let path = window.split_once('`').expect("the command ends").0;
-    let vote = user.ask("vote", &[path, "--json"]).with(status).json();
-    assert_eq!(vote["verdict"], says, "{vote}");
-    user.ask("vote", &[path]).with(status).shows(says).shows("bytes at the serial port");
 }
 
 /// The sums that the guest has printed.

@@ -7,6 +7,7 @@
 //! make a guesser open other files the next time. For the same reason a qcow2 image may refer to no other file.
 //! A [`SharedDisk`] is one image for several hosts. A [`Replica`] is an image with what is remembered of it: which blocks changed, and in its sidecar whose disk it is and how new.
 
+mod checkpoint;
 mod qcow2;
 mod raw;
 mod replica;

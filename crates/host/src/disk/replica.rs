@@ -3,6 +3,7 @@
 //! *In*: the machine's reads, writes and flushes; questions and news from whoever mirrors, resyncs, protects. *Out*: blocks, sets of blocks that changed. *Invariant*: a
 //! write is noted in every set before anybody can read its block as unchanged: notes and blocks change under one lock.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,6 +11,7 @@ use twinstep_machine::{Disk, DiskError, PageSet};
 use twinstep_migrate::Eras;
 use twinstep_pair::{OwnerId, VmId};
 
+use super::checkpoint::Checkpoint;
 use super::sidecar::{Baseline, Role, Sidecar, State};
 use super::{Access, Format, Image, SharedDisk};
 use crate::arbiter::Arbiter;
@@ -33,6 +35,8 @@ struct Inner {
     /// What changed since it was sent, while a mirror is made; and the mirror's number.
     unsent: Option<(u64, PageSet)>,
     changes: Option<Changes>,
+    /// What it held when that was asked for.
+    checkpoint: Option<Checkpoint>,
     sidecar: Option<Sidecar>,
 }
 
@@ -74,13 +78,13 @@ impl Replica {
 
     fn new(image: Image, sidecar: Option<Sidecar>) -> Self {
         let size = image.size();
-        Self { inner: Arc::new(Mutex::new(Inner { image, unsent: None, changes: None, sidecar })), size, shared: None }
+        Self { inner: Arc::new(Mutex::new(Inner::new(image, sidecar))), size, shared: None }
     }
 
     /// In the place of a replica, an image that all sides share.
     pub fn of_shared(path: &Path, format: Option<Format>) -> Result<Self> {
         let shared = SharedDisk::open(path, format)?;
-        let inner = Inner { image: Image::of_shared(path, shared.size()), unsent: None, changes: None, sidecar: None };
+        let inner = Inner::new(Image::of_shared(path, shared.size()), None);
         Ok(Self { inner: Arc::new(Mutex::new(inner)), size: shared.size(), shared: Some(shared) })
     }
 
@@ -128,9 +132,7 @@ impl Replica {
     }
     /// Reads a block.
     pub fn read_block(&self, block: usize) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.block_bytes(block)];
-        self.lock().image.read_at(block as u64 * BLOCK_BYTES, &mut bytes)?;
-        Ok(bytes)
+        read_block(&self.lock().image, block)
     }
     /// Replaces a block by what its twin has.
     ///
@@ -205,6 +207,41 @@ impl Replica {
         match &self.lock().changes {
             Some(changes) => changes.eras.all(changes.now.clone()),
             None => PageSet::none(self.blocks()),
+        }
+    }
+
+    // ---- what it held at a moment ----
+
+    /// From here on it is remembered what the image holds now, in at most so many bytes, and what the machine reads and writes of it. Instead of an earlier moment.
+    pub fn keep_checkpoint(&self, max_bytes: usize) {
+        if self.shared.is_none() {
+            self.lock().checkpoint = Some(Checkpoint::new(self.blocks(), max_bytes));
+        }
+    }
+    /// Nothing of that is wanted any more.
+    pub fn drop_checkpoint(&self) {
+        self.lock().checkpoint = None;
+    }
+    /// Bytes that are remembered.
+    #[must_use]
+    pub fn checkpoint_bytes(&self) -> usize {
+        self.lock().checkpoint.as_ref().map_or(0, Checkpoint::bytes)
+    }
+    /// What the machine has read and written since; `None` if it was too much to remember what was there before.
+    #[must_use]
+    pub fn touched(&self) -> Option<PageSet> {
+        match &self.lock().checkpoint {
+            Some(checkpoint) => checkpoint.touched().cloned(),
+            None => self.shared.is_some().then(|| PageSet::none(0)),
+        }
+    }
+    /// A block as it was then.
+    pub fn read_block_before(&self, block: usize) -> Result<Vec<u8>> {
+        let inner = self.lock();
+        match inner.checkpoint.as_ref().and_then(|checkpoint| checkpoint.before(block)) {
+            Some([]) => Ok(vec![0; self.block_bytes(block)]),
+            Some(before) => Ok(before.to_vec()),
+            None => read_block(&inner.image, block),
         }
     }
 
@@ -342,16 +379,43 @@ impl Replica {
     }
 }
 
+fn read_block(image: &Image, block: usize) -> Result<Vec<u8>> {
+    let offset = block as u64 * BLOCK_BYTES;
+    let mut bytes = vec![0; image.size().saturating_sub(offset).min(BLOCK_BYTES) as usize];
+    image.read_at(offset, &mut bytes)?;
+    Ok(bytes)
+}
+
 fn blocks_of(bytes: u64) -> usize {
     bytes.div_ceil(BLOCK_BYTES) as usize
 }
 
+fn blocks_at(offset: u64, length: usize) -> RangeInclusive<usize> {
+    (offset / BLOCK_BYTES) as usize..=((offset + length as u64 - 1) / BLOCK_BYTES) as usize
+}
+
 impl Inner {
+    fn new(image: Image, sidecar: Option<Sidecar>) -> Self {
+        Self { image, unsent: None, changes: None, checkpoint: None, sidecar }
+    }
+
+    /// The machine is about to read or write.
+    fn touch(&mut self, offset: u64, length: usize) {
+        if let Some(checkpoint) = &mut self.checkpoint
+            && length > 0
+        {
+            checkpoint.touch(blocks_at(offset, length));
+        }
+    }
+
     fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
         if data.is_empty() {
             return Ok(());
         }
-        let blocks = (offset / BLOCK_BYTES) as usize..=((offset + data.len() as u64 - 1) / BLOCK_BYTES) as usize;
+        let blocks = blocks_at(offset, data.len());
+        if let Some(checkpoint) = &mut self.checkpoint {
+            checkpoint.keep(blocks.clone(), |block| read_block(&self.image, block));
+        }
         if let Some(sidecar) = &mut self.sidecar {
             sidecar.mark(blocks.clone())?;
         }
@@ -376,10 +440,14 @@ impl Disk for Replica {
         self.size
     }
     fn read_at(&mut self, offset: u64, data: &mut [u8]) -> std::result::Result<(), DiskError> {
-        self.lock().image.read_at(offset, data).map_err(failed)
+        let mut inner = self.lock();
+        inner.touch(offset, data.len());
+        inner.image.read_at(offset, data).map_err(failed)
     }
     fn write_at(&mut self, offset: u64, data: &[u8]) -> std::result::Result<(), DiskError> {
-        self.lock().write(offset, data).map_err(failed)
+        let mut inner = self.lock();
+        inner.touch(offset, data.len());
+        inner.write(offset, data).map_err(failed)
     }
     fn flush(&mut self) -> std::result::Result<(), DiskError> {
         self.lock().image.flush().map_err(failed)
@@ -465,6 +533,33 @@ mod tests {
         disk.protected(true).unwrap();
         std::fs::write(world.dir.path().join(format!("{}.epoch-2", VmId(WRITER.vm))), "").unwrap();
         assert!(world.starts(&disk)[1].as_ref().unwrap().contains("nobody knows whether"));
+    }
+
+    #[test]
+    fn what_was_there_is_kept_while_it_is_overwritten() {
+        let world = World::new();
+        let mut disk = world.disk();
+        let block = |byte: u8| vec![byte; BLOCK_BYTES as usize];
+        disk.write_block(1, &block(1)).unwrap();
+        disk.write_block(5, &block(5)).unwrap();
+        assert!(disk.touched().is_none(), "nobody asked");
+        disk.keep_checkpoint(BLOCK_BYTES as usize);
+        disk.write_at(BLOCK_BYTES + 512, &[9; 512]).unwrap();
+        disk.write_at(2 * BLOCK_BYTES - 512, &[9; 1024]).unwrap();
+        disk.read_at(5 * BLOCK_BYTES, &mut [0; 512]).unwrap();
+        // By nobody's machine.
+        disk.write_block(3, &block(3)).unwrap();
+        assert_eq!(disk.touched().unwrap().iter().collect::<Vec<_>>(), [1, 2, 5]);
+        let before = |number| disk.read_block_before(number).unwrap();
+        assert_eq!([before(1), before(2), before(3), before(5)], [block(1), block(0), block(0), block(5)]);
+        assert_eq!(disk.checkpoint_bytes() as u64, BLOCK_BYTES, "zeroes take nothing");
+        // More than there is room for.
+        disk.write_block(5, &block(6)).unwrap();
+        assert_eq!((disk.touched(), disk.read_block(5).unwrap()), (None, block(6)));
+        disk.keep_checkpoint(BLOCK_BYTES as usize);
+        assert_eq!((disk.touched().map(|set| set.len()), disk.read_block_before(5).unwrap()), (Some(0), block(6)));
+        disk.drop_checkpoint();
+        assert!(disk.touched().is_none());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use minicbor::{Decode, Encode};
 use twinstep_log::{Compression, ImageItem, ImageMetadata, ImagePayload, ImageReader, ImageSummary};
 use twinstep_machine::{Config, ConfigError, Disk, Machine, Payload};
 
+use super::kept_blocks;
 use crate::error::{Context, Error, Result};
 use crate::identity;
 
@@ -129,7 +130,8 @@ pub fn write_image<W: Write>(
 /// Makes the disks of a machine, given their descriptions.
 pub type DiskMaker<'a> = &'a mut dyn FnMut(&[DiskExtra]) -> Result<Vec<Box<dyn Disk>>>;
 
-/// Builds the machine of an image. `tune` may change what the guest cannot see of its configuration.
+/// Builds the machine of an image. `tune` may change what the guest cannot see of its configuration. `disks` is not asked for the disks of a window, which has what
+/// is needed of them.
 pub fn from_image<R: Read>(
     reader: &mut ImageReader<R>,
     disks: DiskMaker,
@@ -145,7 +147,7 @@ pub fn from_image<R: Read>(
             Some(ImageItem::Pages(pages)) => {
                 // Payloads come before pages, so the configuration is known when the first page comes.
                 if built.is_none() {
-                    built = Some(blank(&metadata, &mut payloads, disks, tune)?);
+                    built = Some(own_disks_or(&metadata, &mut payloads, disks, tune)?);
                 }
                 let (machine, _) = built.as_mut().expect("just built");
                 for (number, bytes) in pages.iter() {
@@ -159,7 +161,7 @@ pub fn from_image<R: Read>(
     }
     let (mut machine, extra) = match built {
         Some(built) => built,
-        None => blank(&metadata, &mut payloads, disks, tune)?,
+        None => own_disks_or(&metadata, &mut payloads, disks, tune)?,
     };
     let payloads = payloads.into_iter().map(|p| Payload { kind: p.kind, version: p.version, bytes: p.bytes });
     machine.restore(payloads.collect()).what("the image does not fit this build")?;
@@ -168,6 +170,21 @@ pub fn from_image<R: Read>(
         return Err(Error::new(format!("the image says position {}, its processor stands at {stands}", metadata.position)));
     }
     Ok((machine, extra))
+}
+
+/// The machine of an image before its state, with the disks of the image, if they are in it.
+fn own_disks_or(
+    metadata: &ImageMetadata,
+    payloads: &mut Vec<ImagePayload>,
+    disks: DiskMaker,
+    tune: &dyn Fn(&mut Config),
+) -> Result<(Machine, Extra)> {
+    match kept_blocks::take(payloads)? {
+        None => blank(metadata, payloads, disks, tune),
+        Some(mut blocks) => {
+            blank(metadata, payloads, &mut |wanted| kept_blocks::disks(std::mem::take(&mut blocks), wanted), tune)
+        }
+    }
 }
 
 /// Takes the host's own payload out of an image's.

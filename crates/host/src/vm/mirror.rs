@@ -97,12 +97,8 @@ pub fn put_block(disk: usize, block: usize, bytes: &[u8], to: &mut Vec<u8>) {
     put_piece(BLOCK, &[&(disk as u32).to_le_bytes(), &(block as u32).to_le_bytes(), &data], to);
 }
 
-/// Puts a block where it belongs.
-fn take_block(piece: &[u8], replicas: &[Replica]) -> Result<()> {
-    let cut = || Error::new("a block of the primary's disk is cut off");
-    let (head, data) = piece.split_first_chunk::<8>().ok_or_else(cut)?;
-    let number = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| head[at + i])) as usize;
-    let (disk, block) = (number(0), number(4));
+/// Puts a block where it belongs: of a disk, its number and its packed data (nothing: zeroes).
+fn place_block(replicas: &[Replica], disk: usize, block: usize, data: &[u8]) -> Result<()> {
     let replica = replicas.get(disk).filter(|replica| block < replica.blocks());
     let replica =
         replica.ok_or_else(|| Error::new(format!("the primary sends block {block} of disk {disk}, which is not there")))?;
@@ -114,17 +110,37 @@ fn take_block(piece: &[u8], replicas: &[Replica]) -> Result<()> {
     replica.write_block(block, &bytes)
 }
 
-/// Blocks one after the other, as [`put_block`] wrote them.
-pub fn take_blocks(mut bytes: &[u8], replicas: &[Replica]) -> Result<usize> {
-    let mut taken = 0;
+/// Disk, block and packed data of a piece.
+fn split_block(piece: &[u8]) -> Result<(usize, usize, &[u8])> {
+    let (head, data) = piece.split_first_chunk::<8>().ok_or_else(|| Error::new("a block of a disk is cut off"))?;
+    let number = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| head[at + i])) as usize;
+    Ok((number(0), number(4), data))
+}
+
+/// Is given blocks: disk, number, packed data (nothing: zeroes).
+pub type EachBlock<'a> = dyn FnMut(usize, usize, &[u8]) -> Result<()> + 'a;
+
+/// Gives blocks one after the other, as [`put_block`] wrote them, to `each`. An error of `each` ends it.
+pub fn each_block(mut bytes: &[u8], each: &mut EachBlock<'_>) -> Result<()> {
     while !bytes.is_empty() {
         let (kind, piece, rest) = split_piece(bytes, MAX_BLOCK_BYTES)?.ok_or_else(|| Error::new("the blocks are cut off"))?;
         if kind != BLOCK {
             return Err(Error::new(format!("a piece of kind {kind} stands where a block should")));
         }
-        take_block(piece, replicas)?;
-        (bytes, taken) = (rest, taken + 1);
+        let (disk, block, data) = split_block(piece)?;
+        each(disk, block, data)?;
+        bytes = rest;
     }
+    Ok(())
+}
+
+/// Puts blocks one after the other, as [`put_block`] wrote them, where they belong; says how many.
+pub fn take_blocks(bytes: &[u8], replicas: &[Replica]) -> Result<usize> {
+    let mut taken = 0;
+    each_block(bytes, &mut |disk, block, data| {
+        taken += 1;
+        place_block(replicas, disk, block, data)
+    })?;
     Ok(taken)
 }
 
@@ -413,7 +429,7 @@ fn many_unsent(replicas: &[Replica], mirror: u64) -> bool {
     replicas.iter().map(|disk| disk.unsent(mirror)).sum::<usize>() > SMALL
 }
 
-/// A round while the machine is copied, if it is worth it: what the guest wrote since it was sent by this mirror goes to `send`, in pieces of some batches.
+/// A round while the machine is copied: what the guest wrote since it was sent by this mirror goes to `send`, in pieces of some batches. Says how many blocks that were.
 /// An error of `send` ends it.
 pub fn round(replicas: &[Replica], mirror: u64, send: &mut dyn FnMut(Vec<u8>) -> Result<()>) -> Result<()> {
     if !many_unsent(replicas, mirror) {
@@ -434,7 +450,7 @@ pub fn round(replicas: &[Replica], mirror: u64, send: &mut dyn FnMut(Vec<u8>) ->
     send(bytes)
 }
 
-/// The rest of a mirror, at the cut: what the guest wrote since it was sent, as pieces, and how many blocks. The machine must stand still; from here on both
+/// The rest of a mirror, at the cut: what the guest wrote since it was sent, as pieces. The machine must stand still; from here on both
 /// sides' disks are equal. `None` if the mirror was given up.
 pub fn rest(replicas: &[Replica], mirror: u64, baseline: Baseline) -> Result<Option<(Vec<u8>, usize)>> {
     let mut bytes = Vec::new();
@@ -510,7 +526,10 @@ impl Target {
             let Some((kind, piece)) = self.pieces.next(MAX_OFFER_BYTES.max(MAX_BLOCK_BYTES))? else { break };
             match kind {
                 OFFER if self.baseline.is_none() && !self.machine => self.open(&piece, &mut report)?,
-                BLOCK => take_block(&piece, &self.replicas)?,
+                BLOCK => {
+                    let (disk, block, data) = split_block(&piece)?;
+                    place_block(&self.replicas, disk, block, data)?;
+                }
                 kind => return Err(Error::new(format!("the primary's copy has a piece of kind {kind} that makes no sense"))),
             }
         }

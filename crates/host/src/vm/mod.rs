@@ -16,6 +16,7 @@
 //! | `follow` | the standby's thread that owns the machine: replay, comparison |
 //! | [`resync`] | what makes a secondary equal to its primary again |
 //! | `window` | what a standby keeps for a third opinion |
+//! | `kept_blocks` | what of the disks is in a window |
 //! | [`vote`] | the third opinion |
 //! | [`difference`] | in what two outputs differ, for people |
 //! | [`disks`] | images opened as a machine's disks |
@@ -32,6 +33,7 @@ mod disk_writer;
 pub mod disks;
 mod follow;
 mod healing;
+mod kept_blocks;
 mod line;
 pub mod live;
 pub mod mirror;

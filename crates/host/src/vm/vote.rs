@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
-use twinstep_log::{Dispute, Opinion, RecordingReader, Verdict, vote};
+use twinstep_log::{Dispute, Opinion, RecordingReader, Verdict, VoteError, vote};
 use twinstep_machine::Output;
 
 use super::replay::{self, Vm};
@@ -51,7 +51,14 @@ pub fn ask(path: &Path, progress: &mut dyn FnMut(u64)) -> Result<Vote> {
         }
         Ok(entry)
     })
-    .what(format!("no opinion from {}", path.display()))?;
+    .map_err(|e| {
+        // The disks of a window cannot fail otherwise.
+        let lacks_blocks = matches!(&e, VoteError::Host(_));
+        let error = Error::new(format!("no opinion from {}", path.display())).because(e);
+        let next =
+            "the standby is not confirmed, since its machine went another way; whether the primary's is right cannot be said";
+        if lacks_blocks { error.next(next) } else { error }
+    })?;
     let text = words(&dispute, &opinion);
     Ok(Vote { dispute, from, opinion, text })
 }

@@ -6,6 +6,10 @@
 //!
 //! RAM is kept in a file without a name in the folder of the windows, and only what has changed is written there when the sides agree anew: state digests are compared every
 //! [`DIGEST_INTERVAL`](super::session::DIGEST_INTERVAL) instructions. It is written out on a thread of its own; until that is done nothing is kept.
+//!
+//! Of disks the window has the blocks that this side's machine has read or written since, as they were where both sides agreed (`kept_blocks`): their images go on changing, so what is
+//! overwritten is kept ([`Replica::keep_checkpoint`]). The data that was read would not do: a third machine need not read what this one did, and this one may have read what it had written
+//! wrong. A third machine that wants a block that this one did not touch gives no opinion. What was on a shared disk is in the log.
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
@@ -22,7 +26,7 @@ use twinstep_log::{
 use twinstep_machine::{ConsumerId, Machine, PAGE_SIZE, PageSet, Start};
 use twinstep_migrate::unit_hash;
 
-use super::{build, replay};
+use super::{build, disks, kept_blocks, replay};
 use crate::disk::Replica;
 use crate::error::{Context, Error, Result};
 use crate::events::Events;
@@ -34,6 +38,11 @@ const MAX_WINDOWS: usize = 4;
 /// The state kept is not brought up to date more often, unless the log has grown beyond this.
 const SPAN: Duration = Duration::from_secs(1);
 const SPAN_BYTES: usize = 8 << 20;
+/// Bytes of a disk's blocks that are kept in memory because they were overwritten, and after which the state kept is brought up to date.
+const MAX_DISK_BYTES: usize = 256 << 20;
+const SPAN_DISK_BYTES: usize = 32 << 20;
+/// Bytes of all disks' blocks in a window, packed. They are put together while the guest stands still.
+const MAX_BLOCK_BYTES: usize = 256 << 20;
 /// Bytes of an output that are kept in a dispute.
 const MAX_OUTPUT_BYTES: usize = 128 << 10;
 
@@ -94,6 +103,8 @@ pub(super) struct Window {
     events: Events,
     ram: Arc<File>,
     consumer: Option<ConsumerId>,
+    /// The machine's disks, with a checkpoint while a state is kept.
+    disks: Vec<Replica>,
     /// Pages that are not zero in the file.
     filled: PageSet,
     /// Pages that have changed since they were written to the file, but for what the machine knows.
@@ -122,6 +133,7 @@ impl Window {
             events,
             ram: Arc::new(ram),
             consumer: None,
+            disks: Vec::new(),
             filled: PageSet::none(0),
             behind: PageSet::none(0),
             agreed: None,
@@ -139,10 +151,7 @@ impl Window {
 
     /// The machine has come, equal to the primary's.
     pub(super) fn begin(&mut self, machine: &mut Machine, disks: &[Replica], last_output: u64) {
-        if !disks.is_empty() {
-            let why = "no windows are recorded of a VM with disks: what was on them is not kept";
-            return self.say(WindowNews::Missing(why.into()));
-        }
+        self.disks = disks.to_vec();
         let pages = machine.ram().flags().pages();
         self.consumer = Some(machine.track_dirty("window", Start::Everything));
         (self.filled, self.behind) = (PageSet::none(pages), PageSet::none(pages));
@@ -152,7 +161,12 @@ impl Window {
 
     /// The machine is equal to the primary's where it stands, and its digest is up to date.
     pub(super) fn agreed(&mut self, machine: &mut Machine, last_output: u64) {
-        if self.agreed.is_none() || self.since.elapsed() >= SPAN || self.log.len() >= SPAN_BYTES {
+        let overwritten = || self.disks.iter().map(Replica::checkpoint_bytes).sum::<usize>();
+        if self.agreed.is_none()
+            || self.since.elapsed() >= SPAN
+            || self.log.len() >= SPAN_BYTES
+            || overwritten() >= SPAN_DISK_BYTES
+        {
             self.keep(machine, last_output);
         }
     }
@@ -173,10 +187,12 @@ impl Window {
     fn forget(&mut self) {
         self.agreed = None;
         self.log = Vec::new();
+        self.disks.iter().for_each(Replica::drop_checkpoint);
     }
 
     /// Nobody is to be compared with any more.
-    pub(super) fn end(self, machine: &mut Machine) {
+    pub(super) fn end(mut self, machine: &mut Machine) {
+        self.forget();
         if let Some(consumer) = self.consumer {
             machine.untrack_dirty(consumer);
         }
@@ -206,11 +222,12 @@ impl Window {
         self.forget();
         match self.write_pages(machine, pages) {
             Ok(()) => {
+                self.disks.iter().for_each(|disk| disk.keep_checkpoint(MAX_DISK_BYTES));
                 self.agreed = Some(Agreed {
                     position: machine.position(),
                     recording: replay::metadata(machine, 0),
                     image: build::image_metadata(machine),
-                    payloads: build::image_payloads(machine, &[], last_output, None),
+                    payloads: build::image_payloads(machine, &disks::bytes(&self.disks), last_output, None),
                 });
                 self.since = Instant::now();
             }
@@ -239,13 +256,21 @@ impl Window {
         if self.consumer.is_none() {
             return;
         }
-        let Some(agreed) = self.agreed.take() else {
+        let Some(mut agreed) = self.agreed.take() else {
             let why = "what led to this difference is not recorded: no state that both sides had was kept before it";
             return self.say(WindowNews::Missing(why.into()));
         };
-        if self.written == MAX_WINDOWS {
-            let why = format!("this difference is not recorded: {MAX_WINDOWS} windows are there already");
-            return self.say(WindowNews::Missing(why));
+        // Now: the images change as soon as the two sides are made equal again.
+        let blocks = match self.written {
+            MAX_WINDOWS => Err(Error::new(format!("{MAX_WINDOWS} windows are there already"))),
+            _ if self.disks.is_empty() => Ok(Vec::new()),
+            _ => kept_blocks::payloads(&self.disks, MAX_BLOCK_BYTES),
+        };
+        let log = std::mem::take(&mut self.log);
+        self.forget();
+        match blocks {
+            Ok(blocks) => agreed.payloads.extend(blocks),
+            Err(e) => return self.say(WindowNews::Missing(format!("this difference is not recorded: {e}"))),
         }
         self.written += 1;
         let dispute = Dispute {
@@ -257,7 +282,7 @@ impl Window {
             text: text.to_owned(),
         };
         let path = self.folder.join(format!("output-{output}-position-{position}.rec"));
-        let (ram, log, events, busy) = (self.ram.clone(), std::mem::take(&mut self.log), self.events.clone(), self.busy.clone());
+        let (ram, events, busy) = (self.ram.clone(), self.events.clone(), self.busy.clone());
         busy.store(true, Ordering::Release);
         let (filled, from) = (self.filled.clone(), agreed.position);
         let write = move || {

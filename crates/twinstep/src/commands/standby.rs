@@ -55,7 +55,8 @@ pub struct Arguments {
     #[arg(long, value_name = "HOST[:PORT]")]
     register: Option<String>,
     /// Keep in this folder the last state that both sides had, and when they make different outputs, a recording of what led to it, with which
-    /// `twinstep vote` on a third host says which side is right. Takes the guest's RAM there once, and once more for each of at most four recordings
+    /// `twinstep vote` on a third host says which side is right. Takes the guest's RAM there once, and once more for each of at most four recordings, with what
+    /// the guest has read and written of its disks (at most 256 MiB)
     #[arg(long, value_name = "DIR")]
     record_window: Option<PathBuf>,
     #[command(flatten)]

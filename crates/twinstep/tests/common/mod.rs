@@ -145,6 +145,15 @@ impl User {
     }
 }
 
+/// What a third host says of what the two sides made, once the standby has recorded what led to it; and its exit status.
+pub fn vote(user: &User, standby: &Twinstep, says: &str, status: i32) {
+    let window = standby.wait_said("are recorded: `twinstep vote ");
+    let path = window.split_once('`').expect("the command ends").0;
+    let vote = user.ask("vote", &[path, "--json"]).with(status).json();
+    assert_eq!(vote["verdict"], says, "{vote}");
+    user.ask("vote", &[path]).with(status).shows(says).shows("bytes at the serial port");
+}
+
 /// Leave to run so many guests at once.
 pub struct Turn(usize);
 
