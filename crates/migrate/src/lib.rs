@@ -24,6 +24,7 @@
 //! | [`stream`] | the bytes between source and destination (docs/formats/migration.md) |
 //! | [`source`] | rounds, and when to cut |
 //! | [`pace`] | rates, and what follows from them |
+//! | [`writes`] | disks that are written faster than can be sent |
 //! | [`destination`] | checks, and the machine's other half |
 //! | [`eras`] | what was written since two machines were last known to be equal |
 //! | [`changes`] | which units two machines must exchange to be equal again |
@@ -37,6 +38,7 @@ pub mod pace;
 pub mod packing;
 pub mod source;
 pub mod stream;
+pub mod writes;
 
 pub use destination::{Arrived, Destination, Target};
 pub use eras::Eras;
@@ -44,3 +46,4 @@ pub use layout::{Layout, LayoutError, Region, unit_hash};
 pub use pace::{Config, NotConverging};
 pub use source::{Action, Copied, Event, Progress, Report, Source};
 pub use stream::StreamError;
+pub use writes::WritePace;

@@ -1,11 +1,13 @@
 //! Disks of a protected VM: mirrored while the guest runs, right after a failover, never stale, repaired; and what one host's disk does is never the guest's.
 mod common;
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use common::{Twinstep, User, boot, text, turn, vote, words};
 use twinstep_host::guest::program_files;
@@ -77,8 +79,11 @@ impl Hosts {
         words(&["--arbiter", &text(&self.arbiter), "--debug-faults", "--name", name])
     }
     fn standby(&self, disk: &str, more: &[&str]) -> (Twinstep, String) {
+        self.standby_called("twin", disk, more)
+    }
+    fn standby_called(&self, name: &str, disk: &str, more: &[&str]) -> (Twinstep, String) {
         let own = words(&["--listen", "127.0.0.1:0", "--disk", disk]);
-        let standby = self.user.start("standby", &[&self.common("twin"), &own, &words(more)]);
+        let standby = self.user.start("standby", &[&self.common(name), &own, &words(more)]);
         let address = standby.wait_said("waiting for a primary on ");
         (standby, address)
     }
@@ -247,4 +252,65 @@ fn what_a_guest_wrote_does_not_make_an_image_another_format() {
     run(&disk).refused(&["looks like a qcow2 image", "format=raw"]);
     run(&format!("{disk},format=qcow2")).refused(&["as a qcow2 image"]);
     run(&format!("{disk},format=raw")).with(0);
+}
+
+/// A way to `there` that carries so many bytes a second from whoever connects; answers are not slowed. Gives where to connect.
+fn slow_way(there: String, bytes_per_s: usize) -> String {
+    const PIECE: usize = 16 << 10;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let here = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for near in listener.incoming() {
+            let (mut near, mut far) = (near.unwrap(), TcpStream::connect(&there).unwrap());
+            let (mut back, mut answers) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+            // Either end may close whenever it likes.
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut answers, &mut back);
+                let _ = back.shutdown(Shutdown::Both);
+            });
+            std::thread::spawn(move || {
+                let mut piece = [0; PIECE];
+                while let Ok(n @ 1..) = near.read(&mut piece) {
+                    std::thread::sleep(Duration::from_secs_f64(n as f64 / bytes_per_s as f64));
+                    if far.write_all(&piece[..n]).is_err() {
+                        break;
+                    }
+                }
+                let _ = far.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    here
+}
+
+/// A pair whose guest writes to its disk faster than the network carries it becomes one nevertheless, and little is left for the moment when the guest stands still.
+#[test]
+fn writes_that_are_faster_than_the_network_are_held_while_a_disk_is_copied() {
+    let _turn = turn(2);
+    let hosts = Hosts::new();
+    let (left, near, far) = (hosts.path("left.img"), hosts.path("near.img"), hosts.path("far.img"));
+    sparse(Path::new(&left), SIZE);
+    let (mut first, address) = hosts.standby(&near, &[]);
+    let (second, slow) = hosts.standby_called("far", &far, &[]);
+    let slow = slow_way(slow, 10 << 20);
+    let mut primary = hosts.primary(&left, &format!("{address},{slow}"), "128M", &[]);
+    // 8 MiB, or 128 blocks, again and again.
+    primary.type_line(
+        "head -c 8388608 /dev/urandom > /tmp/r; touch /tmp/go; (while [ -e /tmp/go ]; do dd if=/tmp/r of=/dev/vda bs=65536 conv=fsync 2> /dev/null; done; echo done $((1 + 1))) & \
+         sleep 1; echo going $((1 + 1))",
+    );
+    primary.wait_console("going 2");
+    first.kill();
+    primary.wait_said("copy-disks-slow: the guest writes to its disks faster than can be sent");
+    primary.wait_said_times("protected: every output", 2);
+    let status = hosts.user.status("db");
+    let mut copies = status["events"].as_array().unwrap().iter().filter(|event| event["what"] == "image");
+    let cut_blocks = copies.next_back().unwrap()["figures"]["cut_blocks"].as_u64().unwrap();
+    assert!(cut_blocks < 64, "{cut_blocks} blocks: {status}");
+    primary.type_line("rm /tmp/go");
+    primary.wait_console("done 2");
+    primary.type_line("poweroff -f");
+    primary.end().with(0);
+    second.end().with(0).says(&["closed: the log is replayed to its end"]);
+    assert!(std::fs::read(&left).unwrap() == std::fs::read(&far).unwrap());
 }

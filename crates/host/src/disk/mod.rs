@@ -8,6 +8,7 @@
 //! A [`SharedDisk`] is one image for several hosts. A [`Replica`] is an image with what is remembered of it: which blocks changed, and in its sidecar whose disk it is and how new.
 
 mod checkpoint;
+mod limit;
 mod qcow2;
 mod raw;
 mod replica;

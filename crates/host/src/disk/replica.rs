@@ -12,6 +12,7 @@ use twinstep_migrate::Eras;
 use twinstep_pair::{OwnerId, VmId};
 
 use super::checkpoint::Checkpoint;
+use super::limit::WriteLimit;
 use super::sidecar::{Baseline, Role, Sidecar, State};
 use super::{Access, Format, Image, SharedDisk};
 use crate::arbiter::Arbiter;
@@ -37,6 +38,7 @@ struct Inner {
     changes: Option<Changes>,
     /// What it held when that was asked for.
     checkpoint: Option<Checkpoint>,
+    limit: Arc<WriteLimit>,
     sidecar: Option<Sidecar>,
 }
 
@@ -44,6 +46,7 @@ struct Inner {
 #[derive(Debug, Clone)]
 pub struct Replica {
     inner: Arc<Mutex<Inner>>,
+    limit: Arc<WriteLimit>,
     size: u64,
     /// It is no replica but an image that all sides share: it has no blocks that could differ, and nothing is remembered of it here.
     shared: Option<SharedDisk>,
@@ -78,14 +81,18 @@ impl Replica {
 
     fn new(image: Image, sidecar: Option<Sidecar>) -> Self {
         let size = image.size();
-        Self { inner: Arc::new(Mutex::new(Inner::new(image, sidecar))), size, shared: None }
+        Self::of(Inner::new(image, sidecar), size, None)
+    }
+
+    fn of(inner: Inner, size: u64, shared: Option<SharedDisk>) -> Self {
+        Self { limit: inner.limit.clone(), inner: Arc::new(Mutex::new(inner)), size, shared }
     }
 
     /// In the place of a replica, an image that all sides share.
     pub fn of_shared(path: &Path, format: Option<Format>) -> Result<Self> {
         let shared = SharedDisk::open(path, format)?;
-        let inner = Inner::new(Image::of_shared(path, shared.size()), None);
-        Ok(Self { inner: Arc::new(Mutex::new(inner)), size: shared.size(), shared: Some(shared) })
+        let (size, inner) = (shared.size(), Inner::new(Image::of_shared(path, shared.size()), None));
+        Ok(Self::of(inner, size, Some(shared)))
     }
 
     /// The image that all sides share, if this is one.
@@ -152,6 +159,7 @@ impl Replica {
     /// From here on, what is written is noted as not sent by the mirror of this number. One that was made before gets nothing any more.
     pub fn begin_mirror(&self, number: u64) {
         self.lock().unsent = Some((number, PageSet::none(self.blocks())));
+        self.limit.set(None);
     }
     /// What was written since the last call; `None` if this mirror is not made any more.
     #[must_use]
@@ -165,7 +173,25 @@ impl Replica {
     /// The mirror of this number is not made any more.
     pub fn end_mirror(&self, number: u64) {
         let mut inner = self.lock();
-        inner.unsent = inner.unsent.take().filter(|(current, _)| *current != number);
+        if inner.unsent.take_if(|(current, _)| *current == number).is_some() {
+            self.limit.set(None);
+        }
+    }
+    /// Holds the guest's writes to so many bytes a second, if this mirror is still made.
+    pub fn limit_writes(&self, number: u64, bytes_per_s: Option<u64>) {
+        if self.lock().unsent.as_ref().is_some_and(|(current, _)| *current == number) {
+            self.limit.set(bytes_per_s);
+        }
+    }
+    /// To how many bytes of blocks a second the guest's writes are to be held, if they are.
+    #[must_use]
+    pub fn write_limit(&self) -> Option<u64> {
+        self.limit.get()
+    }
+    /// Bytes of blocks that have become unsent by mirrors since the image was opened. Never goes back.
+    #[must_use]
+    pub fn became_unsent(&self) -> u64 {
+        self.limit.unsent()
     }
     /// How much [`Self::take_unsent`] would give.
     #[must_use]
@@ -396,7 +422,7 @@ fn blocks_at(offset: u64, length: usize) -> RangeInclusive<usize> {
 
 impl Inner {
     fn new(image: Image, sidecar: Option<Sidecar>) -> Self {
-        Self { image, unsent: None, changes: None, checkpoint: None, sidecar }
+        Self { image, unsent: None, changes: None, checkpoint: None, limit: Arc::default(), sidecar }
     }
 
     /// The machine is about to read or write.
@@ -420,8 +446,11 @@ impl Inner {
             sidecar.mark(blocks.clone())?;
         }
         for block in blocks {
-            if let Some((_, unsent)) = &mut self.unsent {
+            if let Some((_, unsent)) = &mut self.unsent
+                && !unsent.contains(block)
+            {
                 unsent.insert(block);
+                self.limit.count(BLOCK_BYTES);
             }
             if let Some(changes) = &mut self.changes {
                 changes.now.insert(block);

@@ -19,6 +19,7 @@ use super::pairing::ToPair;
 use super::precopy::{self, Copier, CopyAsk, Surroundings};
 use super::resync::{self, Baseline};
 use super::turns::Turns;
+use super::writes::Writes;
 use crate::control::Ask;
 use crate::disk::{Replica, SharedDisk};
 use crate::error::{Error, Result};
@@ -166,6 +167,8 @@ struct Live {
     throttled: bool,
     /// The copy to a standby that is under way.
     copier: Option<Copier>,
+    /// What the guest writes to disks that are copied.
+    writes: Writes,
     /// What has changed since the standby was last known to be equal.
     baseline: Option<Baseline>,
     /// The pair has been told something, and has not had a turn since.
@@ -193,6 +196,7 @@ pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
         logging,
         throttled: false,
         copier: None,
+        writes: Writes::default(),
         baseline: None,
         untold: false,
         urgent: false,
@@ -243,6 +247,11 @@ impl Live {
     /// Runs a slice, or sleeps with the guest.
     fn step(&mut self) {
         let started = now_ns();
+        if let Some(left) = self.writes.wait_ns(&self.wiring.disks, started) {
+            // The limit may be another soon.
+            self.wait(Some(Duration::from_nanos(left.min(LOST_NS))));
+            return;
+        }
         let mut until = self.machine.position() + self.pace.slice();
         if let Some(digest) = self.recorder.next_digest() {
             until = until.min(digest);

@@ -30,9 +30,9 @@ const MAX_OFFER_BYTES: u64 = 64 << 10;
 const MAX_BLOCK_BYTES: u64 = 8 + BLOCK_BYTES + BLOCK_BYTES / 128 + 64;
 /// What is sent at once.
 const BATCH_BYTES: usize = 128 << 10;
-/// So many blocks may be left for the cut, where they make the guest stand still.
-const SMALL: usize = 64;
-/// Rounds after which the cut is made whatever is left.
+/// So many blocks may be left for the cut at most, where they make the guest stand still.
+pub const SMALL: usize = 64;
+/// Rounds after which the machine is copied whatever is left. The guest is held only then.
 const MAX_ROUNDS: u32 = 16;
 
 const OFFER: u8 = 1;
@@ -302,7 +302,9 @@ impl Maker {
             }
         }
         let mut rounds = 1;
-        while rounds < MAX_ROUNDS && many_unsent(&self.disks, self.number) {
+        // What was left is what was sent in the round before; if that does not become less it never will, and the copy of the machine has means.
+        let (mut before, mut left) = (usize::MAX, unsent(&self.disks, self.number));
+        while rounds < MAX_ROUNDS && left > SMALL && left < before {
             for (index, disk) in self.disks.clone().iter().enumerate() {
                 let unsent = disk.take_unsent(self.number).ok_or_else(|| Error::new("the mirror is given up"))?;
                 for block in unsent.iter() {
@@ -310,7 +312,9 @@ impl Maker {
                     self.put(index, block, &bytes)?;
                 }
             }
+            self.send()?;
             rounds += 1;
+            (before, left) = (left, unsent(&self.disks, self.number));
         }
         self.send()?;
         // So that the cut has little left to make durable.
@@ -424,22 +428,20 @@ impl Maker {
     }
 }
 
-/// Whether more blocks are written and not sent than should be left for the cut.
-fn many_unsent(replicas: &[Replica], mirror: u64) -> bool {
-    replicas.iter().map(|disk| disk.unsent(mirror)).sum::<usize>() > SMALL
+/// Blocks that are written and not sent by this mirror.
+pub fn unsent(replicas: &[Replica], mirror: u64) -> usize {
+    replicas.iter().map(|disk| disk.unsent(mirror)).sum()
 }
 
 /// A round while the machine is copied: what the guest wrote since it was sent by this mirror goes to `send`, in pieces of some batches. Says how many blocks that were.
 /// An error of `send` ends it.
-pub fn round(replicas: &[Replica], mirror: u64, send: &mut dyn FnMut(Vec<u8>) -> Result<()>) -> Result<()> {
-    if !many_unsent(replicas, mirror) {
-        return Ok(());
-    }
-    let mut bytes = Vec::new();
+pub fn round(replicas: &[Replica], mirror: u64, send: &mut dyn FnMut(Vec<u8>) -> Result<()>) -> Result<usize> {
+    let (mut bytes, mut blocks) = (Vec::new(), 0);
     for (index, disk) in replicas.iter().enumerate() {
         let unsent = disk.take_unsent(mirror).ok_or_else(|| Error::new("the mirror is given up"))?;
         for block in unsent.iter() {
             put_block(index, block, &disk.read_block(block)?, &mut bytes);
+            blocks += 1;
             if bytes.len() >= BATCH_BYTES {
                 send(std::mem::take(&mut bytes))?;
             }
@@ -447,25 +449,24 @@ pub fn round(replicas: &[Replica], mirror: u64, send: &mut dyn FnMut(Vec<u8>) ->
         // So that the cut has little left to make durable.
         disk.flush()?;
     }
-    send(bytes)
+    send(bytes)?;
+    Ok(blocks)
 }
 
 /// The rest of a mirror, at the cut: what the guest wrote since it was sent, as pieces. The machine must stand still; from here on both
 /// sides' disks are equal. `None` if the mirror was given up.
-pub fn rest(replicas: &[Replica], mirror: u64, baseline: Baseline) -> Result<Option<(Vec<u8>, usize)>> {
+pub fn rest(replicas: &[Replica], mirror: u64, baseline: Baseline) -> Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
-    let mut blocks = 0;
     for (index, disk) in replicas.iter().enumerate() {
         let Some(unsent) = disk.take_unsent(mirror) else { return Ok(None) };
         for block in unsent.iter() {
             put_block(index, block, &disk.read_block(block)?, &mut bytes);
-            blocks += 1;
         }
         disk.flush()?;
         disk.end_mirror(mirror);
         disk.equal(Some(baseline))?;
     }
-    Ok(Some((bytes, blocks)))
+    Ok(Some(bytes))
 }
 
 /// What stands before so many bytes of the machine's image.

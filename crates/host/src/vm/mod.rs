@@ -21,6 +21,7 @@
 //! | [`difference`] | in what two outputs differ, for people |
 //! | [`disks`] | images opened as a machine's disks |
 //! | [`mirror`] | a standby's images made equal to the primary's |
+//! | `writes` | a guest that writes to its disks faster than they can be copied |
 //! | [`session`] | one VM from the command to its end |
 //! | [`replay`] | a recording replayed and checked |
 //!
@@ -48,3 +49,4 @@ pub mod standby;
 pub mod turns;
 pub mod vote;
 mod window;
+mod writes;

@@ -10,7 +10,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use serde_json::{Map, json};
 use twinstep_log::{Compression, ImageWriter};
 use twinstep_machine::{ConsumerId, Machine, PageSet, Start};
-use twinstep_migrate::{Action, Config, Copied, Event, Layout, Progress, Region, Report, Source};
+use twinstep_migrate::writes::STANDSTILL;
+use twinstep_migrate::{Action, Config, Copied, Event, Layout, Progress, Region, Report, Source, WritePace};
 
 use super::build;
 use super::disks;
@@ -19,13 +20,10 @@ use super::mirror;
 use super::pairing::ToPair;
 use super::resync::Baseline;
 use super::turns::Post;
-use crate::disk::{self, Replica};
+use crate::disk::{self, BLOCK_BYTES, Replica};
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, now_ns};
 use crate::status::board::Board;
-
-/// Rounds of the machine's image between which blocks of disks are sent; of a guest that writes on and on, the cut sends the rest.
-const MAX_DISK_ROUNDS: u32 = 16;
 
 /// Names a copy: what a copy that was given up still says must not be taken for the next one's.
 pub type CopyId = u64;
@@ -59,6 +57,8 @@ enum Wanted {
     Cut {
         rest: Vec<PageSet>,
         most_bytes: u64,
+        /// Blocks of disks that may be left.
+        most_blocks: usize,
         /// For the copies: memory that is there already, so that the guest does not wait for the host to find some.
         buffer: Vec<u8>,
         disks: Option<MirroredDisks>,
@@ -82,8 +82,13 @@ pub enum CopyNews {
         /// Whether they were made in room that was given.
         in_room: bool,
     },
-    /// The cut was made at this position; from the machine's thread.
-    Cut(u64),
+    /// The cut was made; from the machine's thread.
+    Cut {
+        /// Where.
+        position: u64,
+        /// Blocks of disks that were left for it.
+        blocks: usize,
+    },
     /// All is sent.
     Done(Report),
     /// It cannot be made.
@@ -145,8 +150,8 @@ impl Drop for Copying {
     }
 }
 
-/// Says what a copy was.
-pub(super) fn say_done(events: &Events, report: &Report) {
+/// Says what a copy was; so many blocks of disks were left for the cut.
+pub(super) fn say_done(events: &Events, report: &Report, cut_blocks: usize) {
     let figures = Map::from_iter([
         ("rounds".to_owned(), json!(report.rounds)),
         ("image_bytes".to_owned(), json!(report.sent_bytes)),
@@ -154,6 +159,7 @@ pub(super) fn say_done(events: &Events, report: &Report) {
         ("zero_pages".to_owned(), json!(report.zeroes)),
         ("unchanged_pages".to_owned(), json!(report.unchanged)),
         ("cut_pages".to_owned(), json!(report.cut_units)),
+        ("cut_blocks".to_owned(), json!(cut_blocks)),
         ("total_ns".to_owned(), json!(report.total_ns)),
         ("pause_ns".to_owned(), json!(report.pause_ns)),
         ("slowed_percent".to_owned(), json!(report.slowed_percent)),
@@ -186,6 +192,9 @@ struct Thread {
 impl Thread {
     fn run(self, config: Config) {
         self.drive(config);
+        if let Some((replicas, MirroredDisks { mirror, .. })) = &self.disks {
+            replicas.iter().for_each(|disk| disk.limit_writes(*mirror, None));
+        }
         self.board.set_copy(None);
         self.ask(Wanted::End);
     }
@@ -206,24 +215,29 @@ impl Thread {
             }
         };
         source.handle(now_ns(), Event::Room { bytes: room });
-        let mut disk_rounds = 0;
+        let block = BLOCK_BYTES;
+        let mut writes = WritePace::new(config, block, mirror::SMALL as u64 * block);
         loop {
             while let Some(action) = source.poll() {
                 match action {
                     Action::Send(bytes) => self.tell(CopyNews::Bytes(bytes)),
                     Action::Collect => {
-                        if let Err(e) = self.send_blocks(&mut source, &mut disk_rounds) {
+                        if let Err(e) = self.send_blocks(&mut source, &mut writes, false) {
                             return self.tell(CopyNews::Failed(e.to_string()));
                         }
                         self.ask(Wanted::Collect);
                     }
                     Action::Read { units, .. } => self.ask(Wanted::Read { units }),
                     Action::Cut { rest, most_bytes } => {
+                        if let Err(e) = self.send_blocks(&mut source, &mut writes, true) {
+                            return self.tell(CopyNews::Failed(e.to_string()));
+                        }
                         // Not zero: such memory would be mapped only when it is written to.
                         let mut buffer = vec![1; most_bytes as usize];
                         buffer.clear();
                         let disks = self.disks.as_ref().map(|(_, mirrored)| *mirrored);
-                        self.ask(Wanted::Cut { rest, most_bytes, buffer, disks });
+                        let most_blocks = (config.stop_bytes / BLOCK_BYTES) as usize;
+                        self.ask(Wanted::Cut { rest, most_bytes, most_blocks, buffer, disks });
                     }
                     Action::Slow { percent } => {
                         self.say_slow(percent);
@@ -242,30 +256,57 @@ impl Thread {
         }
     }
 
-    /// Sends what was written to disks since that was done last, if it is much: little is to be left for the cut. Takes the room it needs
-    /// from the machine's image, of which nothing is sent now.
-    fn send_blocks(&self, source: &mut Source, rounds: &mut u32) -> Result<()> {
-        let Some((replicas, mirrored)) = &self.disks else { return Ok(()) };
-        if *rounds == MAX_DISK_ROUNDS {
-            return Ok(());
-        }
-        *rounds += 1;
+    /// Sends what was written to disks since that was done last, if it is more than may be left for the cut; with `for_cut` until it is not, and holds the guest's writes if it does not
+    /// become so. Takes the room it needs from the machine's image, of which nothing is sent now.
+    fn send_blocks(&self, source: &mut Source, writes: &mut WritePace, for_cut: bool) -> Result<()> {
+        let Some((replicas, MirroredDisks { mirror, .. })) = &self.disks else { return Ok(()) };
+        let unsent = || mirror::unsent(replicas, *mirror) as u64 * BLOCK_BYTES;
+        writes.begin(source.progress().bytes_per_s);
         let mut room = source.take_room();
-        mirror::round(replicas, mirrored.mirror, &mut |pieces| {
-            while room < pieces.len() as u64 {
-                match self.inbox.recv() {
-                    Ok(ToCopy::Event(Event::Room { bytes })) => room += bytes,
-                    // Nothing else was asked for.
-                    Ok(ToCopy::Event(_) | ToCopy::Begun { .. }) => {}
-                    Ok(ToCopy::GiveUp) | Err(_) => return Err(Error::new("the copy is given up")),
+        while unsent() > writes.may_be_left() {
+            let started = now_ns();
+            let blocks = mirror::round(replicas, *mirror, &mut |pieces| {
+                while room < pieces.len() as u64 {
+                    match self.inbox.recv() {
+                        Ok(ToCopy::Event(Event::Room { bytes })) => room += bytes,
+                        // Nothing else was asked for.
+                        Ok(ToCopy::Event(_) | ToCopy::Begun { .. }) => {}
+                        Ok(ToCopy::GiveUp) | Err(_) => return Err(Error::new("the copy is given up")),
+                    }
                 }
+                room -= pieces.len() as u64;
+                self.tell(CopyNews::Blocks { pieces, in_room: true });
+                Ok(())
+            })?;
+            let (sent, left) = (blocks as u64 * BLOCK_BYTES, unsent());
+            let limit = writes.pass(sent, now_ns() - started, left);
+            if limit.is_some() {
+                replicas.iter().for_each(|disk| disk.limit_writes(*mirror, limit));
             }
-            room -= pieces.len() as u64;
-            self.tell(CopyNews::Blocks { pieces, in_room: true });
-            Ok(())
-        })?;
+            self.say_blocks(sent, left, limit);
+            if !for_cut {
+                break;
+            }
+        }
         source.handle(now_ns(), Event::Room { bytes: room });
         Ok(())
+    }
+
+    fn say_blocks(&self, sent: u64, left: u64, limit: Option<u64>) {
+        let figures = Map::from_iter([
+            ("sent_bytes".to_owned(), json!(sent)),
+            ("left_bytes".to_owned(), json!(left)),
+            ("limit_bytes_per_s".to_owned(), json!(limit)),
+        ]);
+        let text = format!("disks: {} KiB of blocks sent, {} KiB written meanwhile", sent >> 10, left >> 10);
+        self.events.say_with("copy-disks", text, figures);
+        let held = match limit {
+            None => return,
+            Some(STANDSTILL) => "until it is sent".to_owned(),
+            Some(limit) => format!("to {} KiB a second", limit.div_ceil(1024)),
+        };
+        let text = format!("the guest writes to its disks faster than can be sent: what it writes is held {held}");
+        self.events.say_with("copy-disks-slow", text, Map::from_iter([("limit_bytes_per_s".to_owned(), json!(limit))]));
     }
 
     fn ask(&self, what: Wanted) {
@@ -356,12 +397,13 @@ pub(super) fn serve(
         ))),
         Wanted::Slow { percent } => current.slowed = percent,
         Wanted::End => drop_copier(copier, machine),
-        Wanted::Cut { mut rest, most_bytes, mut buffer, disks } => {
+        Wanted::Cut { mut rest, most_bytes, most_blocks, mut buffer, disks } => {
             let started = now_ns();
             let written = machine.take_dirty(current.consumer);
             rest.iter_mut().for_each(|rest| rest.join(&written));
             let pages = rest.first().map_or(0, PageSet::len);
-            if pages as u64 * twinstep_machine::PAGE_SIZE > most_bytes {
+            let blocks = disks.map_or(0, |mirrored| mirror::unsent(around.disks, mirrored.mirror));
+            if pages as u64 * twinstep_machine::PAGE_SIZE > most_bytes || blocks > most_blocks {
                 answer(Event::TooMuch(rest));
                 return Ok(());
             }
@@ -375,7 +417,7 @@ pub(super) fn serve(
                 }
             };
             if let Some(MirroredDisks { mirror, baseline }) = disks {
-                let Some((pieces, _)) = mirror::rest(around.disks, mirror, baseline)? else {
+                let Some(pieces) = mirror::rest(around.disks, mirror, baseline)? else {
                     fail(Error::new("the mirror of the disks was given up"));
                     return Ok(());
                 };
@@ -386,7 +428,7 @@ pub(super) fn serve(
             }
             *copier = None;
             // In its place among the records.
-            let _ = around.pair.send(ToPair::Copy(ask.id, CopyNews::Cut(machine.position())));
+            let _ = around.pair.send(ToPair::Copy(ask.id, CopyNews::Cut { position: machine.position(), blocks }));
             answer(Event::Finished { copied, state, pause_ns: now_ns() - started });
         }
     }

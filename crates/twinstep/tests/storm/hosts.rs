@@ -277,7 +277,12 @@ impl Host {
             said.extend(process.said_after(0));
         }
         let text = String::from_utf8_lossy(&said).into_owned();
-        let dull = |line: &&str| !line.contains("held back") && !line.contains("runs freely") && !line.contains("copy-round");
+        let dull = |line: &&str| {
+            !line.contains("held back")
+                && !line.contains("runs freely")
+                && !line.contains("copy-round")
+                && !line.contains("copy-disks: ")
+        };
         let lines: Vec<_> = text.lines().filter(dull).collect();
         format!("--- {}, {:?}\n{}\n", self.name(), self.part(), lines[lines.len().saturating_sub(60)..].join("\n"))
     }

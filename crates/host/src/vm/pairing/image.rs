@@ -59,10 +59,13 @@ impl Driver {
         match news {
             CopyNews::Bytes(bytes) => self.feed.image(bytes),
             CopyNews::Blocks { pieces, in_room } => self.feed.pieces(pieces, in_room),
-            CopyNews::Cut(position) => return Some(PrimaryEvent::ImageCut { position }),
+            CopyNews::Cut { position, blocks } => {
+                self.cut_blocks = blocks;
+                return Some(PrimaryEvent::ImageCut { position });
+            }
             CopyNews::Done(report) => {
                 self.copying = None;
-                precopy::say_done(&self.events, &report);
+                precopy::say_done(&self.events, &report, self.cut_blocks);
                 self.feed.end();
             }
             CopyNews::Failed(reason) => {

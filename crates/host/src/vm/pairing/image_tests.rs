@@ -84,7 +84,7 @@ fn a_machine_and_its_disk_arrive_as_they_were_at_the_cut() {
                 }
                 ToPair::Copy(1, CopyNews::Bytes(bytes)) => feed.image(bytes),
                 ToPair::Copy(1, CopyNews::Blocks { pieces, in_room }) => feed.pieces(pieces, in_room),
-                ToPair::Copy(1, CopyNews::Cut(position)) => {
+                ToPair::Copy(1, CopyNews::Cut { position, .. }) => {
                     assert!(cut.replace(position).is_none());
                 }
                 ToPair::Copy(1, CopyNews::Done(report)) => {

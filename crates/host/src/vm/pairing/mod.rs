@@ -172,6 +172,7 @@ impl PairThread {
             copy: wiring.copy,
             copying: None,
             copies: 0,
+            cut_blocks: 0,
             primary: wiring.primary,
             inbox,
             line,
@@ -294,6 +295,8 @@ struct Driver {
     /// The copy to the standby, while it is under way.
     copying: Option<Copying>,
     copies: CopyId,
+    /// Blocks of disks that were left for the last cut.
+    cut_blocks: usize,
     primary: Primary,
     healing: Healing<ToPair>,
     /// For threads of connections to come.
