@@ -1,14 +1,16 @@
 //! Certificates for the hosts of pairs: a small authority in a folder.
 //!
 //! *In*: a folder, names and addresses of hosts, days. *Out*: ordinary PEM files, which TLS of any make can read; and those of any other authority serve as well.
-//! *Invariants*: nothing is overwritten; keys are readable by their owner alone from the moment they exist; a certificate that is issued has been checked
+//! *Invariants*: nothing is overwritten but the list of what was withdrawn, which only grows; keys are readable by their owner alone from the moment they exist; a certificate that is issued has been checked
 //! against the authority's as the other side will check it.
 //!
 //! ```text
 //!   DIR/ca.pem       the authority's certificate       DIR/NAME/ca.pem    the same
 //!   DIR/ca-key.pem   its key, which stays here         DIR/NAME/cert.pem  the host's certificate
-//!                                                      DIR/NAME/key.pem   its key
+//!   DIR/crl.pem      what was withdrawn, if anything   DIR/NAME/key.pem   its key
+//!                                                      DIR/NAME/crl.pem   the list, if there is one
 //! ```
+use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File};
 use std::io::{ErrorKind, Write};
 use std::net::IpAddr;
@@ -18,8 +20,8 @@ use std::sync::Arc;
 
 use base64::Engine;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
@@ -27,7 +29,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::{RootCertStore, crypto};
 use time::{Duration, OffsetDateTime};
 
-use crate::channel::names::{CA, CERT, KEY, server_name};
+use crate::channel::names::{CA, CERT, CRL, KEY, server_name};
 use crate::error::{Context, Error, Result};
 use crate::secret_file;
 
@@ -105,7 +107,101 @@ pub fn issue(folder: &Path, name: &str, addresses: &[String], days: u32) -> Resu
     write(&own.join(KEY), 0o600, &pem("PRIVATE KEY", key.serialized_der()))?;
     write(&own.join(CERT), 0o644, &pem("CERTIFICATE", certificate.der()))?;
     write(&own.join(CA), 0o644, &authority_pem)?;
+    let list = folder.join(CRL);
+    if list.exists() {
+        std::fs::copy(&list, own.join(CRL)).at("write", &own.join(CRL))?;
+    }
     Ok(own)
+}
+
+/// Withdraws the certificates of the hosts of these names, whose folders are in `folder`, and those in these files, in addition to what was withdrawn before. The list is valid for so many days. Says
+/// how many certificates are in it.
+///
+/// # Errors
+/// If there is no authority in `folder`, a certificate cannot be read or is not its own, or something cannot be written.
+pub fn revoke(folder: &Path, names: &[String], files: &[PathBuf], days: u32) -> Result<usize> {
+    let mut dates = CertificateParams::default();
+    valid_for(&mut dates, days)?;
+    revoke_until(folder, names, files, dates.not_before, dates.not_after)
+}
+
+/// The same, with the times between which the list is valid.
+pub(crate) fn revoke_until(
+    folder: &Path,
+    names: &[String],
+    files: &[PathBuf],
+    this_update: OffsetDateTime,
+    next_update: OffsetDateTime,
+) -> Result<usize> {
+    let now = OffsetDateTime::now_utc();
+    let (_, issuer, root) = open_authority(folder)?;
+    let list = folder.join(CRL);
+    let mut withdrawn = if list.exists() { read_list(&list)? } else { BTreeMap::new() };
+    let mut certificates = files.to_vec();
+    for name in names {
+        server_name(name, "the names that were given")?;
+        certificates.push(folder.join(name).join(CERT));
+    }
+    for path in &certificates {
+        let certificate = secret_file::certificates(path, "the names that were given, or --cert")?.swap_remove(0);
+        withdrawn.entry(serial(&certificate, &root, path)?).or_insert(now);
+    }
+    let params = CertificateRevocationListParams {
+        this_update,
+        next_update,
+        // Never lower than before, as long as the clock is right.
+        crl_number: u64::try_from(now.unix_timestamp()).unwrap_or_default().into(),
+        issuing_distribution_point: None,
+        revoked_certs: withdrawn
+            .iter()
+            .map(|(serial, since)| RevokedCertParams {
+                serial_number: SerialNumber::from_slice(serial),
+                revocation_time: *since,
+                reason_code: None,
+                invalidity_date: None,
+            })
+            .collect(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    let text = pem("X509 CRL", params.signed_by(&issuer).what("cannot make the list")?.der());
+    replace(&list, &text)?;
+    for entry in std::fs::read_dir(folder).at("read", folder)? {
+        let own = entry.at("read", folder)?.path();
+        if own.join(CERT).is_file() {
+            replace(&own.join(CRL), &text)?;
+        }
+    }
+    Ok(withdrawn.len())
+}
+
+/// Serial numbers in a list, and since when they are.
+fn read_list(path: &Path) -> Result<BTreeMap<Vec<u8>, OffsetDateTime>> {
+    let broken = || {
+        Error::new(format!("{} cannot be read, and what is in it must not be forgotten", path.display()))
+            .next("use another copy of it; every host of the authority has one")
+    };
+    let list = secret_file::revocation_lists(path, "the folder that `twinstep pki init` made")?.swap_remove(0);
+    let list = webpki::BorrowedCertRevocationList::from_der(&list).map_err(|e| broken().because(e))?;
+    let mut withdrawn = BTreeMap::new();
+    for entry in &list {
+        let entry = entry.map_err(|e| broken().because(e))?;
+        let since = i64::try_from(entry.revocation_date.as_secs()).ok();
+        let since = since.and_then(|since| OffsetDateTime::from_unix_timestamp(since).ok()).ok_or_else(broken)?;
+        withdrawn.insert(entry.serial_number.to_vec(), since);
+    }
+    Ok(withdrawn)
+}
+
+/// The serial number of a certificate of this authority.
+fn serial(certificate: &CertificateDer<'_>, root: &CertificateDer<'_>, path: &Path) -> Result<Vec<u8>> {
+    let read = webpki::EndEntityCert::try_from(certificate)
+        .map_err(|e| Error::new(format!("{} is not a certificate", path.display())).because(e))?;
+    let anchor = webpki::anchor_from_trusted_cert(root).what("the authority's certificate can't be used")?;
+    if read.issuer() != anchor.subject.as_ref() {
+        return Err(Error::new(format!("{} is not a certificate of this authority", path.display()))
+            .next("only who has issued a certificate can withdraw it"));
+    }
+    Ok(read.serial().to_vec())
 }
 
 fn new_key() -> Result<KeyPair> {
@@ -193,6 +289,14 @@ fn write(path: &Path, mode: u32, text: &str) -> Result<()> {
     file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).at("write", path)
 }
 
+/// Replaces a file, or makes it: who reads it sees the one or the other.
+fn replace(path: &Path, text: &str) -> Result<()> {
+    let draft = path.with_extension("part");
+    let mut file = File::create(&draft).at("create", &draft)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).at("write", &draft)?;
+    std::fs::rename(&draft, path).at("replace", path)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -261,5 +365,45 @@ mod tests {
         fs::set_permissions(dir.path().join(CA_KEY), fs::Permissions::from_mode(0o640)).unwrap();
         let error = issue(dir.path(), "a", &[], 1).unwrap_err().to_string();
         assert!(error.contains("chmod 600"), "{error}");
+    }
+
+    #[test]
+    fn what_was_withdrawn_stays_withdrawn() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = revoke(dir.path(), &[], &[], 1).unwrap_err().to_string();
+        assert!(error.contains("pki init"), "{error}");
+        init(dir.path(), 10).unwrap();
+        for name in ["a", "b", "c"] {
+            issue(dir.path(), name, &[], 10).unwrap();
+        }
+        assert_eq!(revoke(dir.path(), &[], &[], 10).unwrap(), 0, "an empty list");
+        assert_eq!(revoke(dir.path(), &["a".into()], &[], 10).unwrap(), 1);
+        let since = read_list(&dir.path().join(CRL)).unwrap();
+        fs::rename(dir.path().join("b"), dir.path().join("elsewhere")).unwrap();
+        let file = dir.path().join("elsewhere").join(CERT);
+        assert_eq!(revoke(dir.path(), &["a".into()], &[file], 20).unwrap(), 2, "once each");
+        let list = read_list(&dir.path().join(CRL)).unwrap();
+        assert!(since.iter().all(|(serial, since)| list[serial] == *since), "{since:?} {list:?}");
+        assert_eq!(revoke(dir.path(), &[], &[], 10).unwrap(), 2, "renewed");
+        // Who comes later gets it as well.
+        issue(dir.path(), "d", &[], 10).unwrap();
+        let text = fs::read(dir.path().join(CRL)).unwrap();
+        for name in ["a", "c", "d"] {
+            assert_eq!(fs::read(dir.path().join(name).join(CRL)).unwrap(), text, "{name}");
+        }
+
+        let other = tempfile::tempdir().unwrap();
+        init(other.path(), 10).unwrap();
+        issue(other.path(), "x", &[], 10).unwrap();
+        let foreign = other.path().join("x").join(CERT);
+        let error = revoke(dir.path(), &[], &[foreign], 10).unwrap_err().to_string();
+        assert!(error.contains("is not a certificate of this authority"), "{error}");
+        assert!(revoke(dir.path(), &["nobody".into()], &[], 10).is_err());
+        assert!(revoke(dir.path(), &["../a".into()], &[], 10).is_err());
+        assert!(revoke(dir.path(), &[], &[], 0).is_err());
+        // What is in the list is not forgotten because it cannot be read.
+        fs::write(dir.path().join(CRL), pem("X509 CRL", b"nonsense")).unwrap();
+        let error = revoke(dir.path(), &[], &[], 10).unwrap_err().to_string();
+        assert!(error.contains("must not be forgotten"), "{error}");
     }
 }

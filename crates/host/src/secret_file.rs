@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 
 use crate::error::{Error, Result};
 
@@ -22,6 +22,17 @@ pub(crate) fn certificates(path: &Path, option: &str) -> Result<Vec<CertificateD
     match found {
         Ok(found) if !found.is_empty() => Ok(found),
         _ => Err(Error::new(format!("{} holds no certificate", path.display())).next(format!("give {option} a file in PEM"))),
+    }
+}
+
+/// The lists of withdrawn certificates in a file, at least one.
+pub(crate) fn revocation_lists(path: &Path, option: &str) -> Result<Vec<CertificateRevocationListDer<'static>>> {
+    let bytes = read(path, "list of withdrawn certificates", option, false, LONGEST_PEM)?;
+    let found: std::result::Result<Vec<_>, _> = CertificateRevocationListDer::pem_slice_iter(&bytes).collect();
+    match found {
+        Ok(found) if !found.is_empty() => Ok(found),
+        _ => Err(Error::new(format!("{} holds no list of withdrawn certificates", path.display()))
+            .next(format!("give {option} a file in PEM, as `twinstep pki revoke` makes it"))),
     }
 }
 

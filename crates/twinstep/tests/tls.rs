@@ -34,6 +34,15 @@ fn a_failover_over_tls() {
     let other_name = words(&["--peer-name", "gamma"]);
     Twinstep::run(&[&machine, &protect, &arbiter, &own("alpha"), &other_name]).end().refused(&["gamma", "--peer-name"]);
 
+    // One that was withdrawn while the standby waits, and had no word of that itself.
+    let place = text(&certificates);
+    twinstep(&["pki", "issue", &place, "delta"]).with(0);
+    let away = folder.path().join("away");
+    std::fs::rename(certificates.join("delta"), &away).unwrap();
+    twinstep(&["pki", "revoke", &place, "--cert", &text(&away.join("cert.pem"))]).with(0).shows("has 1 withdrawn certificates");
+    Twinstep::run(&[&machine, &protect, &arbiter, &words(&["--tls", &text(&away)])]).end().refused(&["cannot agree on TLS"]);
+    standby.wait_said("Revoked");
+
     let mut primary = Twinstep::run(&[&machine, &protect, &arbiter, &own("alpha"), &words(&["--name", "db"])]);
     standby.wait_said("(TLS 1.3, alpha)");
     standby.wait_said("(db, 128 MiB");

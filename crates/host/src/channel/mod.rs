@@ -17,6 +17,7 @@ mod accept;
 mod beats;
 mod duplex;
 mod reach;
+mod revocation;
 mod security;
 mod standbys;
 mod tls;
@@ -37,7 +38,7 @@ pub use standbys::{REGISTERED, Reach, Reached};
 
 /// What files and names of certificates are called and how they are checked, for who makes them.
 pub(crate) mod names {
-    pub(crate) use super::security::{CA, CERT, KEY, server_name};
+    pub(crate) use super::security::{CA, CERT, CRL, KEY, server_name};
 }
 
 use crate::error::{Context, Result};

@@ -11,11 +11,12 @@ use rustls::client::danger::HandshakeSignatureValid;
 use rustls::client::{ClientConfig, Resumption, verify_server_name};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, ServerConfig, WebPkiClientVerifier};
+use rustls::server::{NoServerSessionStorage, ParsedCertificate, ServerConfig};
 use rustls::version::TLS13;
 use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme, crypto};
 use serde::Deserialize;
 
+use super::revocation::{self, Authorities, StandbyVerifier};
 use crate::error::{Context, Error, Result};
 use crate::secret_file;
 
@@ -26,6 +27,8 @@ pub(super) const PROTOCOL: &[u8] = b"twinstep-log";
 pub(crate) const CA: &str = "ca.pem";
 pub(crate) const CERT: &str = "cert.pem";
 pub(crate) const KEY: &str = "key.pem";
+/// And of `twinstep pki revoke`.
+pub(crate) const CRL: &str = "crl.pem";
 
 /// How the channel is secured, as people say it: flags, or the table `[channel]` of a TOML file with the same names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -39,6 +42,8 @@ pub struct ChannelOptions {
     pub tls_cert: Option<PathBuf>,
     /// Its key.
     pub tls_key: Option<PathBuf>,
+    /// Lists of certificates that were withdrawn; if not given, `crl.pem` beside the authorities' certificates, if that is there.
+    pub tls_crl: Option<PathBuf>,
     /// The name or address that the standby's certificate must be for, if not the one it is reached by.
     pub peer_name: Option<String>,
     /// The channel may be in the clear beyond this host.
@@ -60,13 +65,14 @@ impl ChannelOptions {
             tls_ca: flags.tls_ca.or(files.tls_ca),
             tls_cert: flags.tls_cert.or(files.tls_cert),
             tls_key: flags.tls_key.or(files.tls_key),
+            tls_crl: flags.tls_crl.or(files.tls_crl),
             peer_name: flags.peer_name.or(file.peer_name),
             plaintext: flags.plaintext || file.plaintext,
         }
     }
 
     fn wants_tls(&self) -> bool {
-        self.tls.is_some() || self.tls_ca.is_some() || self.tls_cert.is_some() || self.tls_key.is_some()
+        self.tls.is_some() || self.tls_ca.is_some() || self.tls_cert.is_some() || self.tls_key.is_some() || self.tls_crl.is_some()
     }
 
     /// Whether nothing at all was said.
@@ -110,20 +116,29 @@ impl ChannelOptions {
                 .because(e)
                 .next(format!("check {cert_option} and {key_option}"))
         };
+        let authorities = Authorities {
+            roots,
+            provider: provider.clone(),
+            lists: self.tls_crl.clone().unwrap_or_else(|| ca.with_file_name(CRL)),
+            option: self.tls_crl.is_some().then_some("--tls-crl"),
+        };
+        authorities.check_own(&chain)?;
+        let verifier = StandbyVerifier { base: authorities.of_servers()?, authorities: authorities.clone() };
         let mut client = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])
             .what("cannot prepare TLS")?
-            .with_root_certificates(roots.clone())
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_auth_cert(chain.clone(), secret.clone_key())
             .map_err(misfit)?;
         client.alpn_protocols = vec![PROTOCOL.to_vec()];
         // A pair connects once; what would be kept for a second time is only something to lose.
         client.resumption = Resumption::disabled();
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build().what("cannot prepare TLS")?;
+        let verifier = authorities.of_clients()?;
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])
             .what("cannot prepare TLS")?
-            .with_client_cert_verifier(Arc::new(ExpectedPeer { verifier, expected }))
+            .with_client_cert_verifier(Arc::new(ExpectedPeer { verifier, authorities, expected }))
             .with_single_cert(chain, secret)
             .map_err(misfit)?;
         server.alpn_protocols = vec![PROTOCOL.to_vec()];
@@ -208,7 +223,9 @@ impl Security {
 /// Any certificate of the authority, or only those with one of these names.
 #[derive(Debug)]
 struct ExpectedPeer {
+    /// For all but certificates.
     verifier: Arc<dyn ClientCertVerifier>,
+    authorities: Authorities,
     expected: Vec<ServerName<'static>>,
 }
 
@@ -223,7 +240,7 @@ impl ClientCertVerifier for ExpectedPeer {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> std::result::Result<ClientCertVerified, rustls::Error> {
-        let verified = self.verifier.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = revocation::verify_primary(&self.authorities, end_entity, intermediates, now)?;
         let certificate = ParsedCertificate::try_from(end_entity)?;
         let mut failure = None;
         for name in &self.expected {

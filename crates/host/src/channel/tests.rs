@@ -278,6 +278,63 @@ fn a_certificate_that_is_over_or_not_for_this() {
     standby.still_takes(&pki.primary(), &["CaUsedAsEndEntity"]);
 }
 
+#[test]
+fn a_certificate_that_was_withdrawn() {
+    let pki = Pki::new();
+    let (a, standby) = (pki.primary(), Standby::start(pki.standby()));
+    pki.issue("b");
+    let b = tls(&pki.of("b"), None, &[]);
+    let revoke = |name: &str| pki::revoke(pki.0.path(), &[name.to_owned()], &[], 1).unwrap();
+    // While the standby waits.
+    revoke("a");
+    let error = standby.reach(&a).unwrap_err().to_string();
+    assert!(error.contains("received fatal alert"), "{error}");
+    standby.wait_said(1);
+    standby.still_takes(&b, &["Revoked"]);
+    // The primary looks as well, and neither uses a certificate of its own that it knows to be withdrawn.
+    let standby = Standby::start(pki.standby());
+    revoke("127.0.0.1");
+    let error = standby.reach(&b).unwrap_err().to_string();
+    assert!(error.contains("Revoked"), "{error}");
+    let own = |name: &str| ChannelOptions { tls: Some(pki.of(name)), ..ChannelOptions::default() };
+    let error = own("a").open(&[]).unwrap_err().to_string();
+    assert!(error.contains("our own certificate was withdrawn") && error.contains("pki issue"), "{error}");
+    // Whoever has no list knows nothing of it.
+    std::fs::remove_file(pki.of("b").join("crl.pem")).unwrap();
+    standby.wait_said(1);
+    standby.still_takes(&b, &["received fatal alert"]);
+}
+
+#[test]
+fn a_list_that_is_worth_nothing_lets_nobody_in() {
+    let (pki, other) = (Pki::new(), Pki::new());
+    let (a, standby) = (pki.primary(), Standby::start(pki.standby()));
+    let own = || ChannelOptions { tls: Some(pki.of("127.0.0.1")), ..ChannelOptions::default() };
+    let refuses = |options: ChannelOptions, words: &[&str]| {
+        let error = options.open(&[]).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{words:?}: {error}");
+    };
+    let ago = |hours| time::OffsetDateTime::now_utc() - time::Duration::hours(hours);
+    pki::revoke_until(pki.0.path(), &[], &[], ago(48), ago(24)).unwrap();
+    standby.reach(&a).unwrap_err();
+    refuses(own(), &["has run out", "twinstep pki revoke", "every host"]);
+    let list = pki.of("127.0.0.1").join("crl.pem");
+    pki::revoke(other.0.path(), &[], &[], 1).unwrap();
+    std::fs::copy(other.of("crl.pem"), &list).unwrap();
+    // It says nothing of this authority's certificates.
+    refuses(own(), &["cannot be used", "UnknownRevocationStatus"]);
+    std::fs::write(&list, "nothing").unwrap();
+    refuses(own(), &["holds no list of withdrawn certificates"]);
+    refuses(ChannelOptions { tls_crl: Some(pki.of("missing.pem")), ..own() }, &["missing.pem", "check --tls-crl"]);
+    // One that is named instead of it, and comes to be good again.
+    let named = ChannelOptions { tls_crl: Some(pki.of("crl.pem")), ..own() };
+    refuses(named.clone(), &["has run out"]);
+    pki::revoke(pki.0.path(), &[], &[], 1).unwrap();
+    named.open(&[]).unwrap();
+    standby.wait_said(1);
+    standby.still_takes(&a, &["received fatal alert"]);
+}
+
 fn authority(pki: &Pki) -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add(secret_file::certificates(&pki.of("ca.pem"), "").unwrap().swap_remove(0)).unwrap();

@@ -19,6 +19,10 @@ pub struct ChannelArguments {
     /// The key of our certificate, which others may not read (PEM) [default: key.pem in --tls]
     #[arg(long, value_name = "FILE")]
     tls_key: Option<PathBuf>,
+    /// Certificates that their authorities have withdrawn: a list of each authority (PEM), which may be replaced while this runs [default: crl.pem beside the certificates of the authorities, if
+    /// it is there]
+    #[arg(long, value_name = "FILE")]
+    tls_crl: Option<PathBuf>,
     /// Neither encryption nor authentication, though the other side is not on this host: for a network that nobody else can reach
     #[arg(long)]
     plaintext: bool,
@@ -32,6 +36,7 @@ impl ChannelArguments {
             tls_ca: self.tls_ca,
             tls_cert: self.tls_cert,
             tls_key: self.tls_key,
+            tls_crl: self.tls_crl,
             peer_name,
             plaintext: self.plaintext,
         }

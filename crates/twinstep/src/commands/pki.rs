@@ -34,6 +34,19 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = pki::HOST_DAYS)]
         days: u32,
     },
+    /// Withdraws certificates of hosts: writes a list (crl.pem) with which hosts refuse them. With no name it renews the list
+    Revoke {
+        /// The folder of `twinstep pki init`
+        folder: PathBuf,
+        /// Names of hosts whose folders are still there (several)
+        name: Vec<String>,
+        /// A certificate whose folder is not (PEM; several times)
+        #[arg(long, value_name = "FILE")]
+        cert: Vec<PathBuf>,
+        /// Days until the list runs out: from then on hosts that have it refuse everybody, until they have a newer one
+        #[arg(long, value_name = "N", default_value_t = pki::HOST_DAYS)]
+        days: u32,
+    },
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -54,6 +67,15 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 "a certificate for {name}, valid for {days} days, is in {shown}\n\
                  next: copy the folder to {name}, its key readable by its owner alone: scp -rp {shown} {name}:tls\n\
                  there: twinstep standby --tls tls ...   or   twinstep run --protect STANDBY --tls tls ..."
+            );
+        }
+        Command::Revoke { folder, name, cert, days } => {
+            let withdrawn = pki::revoke(&folder, &name, &cert, days)?;
+            let shown = folder.display();
+            println!(
+                "{shown}/crl.pem, valid for {days} days, has {withdrawn} withdrawn certificates; it is in the folders of hosts in {shown} as well\n\
+                 next: copy it to every host of this authority, beside its ca.pem: scp {shown}/crl.pem HOST:tls/\n\
+                 it counts there at once for who connects from then on; a pair that is connected goes on"
             );
         }
     }
