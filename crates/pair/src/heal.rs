@@ -105,6 +105,14 @@ impl Healer {
         self.candidates.iter().map(|candidate| candidate.place.as_str())
     }
 
+    /// Attempts in a row, to reach this standby or be protected by it, that came to nothing.
+    ///
+    /// # Panics
+    /// If there is no such standby.
+    pub fn failures(&self, standby: usize) -> u32 {
+        self.candidates[standby].failures
+    }
+
     /// What this standby is told of the VM's standbys: itself first, those behind it in the list, those before it, and at last this process's own
     /// place, where a standby may wait again once this process is gone.
     ///
@@ -289,6 +297,7 @@ mod tests {
         assert_eq!(healer.standby(), Some(0));
         let setback = healer.bare(Nanos(MS)).expect("it is lost");
         assert_eq!((setback.standby, setback.failures), (0, 1));
+        assert_eq!((healer.failures(0), healer.failures(1)), (1, 0));
         assert_eq!(healer.poll(Nanos(MS)), Some(1));
         healer.connected();
         healer.protected();

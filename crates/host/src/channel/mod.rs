@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 pub use accept::accept;
 pub use beats::{BeatKey, Beats};
 pub use duplex::{Duplex, Waitable};
-pub use reach::reach;
+pub use reach::{PATIENCE as CONNECT_PATIENCE, patience, reach};
 pub use security::{ChannelOptions, Security};
 pub use standbys::{REGISTERED, Reach, Reached};
 

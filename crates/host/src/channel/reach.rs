@@ -14,14 +14,21 @@ use super::tls::{self, Session};
 use super::{Channel, Hurried, TAKEN, take_your_time};
 use crate::error::{Error, Result};
 
-/// How long a standby may take to accept a connection. Where nobody answers at all, the system's own patience is minutes.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a standby may take to accept a connection, if it is the only hope. Where nobody answers at all, the system's own patience is minutes.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take at first when there may be others: enough for a request that was lost and sent again by the system a second later.
+const FIRST_PATIENCE: Duration = Duration::from_millis(1500);
 
-/// Connects to the standby at `address`, a host's name or IP address and a port.
+/// How long a standby may take to accept a connection that did not do so this many times in a row: a dead one must not keep a VM from the next one, and a slow one is reached in the end.
+pub fn patience(failures: u32) -> Duration {
+    FIRST_PATIENCE.saturating_mul(1 << failures.min(8)).min(PATIENCE)
+}
+
+/// Connects to the standby at `address`, a host's name or IP address and a port, which has `patience` for each of its addresses.
 ///
 /// # Errors
 /// If nobody is there, if it is not who it has to be, or if `security` does not allow that address.
-pub fn reach(address: &str, security: &Security) -> Result<Channel> {
+pub fn reach(address: &str, security: &Security, patience: Duration) -> Result<Channel> {
     let refuse = |e: io::Error| {
         Error::new(format!("cannot reach the standby at {address}"))
             .because(e)
@@ -30,7 +37,7 @@ pub fn reach(address: &str, security: &Security) -> Result<Channel> {
     let mut failure = io::Error::other("the name has no address");
     for candidate in address.to_socket_addrs().map_err(refuse)? {
         security.allows(candidate.ip())?;
-        match TcpStream::connect_timeout(&candidate, CONNECT_PATIENCE) {
+        match TcpStream::connect_timeout(&candidate, patience) {
             Ok(stream) => return begin(stream, address, security),
             Err(e) => failure = e,
         }

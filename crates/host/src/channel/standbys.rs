@@ -3,6 +3,7 @@
 //! *In*: a place of the VM's list: `HOST:PORT`, or [`REGISTERED`]. *Out*: a channel, and the address it leads to. *Invariant*: who is registered is tried like anybody else; one that did not serve
 //! the VM is not tried twice in a row while there are others.
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::{Channel, Security, reach};
 use crate::arbiter::{ArbiterSpec, Registry};
@@ -36,13 +37,13 @@ impl Reach {
         Self { security, arbiter, memory: Arc::default() }
     }
 
-    /// Connects to the standby at a place. May take long.
+    /// Connects to the standby at a place. Whoever is tried has `patience` to accept the connection.
     ///
     /// # Errors
     /// If nobody is there who may protect the VM.
-    pub fn reach(&self, place: &str) -> Result<Reached> {
+    pub fn reach(&self, place: &str, patience: Duration) -> Result<Reached> {
         if place != REGISTERED {
-            return Ok((reach(place, &self.security)?, place.to_owned()));
+            return Ok((reach(place, &self.security, patience)?, place.to_owned()));
         }
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let addresses = in_turn(self.registered(&mut memory)?, memory.last.as_deref());
@@ -50,7 +51,7 @@ impl Reach {
             .next("start one: twinstep standby --register HOST:PORT with the same --arbiter");
         for address in addresses {
             memory.last = Some(address.clone());
-            match reach(&address, &self.security) {
+            match reach(&address, &self.security, patience) {
                 Ok(channel) => return Ok((channel, address)),
                 Err(e) => failure = Error::new("none of the standbys that are registered can be reached").because(e),
             }
@@ -98,7 +99,7 @@ mod tests {
     #[test]
     fn without_etcd_nobody_is_registered() {
         let folder = ArbiterSpec::Directory("/tmp".into());
-        let error = |arbiter| match Reach::new(Security::default(), arbiter).reach(REGISTERED) {
+        let error = |arbiter| match Reach::new(Security::default(), arbiter).reach(REGISTERED, crate::channel::CONNECT_PATIENCE) {
             Ok(_) => panic!("nobody is there"),
             Err(e) => e.to_string(),
         };

@@ -67,7 +67,7 @@ impl Standby {
         Self { address, events, thread: spawn(move || accept(&listener, &security, &said)) }
     }
     fn reach(&self, security: &Security) -> Result<Channel> {
-        reach(&self.address.to_string(), security)
+        reach(&self.address.to_string(), security, CONNECT_PATIENCE)
     }
     /// A stranger's connection.
     fn stranger(&self) -> TcpStream {
@@ -510,7 +510,7 @@ fn nothing_leaves_this_host_in_the_clear_by_mistake() {
         pki.primary().allows(address).unwrap();
     }
     // An address for documents, which nobody has: it is not even tried.
-    let error = reach("192.0.2.1:7171", &Security::OnThisHost).unwrap_err().to_string();
+    let error = reach("192.0.2.1:7171", &Security::OnThisHost, CONNECT_PATIENCE).unwrap_err().to_string();
     assert!(error.contains("--tls DIR") && error.contains("--plaintext") && error.contains("192.0.2.1"), "{error}");
 }
 

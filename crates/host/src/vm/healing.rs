@@ -8,7 +8,7 @@ use twinstep_pair::wire::MAX_STANDBYS;
 use twinstep_pair::{Healer, Nanos, PrimaryState, Setback};
 
 use super::turns::Post;
-use crate::channel::{Channel, REGISTERED, Reach, Reached};
+use crate::channel::{Channel, REGISTERED, Reach, Reached, patience};
 use crate::error::{Error, Result};
 use crate::events::{Events, now_ns};
 
@@ -52,10 +52,10 @@ impl<M: Send + 'static> Healing<M> {
         self.say(setback, None);
         let Some(standby) = self.healer.poll(now) else { return };
         let (reach, to, reached) = (self.reach.clone(), self.to.clone(), self.reached);
-        let place = self.place(standby);
+        let (place, patience) = (self.place(standby), patience(self.healer.failures(standby)));
         // A thread that is left over when the VM has ended ends with the process.
         let started = std::thread::Builder::new().name("connect".into()).spawn(move || {
-            let _ = to.send(reached(reach.reach(&place)));
+            let _ = to.send(reached(reach.reach(&place, patience)));
         });
         if let Err(e) = started {
             let _ = self.to.send((self.reached)(Err(Error::new("cannot start a thread").because(e))));
@@ -125,5 +125,56 @@ impl<M: Send + 'static> Healing<M> {
         let text =
             format!("the standby at {place} does not protect the VM{why}; it is tried again in {:.1} s", pause_ns as f64 / 1e9);
         self.events.say_with("no-standby", text, figures);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::time::{Duration, Instant};
+
+    use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket};
+
+    use super::*;
+    use crate::channel::{CONNECT_PATIENCE, Security};
+
+    /// A host that died: whoever connects gets no answer at all. Lives as long as what it gives.
+    fn silent() -> (String, impl Sized) {
+        let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&listener, &std::net::SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        listen(&listener, 0).unwrap();
+        let address: std::net::SocketAddr = getsockname(&listener).unwrap().try_into().unwrap();
+        let mut waiting = Vec::new();
+        // Who comes when the queue is full is not answered.
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+            waiting.push(stream);
+            assert!(waiting.len() < 100, "the queue has an end");
+        }
+        (address.to_string(), (listener, waiting))
+    }
+
+    #[test]
+    fn a_host_that_is_silent_does_not_keep_a_vm_from_the_next() {
+        let (first, _silent) = silent();
+        let second = TcpListener::bind("127.0.0.1:0").unwrap();
+        let list = [first, second.local_addr().unwrap().to_string()];
+        let healer = Healer::new(list.clone(), None, &twinstep_pair::Config::default());
+        let standbys = Standbys { healer, reach: Reach::new(Security::default(), None), at: None };
+        let (to, inbox) = Post::new().unwrap();
+        let mut healing = Healing::new(standbys, to, |result| result, Events::new("test", true, None).unwrap());
+        let started = Instant::now();
+        healing.follow(PrimaryState::Unprotected);
+        assert!(healing.reached(inbox.recv().unwrap()).is_none());
+        healing.follow(PrimaryState::Unprotected);
+        let (_channel, told) = healing.reached(inbox.recv().unwrap()).expect("the second answers");
+        assert_eq!(told[0], list[1]);
+        assert!(started.elapsed() < CONNECT_PATIENCE / 2, "{:?}", started.elapsed());
+    }
+
+    #[test]
+    fn patience_grows_with_failures() {
+        let all: Vec<Duration> = (0..40).map(patience).collect();
+        assert!(all.is_sorted() && all[0] < CONNECT_PATIENCE / 5, "{all:?}");
+        assert!(all[3..].iter().all(|patience| *patience == CONNECT_PATIENCE), "{all:?}");
     }
 }

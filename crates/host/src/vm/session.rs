@@ -24,7 +24,7 @@ use super::replay;
 use super::spec::{Cable, VmSpec};
 use super::standby;
 use crate::arbiter::{self, ArbiterSpec, OverridableArbiter};
-use crate::channel::{Reach, Reached, Security};
+use crate::channel::{self, Reach, Reached, Security};
 use crate::control::Control;
 use crate::disk::{Replica, Writer};
 use crate::error::{Context, Error, Result};
@@ -508,9 +508,10 @@ pub fn log_figures(stats: &RunStats) -> Map<String, serde_json::Value> {
 
 /// Connects to the first standby of a list that can be reached; says which it is.
 fn reach_one(places: &[String], reach: &Reach, events: &Events) -> Result<(usize, Reached)> {
+    let patience = if places.len() == 1 { channel::CONNECT_PATIENCE } else { channel::patience(1) };
     let mut failure = None;
     for (standby, place) in places.iter().enumerate() {
-        match reach.reach(place) {
+        match reach.reach(place, patience) {
             Ok(reached) => return Ok((standby, reached)),
             Err(e) if places.len() == 1 => return Err(e),
             Err(e) => {
