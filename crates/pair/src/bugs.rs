@@ -54,11 +54,13 @@ pub enum Bug {
     BeatIsEnough,
     /// A primary that was stalled goes on releasing what it finds acknowledged.
     ReleaseAfterStall,
+    /// The primary tells how far its machine runs undisturbed after something has entered it.
+    StaleLookahead,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 24] = [
+    pub const ALL: [Bug; 25] = [
         Bug::ReleaseBeforeAck,
         Bug::LiveWithoutArbiter,
         Bug::ForgetReissue,
@@ -83,6 +85,7 @@ impl Bug {
         Bug::AckImageBeforeTaken,
         Bug::BeatIsEnough,
         Bug::ReleaseAfterStall,
+        Bug::StaleLookahead,
     ];
 }
 

@@ -119,7 +119,8 @@ impl Checker {
         let bounds = [
             ("unacknowledged bytes", status.unacked_bytes, config.max_unacked_bytes, true),
             ("unreplayed bytes", status.unreplayed_bytes, config.max_unreplayed_bytes, true),
-            ("instructions behind", status.lag_instructions, config.max_lag(), protected),
+            ("instructions behind", status.lag_instructions, config.max_replay_lag, protected),
+            ("nanoseconds behind", status.lag_time.0, config.max_matched_lag.0, protected && config.commit == Commit::Matched),
             ("held outputs", status.held_outputs, config.max_held_outputs, protected),
         ];
         for (what, value, bound, counts) in bounds {

@@ -38,6 +38,8 @@ pub(crate) struct Profile {
     pub(crate) slice_max: u64,
     /// Instructions that replay runs in one slice, at most.
     pub(crate) replay_slice_max: u64,
+    /// How often a host says how far its machine will run undisturbed.
+    pub(crate) lookahead_percent: u64,
     /// How often the host takes in more events before it does what it was asked for.
     pub(crate) lazy_percent: u64,
     /// Padding of inputs, at most: the weight of the log.
@@ -150,6 +152,7 @@ impl Profile {
             slice_max,
             // From a secondary that holds the guest back to one that idles.
             replay_slice_max: slice_max * random.pick(&[1, 2, 8]) / 2,
+            lookahead_percent: random.pick(&[0, 50, 100]),
             lazy_percent: random.pick(&[0, 20, 90]),
             // What enters must fit through the network: a log that can't be sent holds the guest back for good.
             input_padding_max: random.pick(&[0, 30, if ns_per_byte >= 2_000 { 30 } else { 400 }]),
@@ -211,7 +214,7 @@ fn draw_config(random: &mut Random) -> Config {
         max_unacked_bytes: random.pick(&[1_500, 20_000]),
         max_unreplayed_bytes: random.pick(&[3_000, 40_000]),
         max_replay_lag: random.pick(&[500, 5_000]),
-        max_matched_lag: random.pick(&[100, 400]),
+        max_matched_lag: Nanos::from_millis(random.pick(&[2, 10])),
         max_held_outputs: random.pick(&[8, 200]),
         // A slice of the toy guest may pass the small bounds several times over; the hard bound is far.
         hard_bound_factor: 64,

@@ -28,6 +28,14 @@ pub(crate) enum Role {
     Secondary(Box<Secondary>),
 }
 
+/// What replay is given.
+#[derive(Debug, Clone)]
+pub(crate) enum Item {
+    Record(Record),
+    /// Run to there, or to where the machine pauses before.
+    Ahead(u64),
+}
+
 /// A side.
 #[derive(Debug, Clone)]
 pub(crate) struct Side {
@@ -75,7 +83,7 @@ pub(crate) struct Side {
     pub(crate) untaken: u64,
     /// Outputs that the machine had made when the image was cut.
     pub(crate) image_outputs: u64,
-    pub(crate) replay: VecDeque<Record>,
+    pub(crate) replay: VecDeque<Item>,
     pub(crate) replayed: u64,
     pub(crate) replay_stalled_until: Nanos,
     /// The newest output whose note the host holds.

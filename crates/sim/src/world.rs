@@ -16,7 +16,7 @@ use crate::network::Connection;
 use crate::outside::Outside;
 use crate::profile::{CALM_FROM, END, Fault, MAX_HOSTS, Profile};
 use crate::random::Random;
-use crate::side::{INPUT, NOTE, Role, Side};
+use crate::side::{INPUT, Item, NOTE, Role, Side};
 
 /// Something that will happen.
 #[derive(Debug, Clone)]
@@ -404,8 +404,9 @@ impl World {
                         self.sides[side].noted = noted_output(record);
                     }
                 }
-                self.sides[side].replay.extend(records);
+                self.sides[side].replay.extend(records.into_iter().map(Item::Record));
             }
+            SecondaryAction::RunAhead { position } => self.sides[side].replay.push_back(Item::Ahead(position)),
             SecondaryAction::Discard { up_to } => {
                 let seen = self.outside.seen();
                 if up_to > seen {
@@ -481,11 +482,25 @@ impl World {
             self.give_input(side, Input::Noise(noise));
         }
         let steps = self.random.between(1, self.profile.slice_max);
-        for _ in 0..steps {
-            if self.sides[side].paused {
-                break;
+        if self.random.percent(self.profile.lookahead_percent) {
+            let position = self.sides[side].machine.position + steps;
+            self.give_primary(side, PrimaryEvent::Lookahead { position });
+            if self.random.percent(50) {
+                self.carry_out(side)?;
             }
-            let Some(output) = self.sides[side].machine.step() else {
+        }
+        for _ in 0..steps {
+            let made = if self.sides[side].paused { None } else { self.sides[side].machine.step() };
+            let state = &self.sides[side];
+            let (pauses, position) = (state.paused || state.machine.pauses(), state.machine.position);
+            if pauses {
+                // Before anything else is said.
+                self.give_primary(side, PrimaryEvent::Lookahead { position });
+            }
+            let Some(output) = made else {
+                if pauses {
+                    break;
+                }
                 continue;
             };
             let id = output.id;
@@ -495,6 +510,9 @@ impl World {
             }
             if !batched {
                 self.carry_out(side)?;
+            }
+            if pauses {
+                break;
             }
         }
         let position = self.sides[side].machine.position;
@@ -534,8 +552,13 @@ impl World {
             return Ok(());
         }
         let mut budget = self.random.between(1, self.profile.replay_slice_max);
-        while let Some(record) = self.sides[side].replay.front().cloned() {
-            while self.sides[side].machine.position < record.position && budget > 0 {
+        while let Some(item) = self.sides[side].replay.front().cloned() {
+            let (to, ahead) = match &item {
+                Item::Record(record) => (record.position, false),
+                Item::Ahead(position) => (*position, true),
+            };
+            let mut paused = false;
+            while self.sides[side].machine.position < to && budget > 0 && !paused {
                 budget -= 1;
                 if let Some(output) = self.sides[side].machine.step() {
                     if self.sides[side].diverged {
@@ -544,10 +567,15 @@ impl World {
                         self.sides[side].made.push_back(output);
                     }
                 }
+                paused = ahead && self.sides[side].machine.pauses();
             }
-            if self.sides[side].machine.position < record.position {
+            if self.sides[side].machine.position < to && !paused {
                 break;
             }
+            let Item::Record(record) = item else {
+                self.sides[side].replay.pop_front();
+                continue;
+            };
             if !self.consume(side, &record)? {
                 return Ok(());
             }
@@ -561,11 +589,14 @@ impl World {
     /// Replay takes a record in; false if it shows that the sides differ. What it makes of the record may be said twice then: the record stays.
     fn consume(&mut self, side: usize, record: &Record) -> Result<bool, String> {
         let machine = &mut self.sides[side].machine;
-        if machine.position != record.position {
+        // A note may come after the machine has run ahead of it. A machine that is another one may also have run past an input.
+        let past = machine.position != record.position && record.kind != NOTE;
+        if past && !self.profile.allows(Fault::Flip) {
             return Err(format!("side {side}: replay is at {}, past {}", machine.position, record.position));
         }
         let (still_due, made) = match self.sides[side].made.front() {
             _ if self.sides[side].diverged => (false, None),
+            _ if past => (true, None),
             Some(output) if record.kind == NOTE => (output.chain_after() != noted(record, 1), Some(output.clone())),
             Some(output) => (output.position < record.position, None),
             None => (record.kind == NOTE, None),

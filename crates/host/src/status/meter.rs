@@ -190,6 +190,7 @@ mod tests {
             unacked_bytes: 10 * (appended - received),
             unreplayed_bytes: 10 * (appended - replayed),
             lag_instructions: 77,
+            lag_time: Nanos(78),
             held_outputs: 5,
             image_bytes: 0,
         }

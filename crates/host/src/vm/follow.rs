@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use twinstep_log::{Comparer, Entry, Event, Mismatch, OutputNote, Replayable, RunOutcome};
-use twinstep_machine::{Activity, Config, Machine, Output};
+use twinstep_machine::{Activity, Config, Machine, Output, Pause};
 use twinstep_pair::{OutputId, Record, Seq};
 
 use super::arrival::Arrival;
@@ -37,6 +37,10 @@ pub(super) enum ToReplay {
     Records {
         first_seq: Seq,
         records: Vec<Record>,
+    },
+    /// Behind them: run to there, or to where the machine pauses before.
+    RunAhead {
+        position: u64,
     },
     Discard {
         up_to: OutputId,
@@ -83,8 +87,8 @@ pub(super) struct Follower {
     window: Option<Window>,
     /// What makes it the primary's again.
     delta: Vec<u8>,
-    /// Records that wait: for the first image, or while the machine stands still.
-    waiting: VecDeque<(Seq, Record)>,
+    /// What waits: for the first image, or while the machine stands still.
+    waiting: VecDeque<Step>,
     running: Option<Running>,
     /// Outputs that may not have left, with their numbers.
     held: VecDeque<(OutputId, Output)>,
@@ -95,18 +99,45 @@ pub(super) struct Follower {
     over: Arc<AtomicBool>,
 }
 
+/// What there is to do for the machine, in order.
+enum Step {
+    Record(Seq, Record),
+    RunAhead { position: u64 },
+}
+
 struct Running {
     vm: Vm,
     extra: Extra,
     baseline: Baseline,
     /// `None`: there is nobody to compare with.
     comparer: Option<Comparer>,
+    /// Where the newest entry of the log lies that was taken in.
+    log_position: u64,
+    /// What the machine has made beyond that: whether it was noted, the log has not said yet.
+    ahead: VecDeque<(u64, Output)>,
     /// Something differed.
     still: bool,
     /// The primary's end is replayed.
     ended: bool,
     /// Since when the sides are uneven in this output.
     uneven: Option<(OutputId, Instant)>,
+}
+
+impl Running {
+    /// Runs to a position, as far as that can be done. Why not, if not.
+    fn run_to(&mut self, position: u64) -> Result<Option<String>> {
+        match self.vm.run_to(position) {
+            RunOutcome::Reached => Ok(None),
+            RunOutcome::Waiting => Ok(Some("it is halted and waits for an input".to_owned())),
+            RunOutcome::Stopped(why) => Ok(Some(why)),
+            // Nothing is wrong with the machine, and nothing would be right with it here.
+            RunOutcome::HostFailure(why) => Err(Error::new(why)),
+        }
+    }
+    /// Up to where the two sides can be compared.
+    fn compared(&self) -> u64 {
+        self.vm.position().min(self.log_position)
+    }
 }
 
 impl Follower {
@@ -152,7 +183,11 @@ impl Follower {
                     Some(_) => self.resync(position),
                 },
                 Ok(ToReplay::Records { first_seq, records }) => {
-                    self.waiting.extend((first_seq..).zip(records));
+                    self.waiting.extend((first_seq..).zip(records).map(|(seq, record)| Step::Record(seq, record)));
+                    self.replay()
+                }
+                Ok(ToReplay::RunAhead { position }) => {
+                    self.waiting.push_back(Step::RunAhead { position });
                     self.replay()
                 }
                 Ok(ToReplay::Discard { up_to }) => {
@@ -256,8 +291,17 @@ impl Follower {
             window.begin(&mut machine, self.target.replicas(), self.last_output);
         }
         let comparer = Some(Comparer::new(self.last_output));
-        self.running =
-            Some(Running { vm: Vm(machine, None), extra, baseline, comparer, still: false, uneven: None, ended: false });
+        self.running = Some(Running {
+            vm: Vm(machine, None),
+            extra,
+            baseline,
+            comparer,
+            log_position: position,
+            ahead: VecDeque::new(),
+            still: false,
+            uneven: None,
+            ended: false,
+        });
         let took_ns = now_ns() - started;
         self.tell(ToStandby::Restored { position, last_output: self.last_output, took_ns });
         self.replay()
@@ -278,6 +322,8 @@ impl Follower {
             window.agreed(&mut running.vm.0, extra.last_output);
         }
         running.comparer = Some(Comparer::new(extra.last_output));
+        running.log_position = position;
+        running.ahead.clear();
         running.still = false;
         running.uneven = None;
         self.waiting.clear();
@@ -296,7 +342,9 @@ impl Follower {
         }
         running.still = false;
         running.uneven = None;
-        for output in running.comparer.take().map_or(Vec::new(), Comparer::into_made) {
+        let made = running.comparer.take().map_or(Vec::new(), Comparer::into_made);
+        let ahead = std::mem::take(&mut running.ahead);
+        for output in made.into_iter().chain(ahead.into_iter().map(|(_, output)| output)) {
             self.made(output);
         }
     }
@@ -311,15 +359,22 @@ impl Follower {
     fn replay(&mut self) -> Result<()> {
         while self.running.as_ref().is_some_and(|running| !running.still)
             && !self.over.load(Ordering::Relaxed)
-            && let Some((seq, record)) = self.waiting.pop_front()
+            && let Some(step) = self.waiting.pop_front()
         {
+            let (seq, record) = match step {
+                Step::Record(seq, record) => (seq, record),
+                Step::RunAhead { position } => {
+                    self.run_ahead(position)?;
+                    continue;
+                }
+            };
             let entry = entry_of(&record)?;
             if let Some(window) = &mut self.window {
                 window.entry(&entry);
             }
             if !self.follow(entry)? {
                 // Without the primary, it is what comes next.
-                self.waiting.push_front((seq, record));
+                self.waiting.push_front(Step::Record(seq, record));
                 break;
             }
             let position = self.running.as_ref().expect("just seen").vm.position();
@@ -331,23 +386,23 @@ impl Follower {
     /// Takes an entry of the log in; false if the machine cannot.
     fn follow(&mut self, entry: Entry) -> Result<bool> {
         let running = self.running.as_mut().expect("the caller looked");
-        let at = running.vm.position();
-        if entry.position < at && running.comparer.is_some() {
-            return Err(Error::new(format!("the primary's log goes back: from position {at} to {}", entry.position)));
+        let (at, log) = (running.vm.position(), running.log_position);
+        if entry.position < log && running.comparer.is_some() {
+            return Err(Error::new(format!("the primary's log goes back: from position {log} to {}", entry.position)));
         }
-        let stuck = match running.vm.run_to(entry.position) {
-            RunOutcome::Reached => None,
-            RunOutcome::Waiting => Some("it is halted and waits for an input".to_owned()),
-            RunOutcome::Stopped(why) => Some(why),
-            // Nothing is wrong with the machine, and nothing would be right with it here.
-            RunOutcome::HostFailure(why) => return Err(Error::new(why)),
+        running.log_position = entry.position;
+        // The note of an output may lie behind a machine that has run ahead.
+        let stuck = match entry.event {
+            Event::Output(_) if entry.position < at => None,
+            _ if entry.position < at => Some("it has run beyond, and so did not pause there".to_owned()),
+            _ => running.run_to(entry.position)?,
         };
         self.collect();
         if let Some(why) = stuck
             && self.is_compared()
         {
             let position = entry.position;
-            self.stand_still(format!("the machine does not get to position {position}, as the primary did: {why}"), None)?;
+            self.stand_still(format!("the machine does not stop at position {position}, as the primary did: {why}"), None)?;
             return Ok(false);
         }
         let running = self.running.as_mut().expect("the caller looked");
@@ -396,10 +451,31 @@ impl Follower {
         let outputs = self.running.as_mut().map_or(Vec::new(), |running| running.vm.take_outputs());
         for (position, output) in outputs {
             match self.running.as_mut().and_then(|running| running.comparer.as_mut()) {
-                Some(comparer) => comparer.made(position, output),
+                Some(_) => self.running.as_mut().expect("just seen").ahead.push_back((position, output)),
                 None => self.made(output),
             }
         }
+        // What the log has come to can be compared.
+        let Some(running) = &mut self.running else { return };
+        while let Some(comparer) = &mut running.comparer
+            && let Some((position, output)) = running.ahead.pop_front_if(|(position, _)| *position <= running.log_position)
+        {
+            comparer.made(position, output);
+        }
+    }
+
+    /// The primary has taken nothing until `position`, or until it paused.
+    fn run_ahead(&mut self, position: u64) -> Result<()> {
+        let running = self.running.as_mut().expect("the caller looked");
+        // One that is nobody's twin stays where the log is.
+        if running.comparer.is_some() && running.vm.position() < position {
+            // Nothing is wrong with the machine then, as below.
+            if let Pause::HostFailure(why) = running.vm.0.run(position) {
+                return Err(Error::new(why));
+            }
+            self.collect();
+        }
+        Ok(())
     }
 
     /// Reports what both sides have made, or that they differ.
@@ -412,7 +488,7 @@ impl Follower {
         }
         let running = self.running.as_mut().expect("the caller looked");
         let Some(comparer) = &running.comparer else { return Ok(()) };
-        if let Some(found) = comparer.mismatch(running.vm.position()) {
+        if let Some(found) = comparer.mismatch(running.compared()) {
             return self.stand_still(found.to_string(), Some(found));
         }
         running.uneven = comparer.first().map(|first| match running.uneven {
@@ -439,7 +515,7 @@ impl Follower {
         let running = self.running.as_mut().expect("the caller looked");
         running.still = true;
         if let Some(window) = &mut self.window {
-            window.dispute(self.last_output + 1, running.vm.position(), &text, found.as_ref());
+            window.dispute(self.last_output + 1, running.compared(), &text, found.as_ref());
         }
         let changes = resync::changes(&mut running.vm.0, &mut running.baseline)?;
         let mut detail = Vec::new();
@@ -456,7 +532,7 @@ impl Follower {
     }
 
     fn finish(&mut self, reissue: Range<OutputId>) -> Result<Replayed> {
-        let Running { mut vm, extra, comparer, baseline, .. } =
+        let Running { mut vm, extra, comparer, ahead, baseline, .. } =
             self.running.take().ok_or_else(|| Error::new("there is no machine to go live with"))?;
         let kept = std::mem::take(&mut self.held).into_iter();
         let mut outputs: Vec<Output> = kept.filter(|(id, _)| reissue.contains(id)).map(|(_, output)| output).collect();
@@ -467,6 +543,7 @@ impl Follower {
         );
         // What it made and the primary never noted is new to the world.
         outputs.extend(comparer.map_or(Vec::new(), Comparer::into_made));
+        outputs.extend(ahead.into_iter().map(|(_, output)| output));
         baseline.end(&mut vm.0);
         if let Some(window) = self.window.take() {
             window.end(&mut vm.0);

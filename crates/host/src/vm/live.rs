@@ -11,7 +11,7 @@ use std::time::Duration;
 use twinstep_log::channel::{decode_payload, encode_payload};
 use twinstep_log::{EndReason, Entry, LogStats, Recorder};
 use twinstep_machine::{Activity, DiskRequest, DiskWanted, Input, Machine, Output, Pause};
-use twinstep_pair::Record;
+use twinstep_pair::{Commit, Record};
 
 use super::disks;
 use super::pace::{Pace, cpu_ns};
@@ -136,6 +136,8 @@ pub struct Wiring {
     pub recording: Option<Box<dyn EntrySink>>,
     /// The pair.
     pub pair: Option<Turns<ToPair>>,
+    /// When its outputs leave.
+    pub commit: Commit,
     /// Events.
     pub events: Events,
     /// Positions between two state digests in the log; 0 for none.
@@ -150,8 +152,11 @@ pub struct Wiring {
     pub perf_map: Option<PerfMap>,
 }
 
-/// So long the pair need not hear of what has entered and how far the guest is, as long as nothing comes of it. Its own thread looks every heartbeat.
+/// So long the pair need not hear of a busy guest's clock and how far it is, as long as nothing comes of it. Its own thread looks every heartbeat.
 const PAIR_PATIENCE_NS: u64 = 5_000_000;
+
+/// The same if outputs are to be matched: what the standby is behind by, the next output waits for.
+const PAIR_PATIENCE_MATCHED_NS: u64 = 500_000;
 
 /// So long a slowed guest waits at most at a time.
 const LOST_NS: u64 = 25_000_000;
@@ -175,6 +180,8 @@ struct Live {
     untold: bool,
     /// Something of it is to leave, or is asked for.
     urgent: bool,
+    /// Something has entered that the guest will work on, and the pair has not had a turn since.
+    entered: bool,
     /// When it had its last turn.
     driven_ns: u64,
     end: Option<End>,
@@ -200,6 +207,7 @@ pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
         baseline: None,
         untold: false,
         urgent: false,
+        entered: false,
         driven_ns: now,
         end: None,
     };
@@ -256,7 +264,12 @@ impl Live {
         if let Some(digest) = self.recorder.next_digest() {
             until = until.min(digest);
         }
+        self.look_ahead(until);
         let pause = self.machine.run(until);
+        if !matches!(pause, Pause::Position) {
+            // What was said of it is over, and that comes before anything else is said.
+            self.put_lookahead(self.machine.position());
+        }
         self.take_outputs();
         self.digest_if_due();
         let now = now_ns();
@@ -331,6 +344,9 @@ impl Live {
 
     /// Waits for a message and takes it; false if none came in time. An input to a sleeping guest comes with the time.
     fn wait(&mut self, timeout: Option<Duration>) -> bool {
+        if self.is_overdue() {
+            self.turn_pair();
+        }
         self.drive_pair();
         let activity = self.machine.activity();
         activity.set(if self.stands_still() { Activity::Waiting } else { Activity::Halted });
@@ -412,6 +428,7 @@ impl Live {
         if self.logging {
             let entry = self.recorder.input(position, input.clone()).expect("positions of one machine do not go back");
             self.log(entry);
+            self.entered |= !matches!(input, Input::Clock { .. });
         }
         if let Err(refused) = self.machine.input(input) {
             // Sources check what they pass on, so this is a mistake of ours; the machine is as before, and replay refuses alike.
@@ -458,6 +475,20 @@ impl Live {
         }
     }
 
+    /// The guest runs on, with no look outside before `until`. The standby may do so at the same time, and is told if it has something to work on.
+    fn look_ahead(&mut self, until: u64) {
+        self.put_lookahead(until);
+        if self.entered && self.wiring.commit == Commit::Matched || self.is_overdue() {
+            self.turn_pair();
+        }
+    }
+
+    fn put_lookahead(&self, position: u64) {
+        if let Some(pair) = &self.wiring.pair {
+            pair.put(ToPair::Lookahead { position });
+        }
+    }
+
     fn progress(&mut self) {
         let position = self.machine.position();
         self.tell_pair(ToPair::Progress { position });
@@ -494,12 +525,23 @@ impl Live {
     /// Takes the pair's turn, if there is something for it that matters: what follows is done at once, and by nobody who would have to be woken. What
     /// only matters later goes with what comes next, or when the pair's own thread looks.
     fn drive_pair(&mut self) {
-        if let Some(pair) = &self.wiring.pair
-            && self.untold
-            && (self.urgent || now_ns() - self.driven_ns > PAIR_PATIENCE_NS)
-        {
-            self.untold = false;
-            self.urgent = false;
+        if self.untold && self.urgent {
+            self.turn_pair();
+        }
+    }
+
+    /// Whether the pair has waited long enough for what does not matter by itself.
+    fn is_overdue(&self) -> bool {
+        let patience_ns = match self.wiring.commit {
+            Commit::Received => PAIR_PATIENCE_NS,
+            Commit::Matched => PAIR_PATIENCE_MATCHED_NS,
+        };
+        self.untold && now_ns() - self.driven_ns > patience_ns
+    }
+
+    fn turn_pair(&mut self) {
+        if let Some(pair) = &self.wiring.pair {
+            (self.untold, self.urgent, self.entered) = (false, false, false);
             self.driven_ns = now_ns();
             if let Err(e) = pair.turn()
                 && self.end.is_none()

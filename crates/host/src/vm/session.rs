@@ -477,6 +477,7 @@ pub fn run(spec: &VmSpec, options: &RunOptions, events: &Events) -> Result<Sessi
         outlet: outside.outlet(control.board())?,
         recording,
         pair: pair.as_ref().map(|pair| pair.turns.clone()),
+        commit: options.pair.commit,
         events: events.clone(),
         digest_interval: if options.record.is_some() || !options.protect.is_empty() { digest_interval } else { 0 },
         disks: replicas.clone(),
@@ -569,6 +570,7 @@ pub fn run_live(
     ]);
     events.say_with("live", format!("live in epoch {}; {reissued} outputs sent again", live.epoch), figures);
     let (mut primary, mut healer) = live.primary;
+    let commit = primary.commit();
     // They were sent just now.
     primary.handle(Nanos(now_ns()), PrimaryEvent::OutputsLeft { up_to: live.last_output });
     if !options.protect.is_empty() {
@@ -602,6 +604,7 @@ pub fn run_live(
         outlet,
         recording: None,
         pair: pair.as_ref().map(|pair| pair.turns.clone()),
+        commit,
         events: events.clone(),
         digest_interval: if pair.is_some() { DIGEST_INTERVAL } else { 0 },
         disks: live.disks.clone(),

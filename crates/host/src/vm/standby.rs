@@ -415,6 +415,7 @@ impl Driver {
                     records.iter().for_each(|record| _ = self.meter.record(record));
                     self.tell_replay(ToReplay::Records { first_seq, records });
                 }
+                SecondaryAction::RunAhead { position } => self.tell_replay(ToReplay::RunAhead { position }),
                 SecondaryAction::Diverge => self.tell_replay(ToReplay::Diverge),
                 SecondaryAction::Discard { up_to } => self.tell_replay(ToReplay::Discard { up_to }),
                 SecondaryAction::AskArbiter(claim) => {

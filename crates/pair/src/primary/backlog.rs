@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use crate::types::{Record, Seq};
+use crate::types::{Nanos, Record, Seq};
 use crate::wire::{Ack, LOG_BATCH_BYTES, MAX_RECORD_BYTES, RECORD_HEAD_BYTES};
 
 /// The records since the image's cut.
@@ -18,8 +18,8 @@ pub(super) struct Backlog {
     last_position: u64,
     unacked_bytes: u64,
     unreplayed_bytes: u64,
-    /// What each of the records `replayed + 1 ..= appended` costs.
-    entries: VecDeque<u64>,
+    /// What each of the records `replayed + 1 ..= appended` costs, and when it was appended.
+    entries: VecDeque<(u64, Nanos)>,
     /// The last of them, which are not sent yet.
     pending: Vec<Record>,
     pending_bytes: usize,
@@ -32,7 +32,7 @@ impl Backlog {
     }
 
     /// Appends a record and numbers it.
-    pub(super) fn append(&mut self, record: Record) -> Seq {
+    pub(super) fn append(&mut self, now: Nanos, record: Record) -> Seq {
         assert!(record.bytes.len() <= MAX_RECORD_BYTES, "a record of {} bytes can't be sent", record.bytes.len());
         assert!(
             record.position >= self.last_position,
@@ -44,7 +44,7 @@ impl Backlog {
         self.last_position = record.position;
         self.unacked_bytes += cost_bytes;
         self.unreplayed_bytes += cost_bytes;
-        self.entries.push_back(cost_bytes);
+        self.entries.push_back((cost_bytes, now));
         self.pending_bytes += RECORD_HEAD_BYTES + record.bytes.len();
         self.pending.push(record);
         self.appended += 1;
@@ -86,11 +86,11 @@ impl Backlog {
             || ack.replayed_seq > self.replayed
             || ack.replayed_position > self.replayed_position;
         for seq in self.received + 1..=ack.received_seq {
-            self.unacked_bytes -= self.entries[(seq - self.replayed - 1) as usize];
+            self.unacked_bytes -= self.entries[(seq - self.replayed - 1) as usize].0;
         }
         self.received = ack.received_seq;
         while self.replayed < ack.replayed_seq {
-            let cost_bytes = self.entries.pop_front().expect("there is one for each record that is not replayed");
+            let (cost_bytes, _) = self.entries.pop_front().expect("there is one for each record that is not replayed");
             self.unreplayed_bytes -= cost_bytes;
             self.replayed += 1;
         }
@@ -113,6 +113,11 @@ impl Backlog {
     /// The newest record that is sent.
     pub(super) fn sent(&self) -> Seq {
         self.appended - self.pending.len() as u64
+    }
+
+    /// The position of the newest record, or of the cut.
+    pub(super) fn last_position(&self) -> u64 {
+        self.last_position
     }
 
     /// The newest record.
@@ -138,6 +143,14 @@ impl Backlog {
     /// Bytes not replayed.
     pub(super) fn unreplayed_bytes(&self) -> u64 {
         self.unreplayed_bytes
+    }
+
+    /// How long the primary took for what the secondary still has to replay.
+    pub(super) fn lag_time(&self) -> Nanos {
+        match (self.entries.front(), self.entries.back()) {
+            (Some((_, first)), Some((_, last))) => last.since(*first),
+            _ => Nanos(0),
+        }
     }
 
     /// How many instructions the secondary still has to replay in order to consume the log.

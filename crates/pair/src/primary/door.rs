@@ -5,7 +5,7 @@
 use crate::arbiter::{Claim, Verdict};
 use crate::config::Config;
 use crate::notice::{Notice, StopReason};
-use crate::types::{Epoch, OutputId, OwnerId, Record, Seq};
+use crate::types::{Epoch, Nanos, OutputId, OwnerId, Record, Seq};
 use crate::wire::{HostIdentity, VmIdentity};
 
 /// Something that happened to the primary.
@@ -48,6 +48,12 @@ pub enum PrimaryEvent {
     },
     /// The image is complete; the cut has been made.
     ImageEnd,
+    /// From here on the machine runs to this position, and nothing enters it before it gets there or pauses: halts, asks its host for something, or
+    /// ends. What pauses it must follow from its state alone. Any later `Record` makes this void; an `Output` does not.
+    Lookahead {
+        /// The position.
+        position: u64,
+    },
     /// The guest has come so far.
     Progress {
         /// Its position.
@@ -201,6 +207,8 @@ pub struct PrimaryStatus {
     pub unreplayed_bytes: u64,
     /// Instructions that the secondary still has to replay.
     pub lag_instructions: u64,
+    /// How long the primary took for what the secondary still has to replay.
+    pub lag_time: Nanos,
     /// Outputs that are held.
     pub held_outputs: u64,
     /// Image bytes that the secondary has received.

@@ -37,8 +37,10 @@
 //! moment it has sent it the primary can't know whether it was read, and must win the epoch.
 
 mod backlog;
+mod bounds;
 mod door;
 mod handover;
+mod lookahead;
 mod outputs;
 mod resync;
 mod stall;
@@ -54,11 +56,13 @@ use crate::detector::Grace;
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{Ack, Hello, HelloReply, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message, encode};
+use crate::wire::{Ack, Hello, HelloReply, LOG_BATCH_BYTES, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message, encode};
 
 use backlog::Backlog;
+use bounds::{TOO_FAR_BEHIND, TOO_LATE};
 pub use door::{PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
 use handover::Handing;
+use lookahead::Lookahead;
 use outputs::HeldOutputs;
 
 /// The image on its way.
@@ -88,6 +92,7 @@ pub struct Primary {
     image: Image,
     /// There is one from the image's cut until the secondary is lost.
     backlog: Option<Backlog>,
+    lookahead: Lookahead,
     outputs: HeldOutputs,
     /// The newest output that the secondary has made alike.
     matched: OutputId,
@@ -132,6 +137,7 @@ impl Primary {
             beats: false,
             image: Image::default(),
             backlog: None,
+            lookahead: Lookahead::default(),
             outputs: HeldOutputs::new(setup.last_output, setup.last_left),
             matched: setup.last_output,
             holding: false,
@@ -166,6 +172,11 @@ impl Primary {
         self.state
     }
 
+    /// When its outputs leave under protection.
+    pub fn commit(&self) -> Commit {
+        self.setup.config.commit
+    }
+
     /// In which epoch the machine runs.
     pub fn epoch(&self) -> Epoch {
         self.epoch
@@ -184,6 +195,7 @@ impl Primary {
             unacked_bytes: backlog.map_or(0, Backlog::unacked_bytes),
             unreplayed_bytes: backlog.map_or(0, Backlog::unreplayed_bytes),
             lag_instructions: backlog.map_or(0, Backlog::lag_instructions),
+            lag_time: backlog.map_or(Nanos(0), Backlog::lag_time),
             held_outputs: self.outputs.held(),
             image_bytes: self.image.acked_bytes,
             matched: self.matched,
@@ -213,7 +225,9 @@ impl Primary {
     /// Whether what waits to be sent is sent now. Word of what has left alone is not: it goes with the next records, or with a heartbeat. Until then the
     /// secondary keeps a few outputs more, and would send them again.
     fn is_worth_a_message(&self) -> bool {
-        self.backlog.as_ref().is_some_and(Backlog::is_pending) || self.outputs.untold() > MAX_UNTOLD
+        self.backlog.as_ref().is_some_and(Backlog::is_pending)
+            || self.outputs.untold() > MAX_UNTOLD
+            || self.is_lookahead_worth_a_message()
     }
 
     /// Takes in what happened at `now`.
@@ -230,6 +244,7 @@ impl Primary {
             PrimaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
             PrimaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
             PrimaryEvent::Record(record) => {
+                self.enters();
                 self.append(record);
             }
             PrimaryEvent::Output { id, note } => self.on_output(id, note),
@@ -237,6 +252,7 @@ impl Primary {
             PrimaryEvent::ImageChunk(bytes) => self.on_image_chunk(&bytes),
             PrimaryEvent::ImageCut { position } => self.on_image_cut(position),
             PrimaryEvent::ImageEnd => self.on_image_end(now),
+            PrimaryEvent::Lookahead { position } => self.on_lookahead(position),
             PrimaryEvent::Progress { position } => self.position = self.position.max(position),
             PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),
@@ -443,10 +459,10 @@ impl Primary {
     ///   host's queues our death would leave a gap;
     /// - the secondary has caught up, so that going live takes no longer at the beginning than later.
     fn start_protection_if_ready(&mut self, now: Nanos) {
-        let (Some((_, last_output)), Some(backlog)) = (self.image.cut, &self.backlog) else {
+        let Some((_, last_output)) = self.image.cut else {
             return;
         };
-        let caught_up = backlog.lag_instructions() <= self.setup.config.max_lag();
+        let caught_up = self.all_beyond(1, 1).all(|what| what != TOO_FAR_BEHIND && what != TOO_LATE);
         let left = self.outputs.left() >= last_output || self.bugs.has(Bug::ProtectBeforeLeft);
         let ready = self.image.restored && left && caught_up;
         if self.state != PrimaryState::Copying || !ready {
@@ -477,7 +493,7 @@ impl Primary {
     fn append(&mut self, record: Record) -> Seq {
         self.position = self.position.max(record.position);
         match &mut self.backlog {
-            Some(backlog) => backlog.append(record),
+            Some(backlog) => backlog.append(self.called, record),
             // Nobody is there to acknowledge it, ever.
             None => Seq::MAX,
         }
@@ -557,6 +573,7 @@ impl Primary {
         if let Some((first_seq, records)) = backlog.take_batch() {
             self.send(&Message::Log { first_seq, records });
         }
+        self.tell_lookahead();
         // Behind the log, so that the secondary never hears of an output it has no note of.
         if let Some(up_to) = self.outputs.tell() {
             self.send(&Message::Released { up_to });
@@ -564,8 +581,13 @@ impl Primary {
     }
 
     fn send(&mut self, message: &Message) {
-        if self.link.is_some() {
-            self.actions.push_back(PrimaryAction::Send(encode(message)));
+        if self.link.is_none() {
+            return;
+        }
+        // What goes out together goes in one piece: each piece wakes the other side.
+        match self.actions.back_mut() {
+            Some(PrimaryAction::Send(bytes)) if bytes.len() < LOG_BATCH_BYTES => bytes.extend(encode(message)),
+            _ => self.actions.push_back(PrimaryAction::Send(encode(message))),
         }
     }
 
@@ -746,50 +768,6 @@ impl Primary {
             self.stop(StopReason::Ended { reason });
         }
         assert!(self.actions.len() <= MAX_ACTIONS, "the host does not poll");
-    }
-
-    /// Which bound, times `multiplier / divisor`, is passed.
-    fn beyond(&self, multiplier: u64, divisor: u64) -> Option<&'static str> {
-        self.all_beyond(multiplier, divisor).next()
-    }
-
-    /// Which bounds are.
-    fn all_beyond(&self, multiplier: u64, divisor: u64) -> impl Iterator<Item = &'static str> {
-        let config = &self.setup.config;
-        // The secondary can't replay before it has the image.
-        let restored = self.image.restored;
-        let figures = self.backlog.as_ref().map(|backlog| {
-            [
-                (true, backlog.unacked_bytes(), config.max_unacked_bytes, "too much log is not acknowledged"),
-                (true, backlog.unreplayed_bytes(), config.max_unreplayed_bytes, "too much log is not replayed"),
-                (restored && multiplier == 1, backlog.lag_instructions(), config.max_lag(), "the standby is too far behind"),
-                (restored, self.outputs.held(), config.max_held_outputs, "too many outputs are held"),
-            ]
-        });
-        let passes = move |value: u64, bound: u64| value > bound.saturating_mul(multiplier) / divisor;
-        let passed = figures.into_iter().flatten().filter(move |(counts, value, bound, _)| *counts && passes(*value, *bound));
-        passed.map(|(.., what)| what)
-    }
-
-    /// Whether a guest that is held back may run on: the figure it was held back for has fallen to half its bound, so that it is not stopped and started for every
-    /// record, and no other one is beyond its own.
-    fn may_run_on(&self) -> bool {
-        self.beyond(1, 1).is_none() && self.held_back_for.is_none_or(|reason| self.all_beyond(1, 2).all(|what| what != reason))
-    }
-
-    /// Holds the guest back until the secondary has got on, which is waited for from now on.
-    fn hold_back(&mut self, now: Nanos, reason: &'static str) {
-        self.last_progress = now;
-        self.set_throttle(Some(reason));
-    }
-
-    fn set_throttle(&mut self, reason: Option<&'static str>) {
-        if self.throttled != reason.is_some() {
-            self.throttled = reason.is_some();
-            self.held_back_for = reason;
-            self.actions.push_back(PrimaryAction::Throttle(self.throttled));
-            self.actions.push_back(PrimaryAction::Notice(Notice::Throttle { reason }));
-        }
     }
 
     fn enter(&mut self, state: PrimaryState, reason: &str) {

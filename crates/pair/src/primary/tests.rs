@@ -3,7 +3,7 @@
 use super::*;
 use crate::config::OnMismatch;
 use crate::testing::*;
-use crate::wire::Kind;
+use crate::wire::{Kind, MAX_LOOKAHEAD};
 
 struct Bench {
     primary: Primary,
@@ -574,4 +574,48 @@ fn a_planned_failover_gives_the_secondary_its_time() {
     assert_eq!(done.actions, [], "the epoch is the secondary's to claim");
     bench.wait(bench.now.plus(millis(5_000)));
     assert_eq!(bench.tell(answer(Verdict::Lost)).actions, [PrimaryAction::Stop(StopReason::HandedOver { epoch: Epoch(2) })]);
+}
+
+#[test]
+fn how_far_the_machine_runs_is_told_behind_the_records() {
+    let log = |first_seq, position| Message::Log { first_seq, records: vec![record(position, 8)] };
+    let ahead = |position| Message::Lookahead { position };
+    let mut bench = Bench::protected();
+    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 20 }).sent, [], "alone it is not worth a message");
+    assert_eq!(bench.output(11).sent, [log(1, 11), ahead(20)], "an output is made in spite of it");
+    assert_eq!(bench.output(12).sent, [log(2, 12)], "it is told once");
+    bench.tell(PrimaryEvent::Lookahead { position: 30 });
+    assert_eq!(bench.tell(PrimaryEvent::Record(record(13, 8))).sent, [log(3, 13)], "what enters makes it void");
+    bench.tell(PrimaryEvent::Lookahead { position: 30 });
+    bench.tell(PrimaryEvent::Lookahead { position: 14 });
+    assert_eq!(bench.output(14).sent, [log(4, 14)], "the machine has paused, and is no further");
+    bench.tell(PrimaryEvent::Lookahead { position: 15 + MAX_LOOKAHEAD });
+    assert_eq!(bench.output(14).sent, [log(5, 14)], "the standby would refuse it");
+    // With outputs that are to be matched it is worth a message of its own.
+    let mut bench = Bench::ruled(Commit::Matched, OnMismatch::Primary);
+    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 20 }).sent, [ahead(20)]);
+    bench.hear(mismatch());
+    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 30 }).sent, [], "a machine that stands still cannot use it");
+    // Nobody can before there is a machine.
+    let mut bench = Bench::copied();
+    bench.tell(PrimaryEvent::Lookahead { position: 20 });
+    assert_eq!(bench.output(11).sent, [log(1, 11)]);
+}
+
+#[test]
+fn a_guest_whose_outputs_would_wait_too_long_is_held_back() {
+    let mut bench = Bench::ruled(Commit::Matched, OnMismatch::Primary);
+    bench.output(11);
+    bench.now = config().max_matched_lag;
+    assert_eq!(bench.output(12).actions, []);
+    bench.now = Nanos(bench.now.0 + 1);
+    assert_eq!(bench.output(13).actions, [PrimaryAction::Throttle(true)]);
+    assert!(bench.primary.status().lag_time > config().max_matched_lag);
+    assert_eq!(bench.ack(3, 1, 11).actions, [PrimaryAction::Throttle(false)]);
+    assert_eq!(bench.primary.status().lag_time, Nanos(1));
+    // With the other rule it is instructions alone that count.
+    let mut bench = Bench::protected();
+    bench.output(11);
+    bench.now = Nanos(config().max_matched_lag.0 + 1);
+    assert_eq!(bench.output(12).actions, []);
 }

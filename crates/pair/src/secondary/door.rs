@@ -119,12 +119,18 @@ pub enum SecondaryAction {
         position: u64,
     },
     /// Replay these records, once the machine is restored; report with [`SecondaryEvent::Output`] and
-    /// [`SecondaryEvent::Replayed`]. Between them the machine may run as far as the last record's position and no further.
+    /// [`SecondaryEvent::Replayed`]. Between them the machine may run as far as the last record's position and no further, but for [`SecondaryAction::RunAhead`].
     Replay {
         /// The number of the first.
         first_seq: Seq,
         /// In order.
         records: Vec<Record>,
+    },
+    /// Behind the records handed over so far, the machine may run to this position, and stops where it pauses before: the primary's has taken nothing until there. Records of
+    /// outputs that follow may lie before where it then is, all others do not. What it makes there counts once its note has come.
+    RunAhead {
+        /// The position.
+        position: u64,
     },
     /// The primary is lost, and replay stands still since its outputs differed: it goes on without comparing, from the machine that is here. What the world has
     /// seen under [`crate::Commit::Matched`] fits that machine.

@@ -7,6 +7,7 @@
 //! - **No split brain.** It goes live only as the winner of the next epoch. It takes no silence for a yes.
 //! - **Nothing lost.** It acknowledges a record only when it has handed it to replay, consumes every record it has handed over
 //!   before it goes live, and then sends again every output that it does not know to have left.
+//! - **Ahead.** The machine runs beyond the log only as far as the primary's has run, or will, with nothing entering it.
 //!
 //! ```text
 //!            Hello           ImageRestored             peer lost, entitled          Won             log consumed
@@ -36,7 +37,7 @@ use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::primary::{Primary, PrimarySetup};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{Ack, Hello, HelloReply, MAX_CHANGED_BYTES, MAX_REPORT_BYTES, Message, encode, greeting_version};
+use crate::wire::{Ack, Hello, HelloReply, LOG_BATCH_BYTES, MAX_CHANGED_BYTES, MAX_LOOKAHEAD, MAX_REPORT_BYTES, Message, encode, greeting_version};
 
 pub use door::{SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
 
@@ -60,6 +61,8 @@ pub struct Secondary {
     replayed_seq: Seq,
     replayed_position: u64,
     primary_position: u64,
+    /// Of the newest record, or of the image's cut.
+    log_position: u64,
     /// The newest beat of the primary, by its clock.
     primary_clock: Nanos,
     /// Outputs that the machine has made, its life before the cut included.
@@ -107,6 +110,7 @@ impl Secondary {
             replayed_seq: 0,
             replayed_position: 0,
             primary_position: 0,
+            log_position: 0,
             primary_clock: Nanos(0),
             produced: 0,
             diverged: false,
@@ -261,6 +265,7 @@ impl Secondary {
             (Copying | Resyncing, Message::ImageEnd { position, total_bytes }) => self.on_image_end(now, position, total_bytes),
             (Following | Resyncing, Message::ProtectionStart { last_seq }) => self.on_protection_start(now, last_seq),
             (Copying | Following | Resyncing, Message::Log { first_seq, records }) => self.on_log(now, first_seq, records),
+            (Following | Resyncing, Message::Lookahead { position }) => self.on_lookahead(now, position),
             (Copying | Following | Resyncing, Message::Released { up_to }) => {
                 self.confirmed = self.confirmed.max(up_to);
                 self.discard();
@@ -398,6 +403,7 @@ impl Secondary {
             return self.lose_peer(now, &format!("the restored machine is at position {position}, not where its image was cut"));
         }
         self.replayed_position = position;
+        self.log_position = self.log_position.max(position);
         self.produced = last_output;
         // The primary starts protection only after the outputs before the cut have left.
         self.confirmed = self.confirmed.max(last_output);
@@ -458,6 +464,7 @@ impl Secondary {
         }
         if let Some(last) = records.last() {
             self.primary_position = self.primary_position.max(last.position);
+            self.log_position = last.position;
         }
         let ready = if self.bugs.has(Bug::AckBeforeReceive) {
             self.staged.replace((first_seq, records))
@@ -466,6 +473,17 @@ impl Secondary {
         };
         if let Some((first_seq, records)) = ready {
             self.actions.push_back(SecondaryAction::Replay { first_seq, records });
+        }
+    }
+
+    fn on_lookahead(&mut self, now: Nanos, position: u64) {
+        // What is on its way to a machine that is being replaced is older than what replaces it.
+        let last = self.log_position;
+        if position <= last || position - last > MAX_LOOKAHEAD {
+            return self.lose_peer(now, &format!("the primary looks ahead from position {last} to {position}"));
+        }
+        if self.state == SecondaryState::Following {
+            self.actions.push_back(SecondaryAction::RunAhead { position });
         }
     }
 
@@ -529,8 +547,12 @@ impl Secondary {
     }
 
     fn send(&mut self, message: &Message) {
-        if self.link.is_some() {
-            self.actions.push_back(SecondaryAction::Send(encode(message)));
+        if self.link.is_none() {
+            return;
+        }
+        match self.actions.back_mut() {
+            Some(SecondaryAction::Send(bytes)) if bytes.len() < LOG_BATCH_BYTES => bytes.extend(encode(message)),
+            _ => self.actions.push_back(SecondaryAction::Send(encode(message))),
         }
     }
 

@@ -380,3 +380,25 @@ fn matches_are_acknowledged_at_once_if_anybody_waits_for_them() {
         assert_eq!(bench.tell(SecondaryEvent::Output { id: 6 }).sent.len(), sent, "{commit:?}");
     }
 }
+
+#[test]
+fn the_machine_may_run_ahead_of_the_log_within_a_bound() {
+    let mut bench = Bench::entitled();
+    let ahead = |position| SecondaryAction::RunAhead { position };
+    assert_eq!(bench.hear(Message::Lookahead { position: 20 }).actions, [ahead(20)], "beyond the image's cut");
+    bench.log(1, &[11]);
+    assert_eq!(bench.hear(Message::Lookahead { position: 21 }).actions, [ahead(21)]);
+    bench.tell(SecondaryEvent::Replayed { seq: 1, position: 21 });
+    bench.log(2, &[15]);
+    bench.tell(SecondaryEvent::Replayed { seq: 2, position: 21 });
+    assert_eq!(bench.secondary.status().replayed_position, 21);
+    // While it stands still it cannot.
+    bench.tell(SecondaryEvent::Mismatch { output: 6, position: 21, damaged: 0, detail: vec![1], changed: vec![2] });
+    assert_eq!(bench.hear(Message::Lookahead { position: 22 }).actions, []);
+    for position in [11, 12 + MAX_LOOKAHEAD, u64::MAX] {
+        let mut bench = Bench::entitled();
+        bench.log(1, &[11]);
+        let done = bench.hear(Message::Lookahead { position });
+        assert_eq!(done.actions, [SecondaryAction::Disconnect, ask()], "{position}");
+    }
+}

@@ -105,7 +105,8 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
         Message::ImageEnd { position, total_bytes } => put_all(&[*position, *total_bytes], frame),
         Message::ImageReady { position: number }
         | Message::ProtectionStart { last_seq: number }
-        | Message::Released { up_to: number } => varint::put(*number, frame),
+        | Message::Released { up_to: number }
+        | Message::Lookahead { position: number } => varint::put(*number, frame),
         Message::Log { first_seq, records } => put_log(*first_seq, records, frame),
         Message::Ack(ack) => {
             let Ack { received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position } = *ack;
@@ -237,6 +238,7 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::ImageReady => Message::ImageReady { position: numbers::<1>(payload).map_err(bad)?[0] },
         Kind::ProtectionStart => Message::ProtectionStart { last_seq: numbers::<1>(payload).map_err(bad)?[0] },
         Kind::Released => Message::Released { up_to: numbers::<1>(payload).map_err(bad)?[0] },
+        Kind::Lookahead => Message::Lookahead { position: numbers::<1>(payload).map_err(bad)?[0] },
         Kind::Log => decode_log(payload)?,
         Kind::Ack => {
             let [received_seq, replayed_seq, replayed_position, image_bytes, matched, agreed_position] =

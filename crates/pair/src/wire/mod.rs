@@ -31,9 +31,9 @@ use crate::types::{Nanos, OutputId, Record, Seq};
 /// The first four bytes of every greeting.
 pub const MAGIC: [u8; 4] = *b"TWPR";
 /// The oldest version this build understands.
-pub const MIN_VERSION: u16 = 4;
+pub const MIN_VERSION: u16 = 5;
 /// The newest version this build understands.
-pub const MAX_VERSION: u16 = 4;
+pub const MAX_VERSION: u16 = 5;
 /// The version in the header of a greeting.
 pub const GREETING_VERSION: u16 = 0;
 /// The size of a greeting's header.
@@ -57,6 +57,8 @@ pub const MAX_TEXT_BYTES: usize = 1024;
 pub const MAX_CHANGED_BYTES: usize = 1 << 18;
 /// The largest piece of a report on the initial copy in one message.
 pub const MAX_REPORT_BYTES: usize = 1 << 18;
+/// So many instructions beyond the last record a secondary may be let run at most.
+pub const MAX_LOOKAHEAD: u64 = 1 << 24;
 /// The most that is said of an output that differs.
 pub const MAX_DETAIL_BYTES: usize = 1 << 18;
 
@@ -108,6 +110,12 @@ pub enum Message {
         first_seq: Seq,
         /// At least one.
         records: Vec<Record>,
+    },
+    /// Primary: behind all records so far, my machine runs to this position without anything entering it, unless it pauses before (it halts, or asks its host for
+    /// something); then it has taken nothing until there.
+    Lookahead {
+        /// Where it gets at most; beyond the last record by no more than [`MAX_LOOKAHEAD`].
+        position: u64,
     },
     /// Secondary: how far I am.
     Ack(Ack),
@@ -205,11 +213,13 @@ pub enum Kind {
     HandOver = 15,
     /// [`Message::CopyReport`]
     CopyReport = 16,
+    /// [`Message::Lookahead`]
+    Lookahead = 17,
 }
 
 impl Kind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Kind; 16] = [
+    pub const ALL: [Kind; 17] = [
         Kind::Hello,
         Kind::HelloReply,
         Kind::Refuse,
@@ -226,6 +236,7 @@ impl Kind {
         Kind::Mismatch,
         Kind::HandOver,
         Kind::CopyReport,
+        Kind::Lookahead,
     ];
 
     /// The kind with that number.
@@ -259,6 +270,7 @@ impl Message {
             Message::Mismatch { .. } => Kind::Mismatch,
             Message::HandOver { .. } => Kind::HandOver,
             Message::CopyReport(_) => Kind::CopyReport,
+            Message::Lookahead { .. } => Kind::Lookahead,
         }
     }
 }

@@ -235,7 +235,6 @@ pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     if let Some(lag) = arguments.max_lag {
         options.pair.max_replay_lag = lag;
-        options.pair.max_matched_lag = lag;
     }
     let session = session::run(&spec, &options, &events)?;
     Ok(exit_code(&session.end))

@@ -54,6 +54,11 @@ pub enum ToPair {
         /// Itself.
         output: Output,
     },
+    /// The machine runs to there, and nothing enters it before, unless it pauses.
+    Lookahead {
+        /// The position.
+        position: u64,
+    },
     /// How far the guest is.
     Progress {
         /// Its position.
@@ -450,6 +455,7 @@ impl Driver {
                 self.held.push_back((id, made_ns, output));
                 PrimaryEvent::Output { id, note }
             }
+            ToPair::Lookahead { position } => PrimaryEvent::Lookahead { position },
             ToPair::Progress { position } => PrimaryEvent::Progress { position },
             ToPair::Delta { .. } | ToPair::NoDelta(_) if !self.is_newest_delta() => return,
             ToPair::Copy(id, news) => match self.on_copy(id, news) {
