@@ -492,10 +492,10 @@ impl World {
         for _ in 0..steps {
             let made = if self.sides[side].paused { None } else { self.sides[side].machine.step() };
             let state = &self.sides[side];
-            let (pauses, position) = (state.paused || state.machine.pauses(), state.machine.position);
+            let pauses = state.paused || state.machine.pauses();
             if pauses {
                 // Before anything else is said.
-                self.give_primary(side, PrimaryEvent::Lookahead { position });
+                self.give_primary(side, PrimaryEvent::Paused);
             }
             let Some(output) = made else {
                 if pauses {

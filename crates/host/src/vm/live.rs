@@ -268,7 +268,7 @@ impl Live {
         let pause = self.machine.run(until);
         if !matches!(pause, Pause::Position) {
             // What was said of it is over, and that comes before anything else is said.
-            self.put_lookahead(self.machine.position());
+            self.tell_of_lookahead(ToPair::Paused);
         }
         self.take_outputs();
         self.digest_if_due();
@@ -477,16 +477,21 @@ impl Live {
 
     /// The guest runs on, with no look outside before `until`. The standby may do so at the same time, and is told if it has something to work on.
     fn look_ahead(&mut self, until: u64) {
-        self.put_lookahead(until);
-        if self.entered && self.wiring.commit == Commit::Matched || self.is_overdue() {
+        self.tell_of_lookahead(ToPair::Lookahead { position: until });
+        if self.entered && self.is_matched() || self.is_overdue() {
             self.turn_pair();
         }
     }
 
-    fn put_lookahead(&self, position: u64) {
-        if let Some(pair) = &self.wiring.pair {
-            pair.put(ToPair::Lookahead { position });
+    fn tell_of_lookahead(&self, message: ToPair) {
+        if let Some(pair) = self.wiring.pair.as_ref().filter(|_| self.is_matched()) {
+            pair.put(message);
         }
+    }
+
+    /// Whether outputs wait for the standby to make the same.
+    fn is_matched(&self) -> bool {
+        self.wiring.commit == Commit::Matched
     }
 
     fn progress(&mut self) {
@@ -532,10 +537,7 @@ impl Live {
 
     /// Whether the pair has waited long enough for what does not matter by itself.
     fn is_overdue(&self) -> bool {
-        let patience_ns = match self.wiring.commit {
-            Commit::Received => PAIR_PATIENCE_NS,
-            Commit::Matched => PAIR_PATIENCE_MATCHED_NS,
-        };
+        let patience_ns = if self.is_matched() { PAIR_PATIENCE_MATCHED_NS } else { PAIR_PATIENCE_NS };
         self.untold && now_ns() - self.driven_ns > patience_ns
     }
 

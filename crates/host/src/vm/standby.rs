@@ -169,6 +169,7 @@ pub fn serve(wiring: StandbyWiring) -> Result<Outcome> {
         closing: Closing::default(),
         asker: Asker::new(wiring.arbiter, post.clone(), ToStandby::Verdict),
         replay: replay.clone(),
+        to_do: Vec::new(),
         events: wiring.events,
         state_differs: 0,
         failure: None,
@@ -233,6 +234,8 @@ struct Driver {
     closing: Closing,
     asker: Asker<ToStandby>,
     replay: Sender<ToReplay>,
+    /// What it is given next.
+    to_do: Vec<ToReplay>,
     events: Events,
     /// How often the state was seen to differ.
     state_differs: u64,
@@ -413,9 +416,9 @@ impl Driver {
                 SecondaryAction::Restore { position } => self.tell_replay(ToReplay::Restore { position }),
                 SecondaryAction::Replay { first_seq, records } => {
                     records.iter().for_each(|record| _ = self.meter.record(record));
-                    self.tell_replay(ToReplay::Records { first_seq, records });
+                    self.to_do.push(ToReplay::Records { first_seq, records });
                 }
-                SecondaryAction::RunAhead { position } => self.tell_replay(ToReplay::RunAhead { position }),
+                SecondaryAction::RunAhead { position } => self.to_do.push(ToReplay::RunAhead { position }),
                 SecondaryAction::Diverge => self.tell_replay(ToReplay::Diverge),
                 SecondaryAction::Discard { up_to } => self.tell_replay(ToReplay::Discard { up_to }),
                 SecondaryAction::AskArbiter(claim) => {
@@ -425,6 +428,15 @@ impl Driver {
                 ending @ (SecondaryAction::GoLive { .. } | SecondaryAction::Stop(_)) => self.ending = Some(ending),
                 SecondaryAction::Notice(notice) => self.events.say("notice", notice.to_string()),
             }
+        }
+        self.hand_over();
+    }
+
+    /// Gives the replay what there is to do. After the acknowledgement is on its way: the thread that is woken may well take this one's processor, and outputs wait.
+    fn hand_over(&mut self) {
+        for message in std::mem::take(&mut self.to_do) {
+            // A replay that has failed has said so.
+            let _ = self.replay.send(message);
         }
     }
 
@@ -483,7 +495,7 @@ impl Driver {
     }
 
     fn tell_replay(&mut self, message: ToReplay) {
-        // A replay that has failed has said so.
-        let _ = self.replay.send(message);
+        self.to_do.push(message);
+        self.hand_over();
     }
 }

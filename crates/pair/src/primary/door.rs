@@ -54,6 +54,8 @@ pub enum PrimaryEvent {
         /// The position.
         position: u64,
     },
+    /// The machine has paused before it got there. To be said before the outputs it made meanwhile.
+    Paused,
     /// The guest has come so far.
     Progress {
         /// Its position.

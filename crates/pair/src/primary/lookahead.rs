@@ -1,7 +1,7 @@
 //! How far the secondary may run though it has no record that says so: what the primary knows of its own near future.
 //!
 //! In: the position up to which the machine is about to run without a look at what has arrived. Out: word of it, behind the records so far. Invariant: what is told holds where it
-//! is told in the log: a later input makes what was not told yet void, and none is told that ends before the last record.
+//! is told in the log: an input or a pause of the machine makes what was not told yet void.
 //!
 //! Without it a secondary can run to an input or an output only when the primary has got there, so that the two take turns. With it they run the same
 //! instructions at the same time. (Simulators that run in parallel call that lookahead, and the message that carries nothing else a null message.)
@@ -18,21 +18,24 @@ pub(super) struct Lookahead {
     untold: Option<u64>,
 }
 
-impl Lookahead {
-    /// Something enters the machine: from here on it is another one.
-    pub(super) fn is_void(&mut self) {
-        self.untold = None;
-    }
-}
-
 impl Primary {
     pub(super) fn on_lookahead(&mut self, position: u64) {
-        self.lookahead.untold = Some(position);
+        // With the other rule nobody waits for the secondary, and it had better run when the primary's side has less to do: at the next input.
+        if self.setup.config.commit == Commit::Matched {
+            self.lookahead.untold = Some(position);
+        }
     }
 
-    /// Whether it is sent although nothing else is: if outputs wait for the secondary to make the same.
-    pub(super) fn is_lookahead_worth_a_message(&self) -> bool {
-        self.lookahead.untold.is_some() && self.setup.config.commit == Commit::Matched && self.may_look_ahead()
+    /// Something enters the machine, or it has paused: what was not told yet holds no more.
+    pub(super) fn disturbed(&mut self) {
+        if !self.bugs.has(Bug::StaleLookahead) {
+            self.lookahead.untold = None;
+        }
+    }
+
+    /// Whether there is something to tell.
+    pub(super) fn can_look_ahead(&self) -> bool {
+        self.lookahead.untold.is_some() && self.may_look_ahead()
     }
 
     fn may_look_ahead(&self) -> bool {
@@ -41,21 +44,12 @@ impl Primary {
 
     /// Behind the records.
     pub(super) fn tell_lookahead(&mut self) {
-        let Some(backlog) = &self.backlog else { return self.lookahead.is_void() };
-        let last = backlog.last_position();
-        if let Some(position) = self.lookahead.untold.take()
+        let untold = self.lookahead.untold.take();
+        if let (Some(position), Some(backlog)) = (untold, &self.backlog)
             && self.may_look_ahead()
-            && position > last
-            && position - last <= MAX_LOOKAHEAD
+            && position.checked_sub(backlog.last_position()).is_some_and(|beyond| (1..=MAX_LOOKAHEAD).contains(&beyond))
         {
             self.send(&Message::Lookahead { position });
-        }
-    }
-
-    /// The log grows by something that enters the machine.
-    pub(super) fn enters(&mut self) {
-        if !self.bugs.has(Bug::StaleLookahead) {
-            self.lookahead.is_void();
         }
     }
 }

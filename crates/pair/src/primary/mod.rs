@@ -225,9 +225,7 @@ impl Primary {
     /// Whether what waits to be sent is sent now. Word of what has left alone is not: it goes with the next records, or with a heartbeat. Until then the
     /// secondary keeps a few outputs more, and would send them again.
     fn is_worth_a_message(&self) -> bool {
-        self.backlog.as_ref().is_some_and(Backlog::is_pending)
-            || self.outputs.untold() > MAX_UNTOLD
-            || self.is_lookahead_worth_a_message()
+        self.backlog.as_ref().is_some_and(Backlog::is_pending) || self.outputs.untold() > MAX_UNTOLD || self.can_look_ahead()
     }
 
     /// Takes in what happened at `now`.
@@ -244,7 +242,7 @@ impl Primary {
             PrimaryEvent::Bytes(bytes) => self.on_bytes(now, &bytes),
             PrimaryEvent::PeerClosed { reason } => self.on_closed(now, &reason),
             PrimaryEvent::Record(record) => {
-                self.enters();
+                self.disturbed();
                 self.append(record);
             }
             PrimaryEvent::Output { id, note } => self.on_output(id, note),
@@ -253,6 +251,7 @@ impl Primary {
             PrimaryEvent::ImageCut { position } => self.on_image_cut(position),
             PrimaryEvent::ImageEnd => self.on_image_end(now),
             PrimaryEvent::Lookahead { position } => self.on_lookahead(position),
+            PrimaryEvent::Paused => self.disturbed(),
             PrimaryEvent::Progress { position } => self.position = self.position.max(position),
             PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
             PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),

@@ -580,24 +580,30 @@ fn a_planned_failover_gives_the_secondary_its_time() {
 fn how_far_the_machine_runs_is_told_behind_the_records() {
     let log = |first_seq, position| Message::Log { first_seq, records: vec![record(position, 8)] };
     let ahead = |position| Message::Lookahead { position };
-    let mut bench = Bench::protected();
-    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 20 }).sent, [], "alone it is not worth a message");
-    assert_eq!(bench.output(11).sent, [log(1, 11), ahead(20)], "an output is made in spite of it");
-    assert_eq!(bench.output(12).sent, [log(2, 12)], "it is told once");
-    bench.tell(PrimaryEvent::Lookahead { position: 30 });
-    assert_eq!(bench.tell(PrimaryEvent::Record(record(13, 8))).sent, [log(3, 13)], "what enters makes it void");
-    bench.tell(PrimaryEvent::Lookahead { position: 30 });
-    bench.tell(PrimaryEvent::Lookahead { position: 14 });
-    assert_eq!(bench.output(14).sent, [log(4, 14)], "the machine has paused, and is no further");
-    bench.tell(PrimaryEvent::Lookahead { position: 15 + MAX_LOOKAHEAD });
-    assert_eq!(bench.output(14).sent, [log(5, 14)], "the standby would refuse it");
-    // With outputs that are to be matched it is worth a message of its own.
     let mut bench = Bench::ruled(Commit::Matched, OnMismatch::Primary);
-    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 20 }).sent, [ahead(20)]);
-    bench.hear(mismatch());
-    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 30 }).sent, [], "a machine that stands still cannot use it");
-    // Nobody can before there is a machine.
+    let mut put = |event| bench.primary.handle(bench.now, event);
+    put(PrimaryEvent::Record(record(11, 8)));
+    put(PrimaryEvent::Lookahead { position: 20 });
+    assert_eq!(bench.tell(PrimaryEvent::Progress { position: 11 }).sent, [log(1, 11), ahead(20)]);
+    assert_eq!(bench.output(12).sent, [log(2, 12)], "it is told once");
+    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 30 }).sent, [ahead(30)], "also by itself");
+    let mut put = |event| bench.primary.handle(bench.now, event);
+    put(PrimaryEvent::Lookahead { position: 40 });
+    assert_eq!(bench.tell(PrimaryEvent::Record(record(30, 8))).sent, [log(3, 30)], "what enters makes it void");
+    let mut put = |event| bench.primary.handle(bench.now, event);
+    put(PrimaryEvent::Lookahead { position: 40 });
+    put(PrimaryEvent::Paused);
+    assert_eq!(bench.output(31).sent, [log(4, 31)], "so does a pause");
+    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 31 }).sent, [], "no further than the log is nothing");
+    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 32 + MAX_LOOKAHEAD }).sent, [], "the standby would refuse it");
+    bench.hear(Message::Mismatch { output: 1, position: 20, damaged: 0, detail: vec![] });
+    assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 40 }).sent, [], "a machine that stands still cannot use it");
+    // Nobody can before there is a machine, or waits for it with the other rule.
     let mut bench = Bench::copied();
+    bench.primary.setup.config.commit = Commit::Matched;
+    bench.tell(PrimaryEvent::Lookahead { position: 20 });
+    assert_eq!(bench.output(11).sent, [log(1, 11)]);
+    let mut bench = Bench::protected();
     bench.tell(PrimaryEvent::Lookahead { position: 20 });
     assert_eq!(bench.output(11).sent, [log(1, 11)]);
 }

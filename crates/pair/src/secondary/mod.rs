@@ -37,7 +37,10 @@ use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::primary::{Primary, PrimarySetup};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{Ack, Hello, HelloReply, LOG_BATCH_BYTES, MAX_CHANGED_BYTES, MAX_LOOKAHEAD, MAX_REPORT_BYTES, Message, encode, greeting_version};
+use crate::wire::{
+    Ack, Hello, HelloReply, LOG_BATCH_BYTES, MAX_CHANGED_BYTES, MAX_LOOKAHEAD, MAX_REPORT_BYTES, Message, encode,
+    greeting_version,
+};
 
 pub use door::{SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
 

@@ -59,6 +59,8 @@ pub enum ToPair {
         /// The position.
         position: u64,
     },
+    /// It has paused before. To be said before what it made.
+    Paused,
     /// How far the guest is.
     Progress {
         /// Its position.
@@ -456,6 +458,7 @@ impl Driver {
                 PrimaryEvent::Output { id, note }
             }
             ToPair::Lookahead { position } => PrimaryEvent::Lookahead { position },
+            ToPair::Paused => PrimaryEvent::Paused,
             ToPair::Progress { position } => PrimaryEvent::Progress { position },
             ToPair::Delta { .. } | ToPair::NoDelta(_) if !self.is_newest_delta() => return,
             ToPair::Copy(id, news) => match self.on_copy(id, news) {
