@@ -50,6 +50,7 @@ pub enum PrimaryEvent {
     ImageEnd,
     /// From here on the machine runs to this position, and nothing enters it before it gets there or pauses: halts, asks its host for something, or
     /// ends. What pauses it must follow from its state alone. Any later `Record` makes this void; an `Output` does not.
+    /// Without meaning unless outputs are to be matched.
     Lookahead {
         /// The position.
         position: u64,
