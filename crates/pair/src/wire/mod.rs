@@ -214,7 +214,7 @@ pub enum Kind {
     /// [`Message::CopyReport`]
     CopyReport = 16,
     /// [`Message::Lookahead`]
-    Lookahead = 17,
+    Lookahead = 19,
 }
 
 impl Kind {
