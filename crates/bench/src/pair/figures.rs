@@ -52,7 +52,7 @@ const SPEED: Asked = Some((0.95, 0.99));
 const NONE: Asked = Some((0.0, 0.0));
 
 /// All lines, in the order of the table.
-const WANTED: [Wanted; 21] = [
+const WANTED: [Wanted; 22] = [
     w("shell", "shell loop, speed", "×", How::Times, SPEED, SPEED),
     w("kernel", "compiled kernel, speed", "×", How::Times, SPEED, SPEED),
     w("latency50", "one small request, added latency, median", "ms", How::Added, Some((1.0, 0.2)), Some((5.0, 1.0))),
@@ -69,6 +69,7 @@ const WANTED: [Wanted; 21] = [
     w("copy", "first copy of a busy 1 GiB guest, pause, longest", "ms", How::Largest, Some((50.0, 50.0)), Some((50.0, 50.0))),
     w("resync", "resync of it after a flipped bit, pause, median", "ms", How::Median, Some((100.0, 20.0)), Some((100.0, 20.0))),
     w("resync", "resync of it after a flipped bit, pause, longest", "ms", How::Largest, Some((100.0, 20.0)), Some((100.0, 20.0))),
+    w("resynctotal", "from the difference to the end of it, median", "ms", How::Median, None, None),
     w("resyncpages", "pages that differed at a resync, median", "", How::Median, None, None),
     w("lost", "acknowledged writes lost or repeated, rounds", "", How::Sum, NONE, NONE),
     w("reset", "connections reset or unanswered, rounds", "", How::Sum, NONE, NONE),
