@@ -144,6 +144,23 @@ impl DirtyTracker {
         }
     }
 
+    /// At most `most` of what `id` has not seen yet, from page `from` on and then from the first one; and how many are left.
+    pub(crate) fn take_some(&mut self, id: ConsumerId, from: usize, most: usize) -> (Vec<usize>, usize) {
+        let Some(consumer) = self.consumers.iter_mut().find(|c| c.id == id) else { return (Vec::new(), 0) };
+        let pages = &mut consumer.pages;
+        let mut taken = Vec::new();
+        for (mut at, end) in [(from, usize::MAX), (0, from)] {
+            while taken.len() < most
+                && let Some(page) = pages.first_from(at).filter(|page| *page < end)
+            {
+                pages.remove(page);
+                taken.push(page);
+                at = page + 1;
+            }
+        }
+        (taken, pages.len())
+    }
+
     /// The consumers' names and how many pages wait for each, for diagnosis.
     pub(crate) fn waiting(&self) -> Vec<(&'static str, usize)> {
         self.consumers.iter().map(|c| (c.name, c.pages.len())).collect()
@@ -171,6 +188,18 @@ mod tests {
         [5, 64, 299].iter().for_each(|&page| set.insert(page));
         assert_eq!([0, 5, 6, 65, 299].map(|from| set.first_from(from)), [5, 5, 64, 299, 299].map(Some));
         assert_eq!([300, 1000].map(|from| set.first_from(from)), [None; 2]);
+    }
+
+    #[test]
+    fn what_changed_is_taken_bit_by_bit() {
+        let mut tracker = DirtyTracker::new(200);
+        let id = tracker.register("a", Start::Nothing);
+        [3, 70, 130, 199].iter().for_each(|&page| tracker.mark(page));
+        assert_eq!(tracker.take_some(id, 70, 2), (vec![70, 130], 2));
+        tracker.mark(70);
+        assert_eq!(tracker.take_some(id, 131, 2), (vec![199, 3], 1));
+        assert_eq!(tracker.take_some(id, 4, 9), (vec![70], 0));
+        assert_eq!(tracker.take_some(id, 71, 9), (vec![], 0));
     }
 
     #[test]

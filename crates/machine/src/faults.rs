@@ -81,8 +81,13 @@ impl Machine {
     /// Looks through all RAM for pages that are not what they were when they were digested last, although nobody wrote to them: memory that
     /// has gone bad. From then on they count as they are. The digest is brought up to date first.
     pub fn scrub(&mut self) -> Vec<usize> {
-        self.digest();
-        self.rehash()
+        self.scrub_pages(0..self.ram().flags().pages())
+    }
+
+    /// A part of [`Machine::scrub`]: these pages, as far as they exist.
+    pub fn scrub_pages(&mut self, pages: std::ops::Range<usize>) -> Vec<usize> {
+        self.digest_ram();
+        self.rehash(pages.start..pages.end.min(self.ram().flags().pages()))
     }
 }
 
@@ -101,6 +106,7 @@ mod tests {
         assert_eq!(machine.ram().page_bytes(5)[9], 7 ^ 8);
         assert!(machine.take_dirty(consumer).is_empty());
         assert!(machine.digest().differences(&before).is_empty());
+        assert_eq!((machine.scrub_pages(0..5), machine.scrub_pages(6..usize::MAX)), (vec![], vec![]));
         assert_eq!(machine.scrub(), [5]);
         assert_eq!(machine.digest().differences(&before), ["ram"]);
         assert!(machine.scrub().is_empty());

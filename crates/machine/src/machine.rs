@@ -130,6 +130,8 @@ pub struct Machine {
     slots: Slots,
     dirty: DirtyTracker,
     digest_pages: ConsumerId,
+    /// Where [`Machine::digest_ram_some`] goes on.
+    digest_next: usize,
     ram_digest: RamDigest,
 }
 
@@ -174,6 +176,7 @@ impl Machine {
             slots,
             dirty,
             digest_pages,
+            digest_next: 0,
             ram_digest: RamDigest::of_zeroes(pages),
         })
     }
@@ -516,10 +519,21 @@ impl Machine {
         }
     }
 
-    /// Looks at all pages again; those that are not what their hash says.
-    pub(crate) fn rehash(&mut self) -> Vec<usize> {
+    /// A part of [`Machine::digest_ram`], of at most `most` pages. Says how many pages are left.
+    pub fn digest_ram_some(&mut self, most: usize) -> usize {
+        self.harvest();
+        let (pages, left) = self.dirty.take_some(self.digest_pages, self.digest_next, most);
+        self.digest_next = pages.last().map_or(0, |page| page + 1);
+        for page in pages {
+            self.ram_digest.update(page, self.cpu.0.ram().page_bytes(page));
+        }
+        left
+    }
+
+    /// Looks at these pages again; those that are not what their hash says.
+    pub(crate) fn rehash(&mut self, pages: std::ops::Range<usize>) -> Vec<usize> {
         let changed = |&page: &usize| self.ram_digest.pages()[page] != RamDigest::hash(page, self.cpu.0.ram().page_bytes(page));
-        let pages: Vec<usize> = (0..self.ram_digest.pages().len()).filter(changed).collect();
+        let pages: Vec<usize> = pages.filter(changed).collect();
         for &page in &pages {
             self.ram_digest.update(page, self.cpu.0.ram().page_bytes(page));
         }

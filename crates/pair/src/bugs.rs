@@ -36,7 +36,7 @@ pub enum Bug {
     AskOnce,
     /// The primary lets an output leave when its note is received, although it was to be matched.
     ReleaseBeforeMatch,
-    /// The primary releases what it holds when it begins to resynchronise.
+    /// The primary releases what it holds when outputs differ.
     ReleaseAtResync,
     /// The primary takes its guest out of the resync, and lets outputs leave, when it has sent all and not when the secondary has it.
     ResumeBeforeReady,
@@ -56,11 +56,15 @@ pub enum Bug {
     ReleaseAfterStall,
     /// The primary tells how far its machine runs undisturbed after something has entered it.
     StaleLookahead,
+    /// The primary does not stop its guest when it says that it stands still.
+    RunOnAtStandStill,
+    /// A secondary that goes on by itself goes live before its host has said what its machine has made since the difference.
+    LiveBeforeDiverged,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 25] = [
+    pub const ALL: [Bug; 27] = [
         Bug::ReleaseBeforeAck,
         Bug::LiveWithoutArbiter,
         Bug::ForgetReissue,
@@ -86,6 +90,8 @@ impl Bug {
         Bug::BeatIsEnough,
         Bug::ReleaseAfterStall,
         Bug::StaleLookahead,
+        Bug::RunOnAtStandStill,
+        Bug::LiveBeforeDiverged,
     ];
 }
 

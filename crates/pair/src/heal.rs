@@ -160,7 +160,11 @@ impl Healer {
             PrimaryState::Unprotected => return self.bare(now),
             PrimaryState::Protected => self.protected(),
             PrimaryState::Stopped => self.stage = Stage::Resting,
-            PrimaryState::Greeting | PrimaryState::Copying | PrimaryState::Resyncing | PrimaryState::Deciding => {}
+            PrimaryState::Greeting
+            | PrimaryState::Copying
+            | PrimaryState::CatchingUp
+            | PrimaryState::Resyncing
+            | PrimaryState::Deciding => {}
         }
         None
     }

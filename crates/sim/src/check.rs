@@ -74,8 +74,10 @@ impl Checker {
         let asleep = primary.stalled_from..primary.stalled_until;
         let long = asleep.end.since(asleep.start) >= Nanos(config.peer_timeout.0 / 2);
         let heir = sides.iter().position(|other| other.live_at.is_some_and(|at| asleep.contains(&at)));
+        // One that went live afterwards slept as a standby, or before it was one.
+        let later = primary.live_at.is_some_and(|at| at >= asleep.end);
         match heir {
-            Some(heir) if long && heir != side && up_to > primary.made_freely => {
+            Some(heir) if long && !later && heir != side && up_to > primary.made_freely => {
                 Err(format!("side {side} wakes up and releases output {up_to}, although side {heir} has gone live meanwhile"))
             }
             _ => Ok(()),
@@ -137,6 +139,24 @@ impl Checker {
         if held > window { Err(format!("a standby holds {held} bytes of an image; the window is {window}")) } else { Ok(()) }
     }
 
+    /// What a secondary lacks is found out where both stand, and no record is on its way.
+    pub(crate) fn check_level(&self, sides: &[Side], side: usize) -> Result<(), String> {
+        let here = sides[side].machine.position;
+        let Some(peer) = sides[side].peer.map(|peer| &sides[peer]) else { return Ok(()) };
+        // It may have gone on by itself, while its primary slept.
+        if !matches!(&peer.role, Role::Secondary(secondary) if secondary.state() == SecondaryState::Resyncing) {
+            return Ok(());
+        }
+        // A machine that is another one may have run ahead of where this one stopped.
+        if peer.machine.position < here || !peer.replay.is_empty() {
+            let (there, left) = (peer.machine.position, peer.replay.len());
+            return Err(format!(
+                "side {side} stands at {here} and makes a delta to a machine at {there} that has {left} records left"
+            ));
+        }
+        Ok(())
+    }
+
     /// A side stops only for a reason that is true.
     pub(crate) fn check_stop(&self, side: usize, reason: &StopReason, table: &TableArbiter) -> Result<(), String> {
         let (StopReason::LostArbitration { epoch } | StopReason::HandedOver { epoch }) = reason else {
@@ -184,7 +204,7 @@ impl Checker {
         match &side.role {
             Role::Primary(primary) => match primary.state() {
                 PrimaryState::Deciding => Err(format!("side {index} still waits for the arbiter")),
-                PrimaryState::Resyncing => Err(format!("side {index} is still resynchronising")),
+                PrimaryState::CatchingUp | PrimaryState::Resyncing => Err(format!("side {index} is still resynchronising")),
                 PrimaryState::Protected if !peer_alive => Err(format!("side {index} has not noticed its peer's death")),
                 _ => Ok(()),
             },

@@ -27,6 +27,7 @@
 mod arbiter;
 mod check;
 mod faults;
+mod images;
 mod machine;
 mod network;
 mod outside;

@@ -47,6 +47,8 @@ pub(crate) struct Profile {
     pub(crate) image_padding: u64,
     /// Bytes of the image that are sent while the guest runs, before the cut: the rounds of a pre-copy.
     pub(crate) rounds_bytes: u64,
+    /// How often more differs at a resync than can be sent at once.
+    pub(crate) ahead_percent: u64,
     /// The host of a standby needs so long for a piece of an image, at most.
     pub(crate) take_delay_max_ns: u64,
     /// The guest does not run while the image is copied.
@@ -159,6 +161,7 @@ impl Profile {
             // A third copy must be over before the world is, also through the smallest window.
             image_padding: random.pick(&[0, 100, if slow_network { 500 } else { 2_000 }]),
             rounds_bytes: random.pick(&[0, 200, if slow_network { 200 } else { 5_000 }]),
+            ahead_percent: random.pick(&[0, 0, 50]),
             take_delay_max_ns: random.pick(&[10_000, 300_000, 2_000_000]),
             pause_during_copy: random.percent(30),
             leave_delay_max_ns: random.pick(&[1_000, 200_000, 3_000_000]),

@@ -70,6 +70,10 @@ pub(crate) struct Side {
     // As a primary:
     pub(crate) throttled: bool,
     pub(crate) paused: bool,
+    /// It loses so many hundredths of its slices.
+    pub(crate) slowed: u8,
+    /// How often a part of the image of a resync was sent while the guest ran.
+    pub(crate) ahead: u64,
     /// The newest output that was made while nothing was protected.
     pub(crate) made_freely: u64,
     pub(crate) inputs: VecDeque<u64>,
@@ -96,8 +100,12 @@ pub(crate) struct Side {
     pub(crate) made: VecDeque<Output>,
     /// The newest output that is the same on both sides.
     pub(crate) matched: u64,
-    /// Replay stands still, since an output differed.
-    pub(crate) still: bool,
+    /// An output differed: what is made since then counts for nothing.
+    pub(crate) differs: bool,
+    /// It was asked to report what it has made since then.
+    pub(crate) diverging: bool,
+    /// The primary stands still there, and wants to know all that has changed here.
+    pub(crate) list_at: Option<u64>,
     /// Replay compares no more.
     pub(crate) diverged: bool,
 }
@@ -138,6 +146,8 @@ impl Side {
             last_leave: Nanos(0),
             throttled: false,
             paused: false,
+            slowed: 0,
+            ahead: 0,
             made_freely: 0,
             inputs: VecDeque::new(),
             image: Vec::new(),
@@ -153,7 +163,9 @@ impl Side {
             restored: false,
             made: VecDeque::new(),
             matched: 0,
-            still: false,
+            differs: false,
+            diverging: false,
+            list_at: None,
             diverged: false,
         }
     }

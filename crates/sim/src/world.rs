@@ -11,7 +11,7 @@ use twinstep_pair::{
 
 use crate::arbiter::{Fate, ToyArbiter};
 use crate::check::Checker;
-use crate::machine::{Input, Machine, Output};
+use crate::machine::{Input, Output};
 use crate::network::Connection;
 use crate::outside::Outside;
 use crate::profile::{CALM_FROM, END, Fault, MAX_HOSTS, Profile};
@@ -49,6 +49,10 @@ pub(crate) enum Happening {
     Take(usize),
     /// The image is restored.
     Restored(usize),
+    /// The host says what its machine has made since it differed.
+    Diverged(usize),
+    /// The host has done for a resync what can be done while the guest runs.
+    Prepared(usize),
     /// A primary looks for a standby.
     Heal(usize),
     /// It tries this host.
@@ -72,6 +76,8 @@ impl Happening {
             | Happening::Feed(side)
             | Happening::Take(side)
             | Happening::Restored(side)
+            | Happening::Prepared(side)
+            | Happening::Diverged(side)
             | Happening::Heal(side)
             | Happening::Reach(side, _) => Some(side),
             Happening::Deliver(connection, end) | Happening::Beat(connection, end) => Some(connections[connection].ends[end]),
@@ -217,6 +223,8 @@ impl World {
             Happening::Feed(side) => self.feed_image(side),
             Happening::Take(side) => self.take_image(side),
             Happening::Restored(side) => self.restored(side),
+            Happening::Diverged(side) => self.diverged(side),
+            Happening::Prepared(side) => self.tell_primary(side, PrimaryEvent::ResyncPrepared),
             Happening::Heal(side) => {
                 self.heal(side);
                 Ok(())
@@ -238,7 +246,7 @@ impl World {
     }
 
     /// Gives an event in without polling: the host batches.
-    fn give_primary(&mut self, side: usize, event: PrimaryEvent) {
+    pub(crate) fn give_primary(&mut self, side: usize, event: PrimaryEvent) {
         if let Role::Primary(primary) = &mut self.sides[side].role {
             primary.handle(self.now, event);
         }
@@ -289,8 +297,11 @@ impl World {
                 },
             }
         }
-        if !matches!(self.sides[side].primary_state(), Some(PrimaryState::Copying | PrimaryState::Resyncing)) {
+        if self.sides[side].primary_state() != Some(PrimaryState::Copying) {
             self.sides[side].paused = false;
+        }
+        if !matches!(self.sides[side].primary_state(), Some(PrimaryState::CatchingUp | PrimaryState::Resyncing)) {
+            self.sides[side].slowed = 0;
         }
         self.follow(side);
         if let Some(deadline) = self.sides[side].deadline() {
@@ -319,16 +330,21 @@ impl World {
                 }
             }
             PrimaryAction::StartResync { .. } => {
-                let padding = self.profile.image_padding as usize;
                 let state = &mut self.sides[side];
-                let outputs: Vec<_> = state.outputs.values().cloned().collect();
-                state.image = state.machine.to_resync(&outputs, padding);
-                state.cut_due = false;
+                state.image.clear();
+                state.ahead = 0;
+                state.cut_due = true;
                 state.image_wanted = 0;
-                state.paused = true;
-                let position = state.machine.position;
-                self.give_primary(side, PrimaryEvent::ImageCut { position });
+                let delay = self.random.between(0, 3_000_000);
+                self.plan(delay, Happening::Prepared(side));
             }
+            PrimaryAction::Changed(_) => {}
+            PrimaryAction::Slow { percent } => self.sides[side].slowed = percent,
+            PrimaryAction::StandStill => {
+                let position = self.sides[side].machine.position;
+                self.give_primary(side, PrimaryEvent::StandsStill { position });
+            }
+            PrimaryAction::MakeDelta => self.make_delta(side)?,
             PrimaryAction::Agreed { .. } | PrimaryAction::CopyReport(_) | PrimaryAction::OpenBeats { .. } => {}
             PrimaryAction::Beat => self.beat(side),
             PrimaryAction::WantImage { bytes } => {
@@ -389,13 +405,12 @@ impl World {
                 let delay = self.random.between(0, 5_000_000);
                 self.plan(delay, Happening::Restored(side));
             }
+            SecondaryAction::ListChanges { position } => self.sides[side].list_at = Some(position),
             SecondaryAction::Diverge => {
                 self.note(|_| format!("side {side}: goes on by itself"));
-                self.sides[side].still = false;
-                self.sides[side].diverged = true;
-                while let Some(output) = self.sides[side].made.pop_front() {
-                    self.made(side, output)?;
-                }
+                self.sides[side].diverging = true;
+                let delay = self.random.between(0, 1_000_000);
+                self.plan(delay, Happening::Diverged(side));
             }
             SecondaryAction::Replay { first_seq, records } => {
                 self.sides[side].received = first_seq + records.len() as u64 - 1;
@@ -419,6 +434,9 @@ impl World {
                 self.note(|_| format!("side {side}: live in epoch {epoch}, sends outputs {reissue:?} again"));
                 self.checker.check_owner(side, epoch)?;
                 self.outside.check_survivor(&self.sides[side].machine)?;
+                if self.sides[side].diverging {
+                    return Err(format!("side {side} goes live before its host has said what its machine has made"));
+                }
                 self.checker.live += 1;
                 self.sides[side].live_at = Some(self.now);
                 self.outside.duplicates_allowed = true;
@@ -473,6 +491,9 @@ impl World {
             return Ok(());
         }
         self.checker.check_bounds(&self.sides[side], &self.profile.config)?;
+        if self.random.percent(u64::from(self.sides[side].slowed)) {
+            return Ok(());
+        }
         let batched = self.random.percent(50);
         while let Some(write) = self.sides[side].inputs.pop_front() {
             self.give_input(side, Input::Write(write));
@@ -548,13 +569,18 @@ impl World {
         let pause = self.random.between(100_000, 800_000);
         self.plan(pause, Happening::Replay(side));
         let state = &self.sides[side];
-        if state.replay_stalled_until > self.now || state.replay.is_empty() || state.still {
+        if state.replay_stalled_until > self.now || state.replay.is_empty() && state.list_at.is_none() {
             return Ok(());
         }
         let mut budget = self.random.between(1, self.profile.replay_slice_max);
         while let Some(item) = self.sides[side].replay.front().cloned() {
             let (to, ahead) = match &item {
                 Item::Record(record) => (record.position, false),
+                // A machine that is another one runs ahead of nobody.
+                Item::Ahead(_) if self.sides[side].differs => {
+                    self.sides[side].replay.pop_front();
+                    continue;
+                }
                 Item::Ahead(position) => (*position, true),
             };
             let mut paused = false;
@@ -576,18 +602,20 @@ impl World {
                 self.sides[side].replay.pop_front();
                 continue;
             };
-            if !self.consume(side, &record)? {
-                return Ok(());
-            }
+            self.consume(side, &record)?;
             self.sides[side].replay.pop_front();
             self.sides[side].replayed += 1;
         }
         let (seq, position) = (self.sides[side].replayed, self.sides[side].machine.position);
-        self.tell_secondary(side, SecondaryEvent::Replayed { seq, position })
+        self.tell_secondary(side, SecondaryEvent::Replayed { seq, position })?;
+        if self.sides[side].replay.is_empty() && self.sides[side].differs {
+            return self.list(side);
+        }
+        Ok(())
     }
 
-    /// Replay takes a record in; false if it shows that the sides differ. What it makes of the record may be said twice then: the record stays.
-    fn consume(&mut self, side: usize, record: &Record) -> Result<bool, String> {
+    /// Replay takes a record in, which may show that the sides differ.
+    fn consume(&mut self, side: usize, record: &Record) -> Result<(), String> {
         let machine = &mut self.sides[side].machine;
         // A note may come after the machine has run ahead of it. A machine that is another one may also have run past an input.
         let past = machine.position != record.position && record.kind != NOTE;
@@ -595,7 +623,7 @@ impl World {
             return Err(format!("side {side}: replay is at {}, past {}", machine.position, record.position));
         }
         let (still_due, made) = match self.sides[side].made.front() {
-            _ if self.sides[side].diverged => (false, None),
+            _ if self.sides[side].diverged || self.sides[side].differs => (false, None),
             _ if past => (true, None),
             Some(output) if record.kind == NOTE => (output.chain_after() != noted(record, 1), Some(output.clone())),
             Some(output) => (output.position < record.position, None),
@@ -604,13 +632,10 @@ impl World {
         if still_due {
             let (output, position) = (self.sides[side].matched + 1, record.position);
             self.note(|_| format!("side {side}: output {output} differs"));
-            self.sides[side].still = true;
+            self.sides[side].differs = true;
             self.sides[side].image.clear();
-            let event = SecondaryEvent::Mismatch { output, position, damaged: 0, detail: vec![1], changed: vec![2; 9] };
-            self.tell_secondary(side, event)?;
-            return Ok(false);
-        }
-        if let Some(output) = made {
+            self.tell_secondary(side, SecondaryEvent::Mismatch { output, position, detail: vec![1] })?;
+        } else if let Some(output) = made {
             self.sides[side].made.pop_front();
             self.sides[side].matched = output.id;
             self.made(side, output)?;
@@ -618,89 +643,14 @@ impl World {
         if record.kind == INPUT {
             self.sides[side].machine.input(Input::from_bytes(&record.bytes));
         }
-        Ok(true)
-    }
-
-    /// Replay has made an output that counts.
-    fn made(&mut self, side: usize, output: Output) -> Result<(), String> {
-        let id = output.id;
-        self.sides[side].outputs.insert(id, output);
-        self.tell_secondary(side, SecondaryEvent::Output { id })
-    }
-
-    /// The image holds the machine as it is now, behind the rounds.
-    fn cut_image(&mut self, side: usize) {
-        let padding = self.profile.image_padding as usize;
-        let state = &mut self.sides[side];
-        state.cut_due = false;
-        state.image.extend(state.machine.to_image(padding));
-        state.paused = self.profile.pause_during_copy;
-        let position = state.machine.position;
-        self.give_primary(side, PrimaryEvent::ImageCut { position });
-    }
-
-    /// The host uses up what came of an image.
-    fn take_image(&mut self, side: usize) -> Result<(), String> {
-        let bytes = std::mem::take(&mut self.sides[side].untaken);
-        if bytes == 0 || self.sides[side].stopped.is_some() || matches!(self.sides[side].role, Role::Primary(_)) {
-            return Ok(());
-        }
-        self.tell_secondary(side, SecondaryEvent::ImageTaken { bytes })
-    }
-
-    fn feed_image(&mut self, side: usize) -> Result<(), String> {
-        let state = &mut self.sides[side];
-        let copying = matches!(state.primary_state(), Some(PrimaryState::Copying | PrimaryState::Resyncing));
-        if !copying || state.image.is_empty() {
-            return Ok(());
-        }
-        let length = (state.image_wanted as usize).min(state.image.len());
-        if length == 0 {
-            return Ok(());
-        }
-        state.image_wanted -= length as u64;
-        let chunk: Vec<u8> = state.image.drain(..length).collect();
-        let sent = state.image.is_empty();
-        let complete = sent && !state.cut_due;
-        self.tell_primary(side, PrimaryEvent::ImageChunk(chunk))?;
-        let copying = matches!(self.sides[side].primary_state(), Some(PrimaryState::Copying));
-        if sent && copying && self.sides[side].cut_due {
-            self.cut_image(side);
-            let delay = self.random.between(0, 100_000);
-            self.plan(delay, Happening::Feed(side));
-        }
-        if complete {
-            self.tell_primary(side, PrimaryEvent::ImageEnd)?;
-        }
         Ok(())
     }
 
-    fn restored(&mut self, side: usize) -> Result<(), String> {
-        if self.sides[side].stopped.is_some() {
-            return Ok(());
-        }
-        self.take_image(side)?;
-        let rounds = self.profile.rounds_bytes as usize;
-        let state = &mut self.sides[side];
-        if state.restored {
-            let (machine, outputs) = Machine::from_resync(&state.image);
-            state.machine = machine;
-            state.outputs = outputs.into_iter().map(|output| (output.id, output)).collect();
-            state.made.clear();
-            state.replay.clear();
-            state.replayed = state.received;
-            state.still = false;
-            self.checker.resyncs += 1;
-        } else {
-            state.machine = Machine::from_image(&state.image[rounds..]);
-            state.restored = true;
-            state.image_outputs = state.machine.outputs;
-            self.plan(0, Happening::Replay(side));
-        }
-        let state = &mut self.sides[side];
-        state.matched = state.machine.outputs;
-        let (position, last_output) = (state.machine.position, state.machine.outputs);
-        self.tell_secondary(side, SecondaryEvent::ImageRestored { position, last_output })
+    /// Replay has made an output that counts.
+    pub(crate) fn made(&mut self, side: usize, output: Output) -> Result<(), String> {
+        let id = output.id;
+        self.sides[side].outputs.insert(id, output);
+        self.tell_secondary(side, SecondaryEvent::Output { id })
     }
 
     // ---- the outside ----

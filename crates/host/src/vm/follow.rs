@@ -1,19 +1,20 @@
 //! The standby's thread that owns the machine: it replays the primary's log and compares what comes of it.
 //!
 //! *In*: images, records, requests. *Out*: outputs that are the primary's, progress, differences. *Invariant*: an output is reported only when both
-//! sides have made it, in the order of the primary's notes (or when there is nobody to compare with any more); after a difference the machine stands still
-//! until it is the primary's again.
+//! sides have made it, in the order of the primary's notes (or when there is nobody to compare with any more); after a difference what is made is put aside
+//! until the machine is the primary's again, or nobody's twin.
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use twinstep_log::{Comparer, Entry, Event, Mismatch, OutputNote, Replayable, RunOutcome};
-use twinstep_machine::{Activity, Config, Machine, Output, Pause};
+use twinstep_machine::{Activity, Config, Machine, Output, PageSet, Pause};
 use twinstep_pair::{OutputId, Record, Seq};
 
+use super::ahead::Staged;
 use super::arrival::Arrival;
 use super::build::Extra;
 use super::live::entry_of;
@@ -21,6 +22,8 @@ use super::mirror::Target;
 use super::replay::Vm;
 use super::resync::{self, Baseline};
 use super::standby::ToStandby;
+use super::survey::Survey;
+use super::told;
 use super::turns::Turns;
 use super::window::Window;
 use crate::control::Ask;
@@ -40,6 +43,12 @@ pub(super) enum ToReplay {
     },
     /// Behind them: run to there, or to where the machine pauses before.
     RunAhead {
+        position: u64,
+    },
+    /// When outputs differ both sides end: then it is looked for bad memory before anybody is told.
+    EndsAtMismatch,
+    /// The primary's guest stands still at this position: say all that has changed.
+    List {
         position: u64,
     },
     Discard {
@@ -86,8 +95,9 @@ pub(super) struct Follower {
     /// What is kept for a third opinion, if that was asked for.
     window: Option<Window>,
     /// What makes it the primary's again.
-    delta: Vec<u8>,
-    /// What waits: for the first image, or while the machine stands still.
+    staged: Staged,
+    ends_at_mismatch: bool,
+    /// What waits: for the first image.
     waiting: VecDeque<Step>,
     running: Option<Running>,
     /// Outputs that may not have left, with their numbers.
@@ -109,14 +119,14 @@ struct Running {
     vm: Vm,
     extra: Extra,
     baseline: Baseline,
-    /// `None`: there is nobody to compare with.
+    /// `None`: something differed, or there is nobody to compare with.
     comparer: Option<Comparer>,
     /// Where the newest entry of the log lies that was taken in.
     log_position: u64,
     /// What the machine has made beyond that: whether it was noted, the log has not said yet.
     ahead: VecDeque<(u64, Output)>,
-    /// Something differed.
-    still: bool,
+    /// Something differed, and the machine is to become the primary's again.
+    astray: Option<Astray>,
     /// The primary's end is replayed.
     ended: bool,
     /// Since when the sides are uneven in this output.
@@ -140,6 +150,28 @@ impl Running {
     }
 }
 
+/// A machine that has made another output than its primary's.
+#[derive(Default)]
+struct Astray {
+    /// What it has made since, which counts only if nobody makes it equal again; and how many bytes that is.
+    aside: Vec<Output>,
+    aside_bytes: usize,
+    survey: Survey,
+    /// Pages that have changed, of which the primary has not been told what they are.
+    unsaid: Option<PageSet>,
+    /// The primary knows that all of RAM was looked through.
+    searched: bool,
+    /// When the last part of this was done.
+    worked: Option<Instant>,
+}
+
+/// Pages of a part of the search for what has changed: a few milliseconds.
+const PART: usize = 4096;
+/// So long it replays between two parts.
+const BETWEEN_PARTS: Duration = Duration::from_millis(5);
+/// Bytes of outputs that are put aside. Who makes more than that is lost anyway.
+const MAX_ASIDE_BYTES: usize = 64 << 20;
+
 impl Follower {
     pub(super) fn new(
         inbox: Receiver<ToReplay>,
@@ -149,7 +181,7 @@ impl Follower {
         tune: fn(&mut Config),
         window: Option<Window>,
     ) -> Self {
-        let (delta, waiting, held) = (Vec::new(), VecDeque::new(), VecDeque::new());
+        let (waiting, held) = (VecDeque::new(), VecDeque::new());
         Self {
             inbox,
             to,
@@ -158,7 +190,8 @@ impl Follower {
             cables,
             tune,
             window,
-            delta,
+            staged: Staged::default(),
+            ends_at_mismatch: false,
             waiting,
             running: None,
             held,
@@ -175,6 +208,7 @@ impl Follower {
     pub(super) fn run(mut self) {
         loop {
             let result = match self.next() {
+                Err(RecvTimeoutError::Timeout) if self.is_astray() => self.search(),
                 Err(RecvTimeoutError::Timeout) => self.look_at_uneven(),
                 Err(RecvTimeoutError::Disconnected) => return,
                 Ok(ToReplay::Chunk(bytes)) => self.take_in(&bytes),
@@ -190,6 +224,11 @@ impl Follower {
                     self.waiting.push_back(Step::RunAhead { position });
                     self.replay()
                 }
+                Ok(ToReplay::EndsAtMismatch) => {
+                    self.ends_at_mismatch = true;
+                    Ok(())
+                }
+                Ok(ToReplay::List { position }) => self.list(position),
                 Ok(ToReplay::Discard { up_to }) => {
                     while self.held.front().is_some_and(|(id, _)| *id <= up_to) {
                         self.held.pop_front();
@@ -244,8 +283,13 @@ impl Follower {
             }
         };
         say(Activity::Waiting);
-        let uneven = self.running.as_ref().and_then(|running| running.uneven.filter(|_| !running.still));
+        let astray = self.running.as_ref().and_then(|running| running.astray.as_ref().map(|astray| !astray.searched));
+        let uneven = self.running.as_ref().and_then(|running| running.uneven);
         let message = match uneven {
+            _ if astray == Some(true) => self.inbox.try_recv().map_err(|e| match e {
+                TryRecvError::Empty => RecvTimeoutError::Timeout,
+                TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+            }),
             Some((_, since)) => self.inbox.recv_timeout(UNEVEN_PATIENCE.saturating_sub(since.elapsed())),
             None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
         };
@@ -255,8 +299,8 @@ impl Follower {
 
     /// More of the copy, or of a delta.
     fn take_in(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.running.is_some() {
-            self.delta.extend(bytes);
+        if let Some(running) = &self.running {
+            self.staged.push(bytes, running.vm.0.ram().flags().pages())?;
         } else {
             let (cables, tune, arrival) = (self.cables, self.tune, &mut self.arrival);
             let report = self.target.take(bytes, &mut |image, replicas| {
@@ -298,7 +342,7 @@ impl Follower {
             comparer,
             log_position: position,
             ahead: VecDeque::new(),
-            still: false,
+            astray: None,
             uneven: None,
             ended: false,
         });
@@ -310,9 +354,14 @@ impl Follower {
     /// The primary has sent what the machine lacks: it stands for all that was received.
     fn resync(&mut self, position: u64) -> Result<()> {
         let started = now_ns();
-        let delta = std::mem::take(&mut self.delta);
+        let (ahead, delta) = std::mem::take(&mut self.staged).finish()?;
         let (outputs, image) = resync::split(&delta)?;
         let running = self.running.as_mut().expect("checked by the caller");
+        for page in ahead {
+            let (page, bytes) = page?;
+            let bytes = bytes[..].try_into().expect("it was unpacked to a page");
+            running.vm.0.write_ram_page(page, bytes);
+        }
         let (extra, pages, blocks) = resync::apply(&mut running.vm.0, self.target.replicas(), image)?;
         if running.vm.0.position() != position {
             return Err(Error::new(format!("the delta is of position {}, not {position}", running.vm.0.position())));
@@ -324,7 +373,7 @@ impl Follower {
         running.comparer = Some(Comparer::new(extra.last_output));
         running.log_position = position;
         running.ahead.clear();
-        running.still = false;
+        running.astray = None;
         running.uneven = None;
         self.waiting.clear();
         self.held = outputs.into();
@@ -340,13 +389,12 @@ impl Follower {
         if let Some(window) = self.window.take() {
             window.end(&mut running.vm.0);
         }
-        running.still = false;
         running.uneven = None;
         let made = running.comparer.take().map_or(Vec::new(), Comparer::into_made);
-        let ahead = std::mem::take(&mut running.ahead);
-        for output in made.into_iter().chain(ahead.into_iter().map(|(_, output)| output)) {
-            self.made(output);
-        }
+        let ahead = std::mem::take(&mut running.ahead).into_iter().map(|(_, output)| output);
+        let aside = running.astray.take().map_or(Vec::new(), |astray| astray.aside);
+        made.into_iter().chain(ahead).chain(aside).for_each(|output| self.made(output));
+        self.tell(ToStandby::Diverged);
     }
 
     /// An output counts.
@@ -357,7 +405,7 @@ impl Follower {
     }
 
     fn replay(&mut self) -> Result<()> {
-        while self.running.as_ref().is_some_and(|running| !running.still)
+        while self.running.is_some()
             && !self.over.load(Ordering::Relaxed)
             && let Some(step) = self.waiting.pop_front()
         {
@@ -369,22 +417,23 @@ impl Follower {
                 }
             };
             let entry = entry_of(&record)?;
-            if let Some(window) = &mut self.window {
+            if let Some(window) = &mut self.window
+                && self.running.as_ref().is_some_and(|running| running.comparer.is_some())
+            {
                 window.entry(&entry);
             }
-            if !self.follow(entry)? {
-                // Without the primary, it is what comes next.
-                self.waiting.push_front(Step::Record(seq, record));
-                break;
-            }
+            self.follow(entry)?;
             let position = self.running.as_ref().expect("just seen").vm.position();
             self.tell(ToStandby::Replayed { seq, position });
+            if self.is_astray() {
+                self.search_now_and_then()?;
+            }
         }
         Ok(())
     }
 
-    /// Takes an entry of the log in; false if the machine cannot.
-    fn follow(&mut self, entry: Entry) -> Result<bool> {
+    /// Takes an entry of the log in, as far as the machine can.
+    fn follow(&mut self, entry: Entry) -> Result<()> {
         let running = self.running.as_mut().expect("the caller looked");
         let (at, log) = (running.vm.position(), running.log_position);
         if entry.position < log && running.comparer.is_some() {
@@ -402,15 +451,13 @@ impl Follower {
             && self.is_compared()
         {
             let position = entry.position;
-            self.stand_still(format!("the machine does not stop at position {position}, as the primary did: {why}"), None)?;
-            return Ok(false);
+            self.go_astray(format!("the machine does not get to position {position}, as the primary did: {why}"), None)?;
         }
         let running = self.running.as_mut().expect("the caller looked");
         match entry.event {
             Event::Input(input) => match running.vm.input(input) {
                 Err(why) if running.comparer.is_some() => {
-                    self.stand_still(format!("the machine refuses an input that the primary took: {why}"), None)?;
-                    return Ok(false);
+                    self.go_astray(format!("the machine refuses an input that the primary took: {why}"), None)?;
                 }
                 // What cannot be given to a machine of its own is lost, as on any cable.
                 _ => self.collect(),
@@ -438,8 +485,11 @@ impl Follower {
             Event::End { .. } => running.ended = running.comparer.is_some(),
             Event::Digest(_) | Event::Progress => {}
         }
-        self.report()?;
-        Ok(true)
+        self.report()
+    }
+
+    fn is_astray(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| running.astray.is_some())
     }
 
     fn is_compared(&self) -> bool {
@@ -450,9 +500,13 @@ impl Follower {
     fn collect(&mut self) {
         let outputs = self.running.as_mut().map_or(Vec::new(), |running| running.vm.take_outputs());
         for (position, output) in outputs {
-            match self.running.as_mut().and_then(|running| running.comparer.as_mut()) {
-                Some(_) => self.running.as_mut().expect("just seen").ahead.push_back((position, output)),
-                None => self.made(output),
+            match self.running.as_mut().map(|running| (&running.comparer, &mut running.ahead, &mut running.astray)) {
+                Some((Some(_), ahead, _)) => ahead.push_back((position, output)),
+                Some((None, _, Some(astray))) => {
+                    astray.aside_bytes += OutputNote::of(&output).length as usize;
+                    astray.aside.push(output);
+                }
+                _ => self.made(output),
             }
         }
         // What the log has come to can be compared.
@@ -489,7 +543,7 @@ impl Follower {
         let running = self.running.as_mut().expect("the caller looked");
         let Some(comparer) = &running.comparer else { return Ok(()) };
         if let Some(found) = comparer.mismatch(running.compared()) {
-            return self.stand_still(found.to_string(), Some(found));
+            return self.go_astray(found.to_string(), Some(found));
         }
         running.uneven = comparer.first().map(|first| match running.uneven {
             Some(before) if before.0 == first.output => before,
@@ -502,7 +556,7 @@ impl Follower {
     fn look_at_uneven(&mut self) -> Result<()> {
         let running = self.running.as_mut().expect("something was uneven");
         match running.comparer.as_ref().and_then(Comparer::first) {
-            Some(found) => self.stand_still(found.to_string(), Some(found)),
+            Some(found) => self.go_astray(found.to_string(), Some(found)),
             None => {
                 running.uneven = None;
                 Ok(())
@@ -510,24 +564,117 @@ impl Follower {
         }
     }
 
-    /// The machine is not the primary's: it stands still, and the protocol is told.
-    fn stand_still(&mut self, text: String, found: Option<Mismatch>) -> Result<()> {
+    /// The machine is not the primary's: the protocol is told, and it goes on by itself as far as it gets.
+    fn go_astray(&mut self, text: String, found: Option<Mismatch>) -> Result<()> {
         let running = self.running.as_mut().expect("the caller looked");
-        running.still = true;
+        let position = running.vm.position();
         if let Some(window) = &mut self.window {
             window.dispute(self.last_output + 1, running.compared(), &text, found.as_ref());
         }
-        let changes = resync::changes(&mut running.vm.0, &mut running.baseline)?;
         let mut detail = Vec::new();
         if let Some((position, output)) = found.as_ref().and_then(|found| found.made.as_ref())
             && OutputNote::of(output).length <= MAX_DETAIL
         {
             resync::put_output(*position, output, &mut detail);
         }
+        let mut aside = running.comparer.take().map_or(Vec::new(), Comparer::into_made);
+        aside.extend(std::mem::take(&mut running.ahead).into_iter().map(|(_, output)| output));
+        let unsaid = Some(running.baseline.changed(&mut running.vm.0));
+        running.astray = Some(Astray { aside, unsaid, ..Astray::default() });
+        running.uneven = None;
+        self.staged = Staged::default();
+        if self.ends_at_mismatch {
+            self.search_all();
+        }
         // The next one, whatever it is that the comparison stumbled upon.
-        let (output, position) = (self.last_output + 1, running.vm.position());
-        self.delta.clear();
-        self.tell(ToStandby::Mismatch { text, output, position, detail, changes });
+        self.tell(ToStandby::Mismatch { text, output: self.last_output + 1, position, detail });
+        self.drive()
+    }
+
+    /// Does a part of the search for what has changed, if the last one is a while ago.
+    fn search_now_and_then(&mut self) -> Result<()> {
+        let astray = self.running.as_ref().and_then(|running| running.astray.as_ref()).expect("the caller looked");
+        if astray.aside_bytes > MAX_ASIDE_BYTES {
+            return Err(Error::new("the machine has made more outputs of its own than can be kept"));
+        }
+        match astray.worked {
+            Some(worked) if worked.elapsed() < BETWEEN_PARTS => Ok(()),
+            _ => self.search(),
+        }
+    }
+
+    /// Does a part of the search for what has changed, and tells the primary.
+    fn search(&mut self) -> Result<()> {
+        let Some(running) = &mut self.running else { return Ok(()) };
+        let Some(astray) = &mut running.astray else { return Ok(()) };
+        let machine = &mut running.vm.0;
+        let level = astray.survey.part(machine, PART);
+        astray.worked = Some(Instant::now());
+        if level {
+            self.say_pages();
+            self.say_search();
+        }
+        self.drive()
+    }
+
+    /// Looks through all of RAM at once.
+    fn search_all(&mut self) {
+        if let Some(Running { vm, astray: Some(astray), .. }) = &mut self.running {
+            astray.survey.finish(&mut vm.0);
+        }
+        self.say_search();
+    }
+
+    /// Tells the primary of all pages that have changed since it was told last. Their hashes are up to date.
+    fn say_pages(&mut self) {
+        let Some(Running { vm, baseline, astray: Some(astray), .. }) = &mut self.running else { return };
+        let mut pages = baseline.changed_since(&mut vm.0);
+        if let Some(unsaid) = astray.unsaid.take() {
+            pages.join(&unsaid);
+        }
+        let hashes = vm.0.page_hashes();
+        let pages: Vec<_> = pages.iter().map(|page| (page, hashes[page])).collect();
+        told::of_pages(&pages).into_iter().for_each(|message| self.tell(ToStandby::Changed(message)));
+    }
+
+    /// Tells of the search through all of RAM, once, if it is over.
+    fn say_search(&mut self) {
+        let Some(Running { vm, astray: Some(astray), .. }) = &mut self.running else { return };
+        if astray.searched || !astray.survey.is_done(&vm.0) {
+            return;
+        }
+        astray.searched = true;
+        let damaged = std::mem::take(&mut astray.survey.damaged);
+        let hashes = vm.0.page_hashes();
+        let pages: Vec<_> = damaged.iter().map(|&page| (page, hashes[page])).collect();
+        told::of_pages(&pages).into_iter().for_each(|message| self.tell(ToStandby::Changed(message)));
+        let message = told::of_search(damaged.len());
+        if !damaged.is_empty() {
+            self.tell(ToStandby::Damaged(damaged));
+        }
+        self.tell(ToStandby::Changed(message));
+    }
+
+    /// The primary's guest stands still at `position`, and all its records are here: goes there, as far as the machine gets, and says all that has changed.
+    fn list(&mut self, position: u64) -> Result<()> {
+        self.replay()?;
+        let Some(running) = self.running.as_mut().filter(|running| running.astray.is_some()) else { return Ok(()) };
+        // It may have run ahead of where the primary stopped.
+        if running.vm.position() < position
+            && let RunOutcome::HostFailure(why) = running.vm.run_to(position)
+        {
+            return Err(Error::new(why));
+        }
+        self.collect();
+        self.search_all();
+        let Some(running) = &mut self.running else { return Ok(()) };
+        running.vm.0.digest_ram();
+        let blocks = running.baseline.changed_blocks()?;
+        self.say_pages();
+        for (disk, blocks) in blocks.iter().enumerate() {
+            told::of_blocks(disk, blocks).into_iter().for_each(|message| self.tell(ToStandby::Changed(message)));
+        }
+        self.tell(ToStandby::Listed);
         Ok(())
     }
 

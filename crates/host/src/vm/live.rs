@@ -3,9 +3,10 @@
 //! *In*: messages ([`ToVm`]) from sockets, terminals and the pair. *Out*: the machine's outputs to the world, or to the pair, which holds
 //! them back; entries of the log to a recording, to the pair, or to nobody. *Invariant*: whatever enters the machine is noted first, with
 //! the position at which it enters; and every output's note comes before whatever the machine is given next.
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use twinstep_log::channel::{decode_payload, encode_payload};
@@ -17,7 +18,9 @@ use super::disks;
 use super::pace::{Pace, cpu_ns};
 use super::pairing::ToPair;
 use super::precopy::{self, Copier, CopyAsk, Surroundings};
-use super::resync::{self, Baseline};
+use super::preparation::{Part, Preparation, Stop};
+use super::resync::Baseline;
+use super::told::Told;
 use super::turns::Turns;
 use super::writes::Writes;
 use crate::control::Ask;
@@ -35,18 +38,25 @@ pub enum ToVm {
     Throttle(bool),
     /// Something for a copy of the machine.
     Copy(CopyAsk),
-    /// Make the delta for a standby that has changed these pages ([`resync`]), and stand still until no longer throttled.
-    MakeDelta {
-        /// The standby's list.
-        changed: Vec<u8>,
-        /// Look for memory of this side that is bad.
-        scrub: bool,
-    },
+    /// Prepare a resync of the standby, of which that is known.
+    PrepareResync(Arc<Mutex<Told>>),
+    /// The standby has looked through all of its RAM.
+    Searched,
+    /// The guest is to lose so many hundredths of its time.
+    Slow(u8),
+    /// So many bytes of the resync may be sent ahead.
+    Room(u64),
+    /// The guest is throttled: say where it stands. Nothing enters until it is no longer throttled.
+    StandStill,
+    /// Make the delta, where it stands.
+    MakeDelta,
     /// The standby was equal to the machine at this position.
     Agreed {
         /// The position.
         position: u64,
     },
+    /// The standby is equal again.
+    Resynced,
     /// There is no standby any more.
     Unprotected,
     /// Writes to shared disks have been carried out.
@@ -176,6 +186,10 @@ struct Live {
     writes: Writes,
     /// What has changed since the standby was last known to be equal.
     baseline: Option<Baseline>,
+    /// What is done for a resync of the standby.
+    resync: Option<Preparation>,
+    /// What waits to enter, while nothing may.
+    deferred: VecDeque<Input>,
     /// The pair has been told something, and has not had a turn since.
     untold: bool,
     /// Something of it is to leave, or is asked for.
@@ -205,6 +219,8 @@ pub fn run(machine: Machine, wiring: Wiring) -> (Machine, End, RunStats) {
         copier: None,
         writes: Writes::default(),
         baseline: None,
+        resync: None,
+        deferred: VecDeque::new(),
         untold: false,
         urgent: false,
         entered: false,
@@ -227,7 +243,9 @@ impl Live {
                 return end;
             }
             if self.stands_still() {
-                self.wait(None);
+                if !self.prepare() {
+                    self.wait(None);
+                }
                 self.pace.stood_still(now_ns(), cpu_ns(), self.machine.position());
                 continue;
             }
@@ -238,17 +256,27 @@ impl Live {
     /// Whether the guest must not run.
     fn stands_still(&self) -> bool {
         let full = |disk: &Replica| disk.shared().is_some_and(SharedDisk::is_full);
-        self.throttled || self.wiring.disks.iter().any(full) || precopy::slowed(self.copier.as_ref()) >= 100
+        self.throttled || self.wiring.disks.iter().any(full) || self.slowed() >= 100
     }
 
-    /// A guest that writes faster than can be copied loses so many hundredths of its time: after a slice it waits.
+    /// How much of its time the guest loses, in hundredths.
+    fn slowed(&self) -> u8 {
+        precopy::slowed(self.copier.as_ref()).max(self.resync.as_ref().map_or(0, |resync| resync.slowed))
+    }
+
+    /// A guest that writes faster than can be copied, or that its standby does not follow, loses so many hundredths of its time: after a slice it waits.
     fn lose_time(&mut self, percent: u8, slice_ns: u64) {
         let until = now_ns() + (slice_ns * u64::from(percent) / u64::from(100 - percent)).min(LOST_NS);
         while self.end.is_none()
             && !self.stands_still()
             && let Some(left) = until.checked_sub(now_ns()).filter(|left| *left > 0)
         {
-            self.wait(Some(Duration::from_nanos(left)));
+            if !self.prepare() {
+                self.wait(Some(Duration::from_nanos(left)));
+            }
+            while let Ok(message) = self.wiring.inbox.try_recv() {
+                self.take(message);
+            }
         }
     }
 
@@ -284,7 +312,7 @@ impl Live {
                     self.progress();
                 }
                 self.drive_pair();
-                let percent = precopy::slowed(self.copier.as_ref());
+                let percent = self.slowed();
                 if (1..100).contains(&percent) {
                     self.lose_time(percent, now - started);
                 }
@@ -328,6 +356,9 @@ impl Live {
 
     /// The guest sleeps: waits for its timer or for a message, whichever comes first.
     fn idle(&mut self, wake_ns: Option<u64>, now: u64) {
+        if self.prepare() {
+            return;
+        }
         let guest_now = self.pace.guest_ns(now);
         match wake_ns {
             Some(wake) if wake <= guest_now => self.tick(now),
@@ -371,6 +402,8 @@ impl Live {
 
     fn take(&mut self, message: ToVm) {
         match message {
+            // In the order in which they came, and at the position where the guest goes on.
+            ToVm::Input(input) if self.resync.as_ref().is_some_and(|resync| resync.stands) => self.deferred.push_back(input),
             ToVm::Input(input) => {
                 if let Input::NetRx { frame, .. } | Input::NetRxGso { frame, .. } = &input {
                     self.wiring.waiting.fetch_sub(weight(frame), Ordering::Relaxed);
@@ -386,18 +419,42 @@ impl Live {
                     self.input(input);
                 }
             }
+            ToVm::PrepareResync(told) if self.baseline.is_some() => self.resync = Some(Preparation::new(told)),
+            ToVm::PrepareResync(_) => self.tell_pair(ToPair::NoResync("nothing is known of what the standby has".into())),
+            // It is looked at in the next part of the work.
+            ToVm::Searched => {}
+            ToVm::Slow(percent) => {
+                if let Some(resync) = &mut self.resync {
+                    resync.slowed = percent;
+                }
+            }
+            ToVm::Room(bytes) => {
+                if let Some(resync) = &mut self.resync {
+                    resync.room(bytes);
+                }
+            }
+            ToVm::StandStill => self.stand_still(),
+            ToVm::MakeDelta => self.make_delta(),
             ToVm::DiskWritten => {}
-            ToVm::Throttle(on) => self.throttled = on,
+            ToVm::Throttle(on) => {
+                self.throttled = on;
+                if !on {
+                    self.let_in();
+                }
+            }
             ToVm::Stop(why) => self.end = Some(End::Stopped(why)),
             ToVm::Fail(why) => self.end = Some(End::HostFailure(why)),
             ToVm::Copy(ask) => self.copy(ask),
-            ToVm::MakeDelta { changed, scrub } => self.make_delta(&changed, scrub),
             ToVm::Agreed { position } => {
                 if let Some(baseline) = &mut self.baseline {
                     baseline.agreed(position);
                 }
             }
-            ToVm::Unprotected => self.forget_baseline(),
+            ToVm::Resynced => self.resync = None,
+            ToVm::Unprotected => {
+                self.forget_baseline();
+                self.let_in();
+            }
             ToVm::Ask(ask) if ask.is_failover() && self.wiring.pair.is_some() => {
                 self.tell_pair(ToPair::HandOver);
                 ask.failing_over();
@@ -564,22 +621,64 @@ impl Live {
 
     /// The standby that it was made for is gone.
     fn forget_baseline(&mut self) {
+        self.resync = None;
         if let Some(baseline) = self.baseline.take() {
             baseline.end(&mut self.machine);
         }
     }
 
-    /// Makes the delta and hands it to the pair, which has throttled the guest already.
-    fn make_delta(&mut self, changed: &[u8], scrub: bool) {
-        let Some(baseline) = &mut self.baseline else {
-            return self.tell_pair(ToPair::NoDelta("nothing is known of what the standby has".into()));
+    /// Does a part of what a resync wants to be prepared. False if there is nothing to be done.
+    fn prepare(&mut self) -> bool {
+        let (Some(resync), Some(baseline)) = (&mut self.resync, &mut self.baseline) else { return false };
+        if resync.stands {
+            return false;
+        }
+        match resync.part(&mut self.machine, baseline) {
+            Part::Nothing => return false,
+            Part::Some => {}
+            Part::Send(bytes) => self.tell_pair(ToPair::Ahead(bytes)),
+            Part::Prepared => self.tell_pair(ToPair::ResyncPrepared),
+        }
+        self.drive_pair();
+        true
+    }
+
+    /// The guest, which is throttled, stands where it stands until it is no longer.
+    fn stand_still(&mut self) {
+        let Some(resync) = &mut self.resync else { return };
+        resync.stands = true;
+        let position = self.machine.position();
+        self.tell_pair(ToPair::StandsStill { position });
+        // The standby does its part meanwhile.
+        self.drive_pair();
+        if let (Some(resync), Some(baseline)) = (&mut self.resync, &mut self.baseline) {
+            resync.stop(&mut self.machine, baseline);
+        }
+    }
+
+    /// The guest may run on: what has waited enters.
+    fn let_in(&mut self) {
+        if let Some(resync) = &mut self.resync {
+            resync.stands = false;
+        }
+        std::mem::take(&mut self.deferred).into_iter().for_each(|input| self.take(ToVm::Input(input)));
+    }
+
+    /// Makes the delta where the guest stands and hands it to the pair.
+    fn make_delta(&mut self) {
+        let (Some(resync), Some(baseline)) = (&mut self.resync, &mut self.baseline) else {
+            return self.tell_pair(ToPair::NoDelta("nothing was prepared for it".into()));
         };
         let started = now_ns();
         let disk_bytes = disks::bytes(&self.wiring.disks);
-        match resync::delta(&mut self.machine, baseline, changed, &disk_bytes, self.wiring.last_output, scrub) {
-            Ok(delta) => {
+        match resync.finish(&mut self.machine, baseline, &disk_bytes, self.wiring.last_output) {
+            Ok(Stop::Delta(delta)) => {
                 let (position, took_ns) = (self.machine.position(), now_ns() - started);
                 self.tell_pair(ToPair::Delta { position, delta, took_ns });
+            }
+            Ok(Stop::GoOn) => {
+                self.tell_pair(ToPair::ResyncGoesOn);
+                self.let_in();
             }
             Err(e) => self.tell_pair(ToPair::NoDelta(e.to_string())),
         }

@@ -15,6 +15,7 @@
 //! | [`standby`] | the secondary: replay from the network, go live |
 //! | `follow` | the standby's thread that owns the machine: replay, comparison |
 //! | [`resync`] | what makes a secondary equal to its primary again |
+//! | `preparation`, `survey`, `told`, `ahead` | what is done for that while the guest runs: on the primary; on both; what the standby tells; what is sent |
 //! | `window` | what a standby keeps for a third opinion |
 //! | `kept_blocks` | what of the disks is in a window |
 //! | [`vote`] | the third opinion |
@@ -26,6 +27,7 @@
 //! | [`replay`] | a recording replayed and checked |
 //!
 //! *Invariant*: a machine is driven by one thread; everything else reaches it as a message.
+mod ahead;
 mod arrival;
 mod asker;
 pub mod build;
@@ -41,11 +43,14 @@ pub mod mirror;
 pub mod pace;
 pub mod pairing;
 pub mod precopy;
+mod preparation;
 pub mod replay;
 pub mod resync;
 pub mod session;
 pub mod spec;
 pub mod standby;
+mod survey;
+mod told;
 pub mod turns;
 pub mod vote;
 mod window;

@@ -1,7 +1,7 @@
 //! What makes a secondary equal to its primary again: the pages and the blocks of disks in which they differ, and all other state.
 //!
 //! *In*: on each side, which pages and blocks have changed since both were last known to be equal, and which have changed though nobody wrote to them; outputs that may not
-//! have left. *Out*: a list for the wire, a delta, a machine that is the other. *Invariant*: after [`apply`] the digests of the whole state agree, or it
+//! have left. *Out*: what differs, a delta, a machine that is the other. *Invariant*: after [`apply`] the digests of the whole state agree, or it
 //! fails. What comes from the network is checked before it is used.
 //!
 //! A delta is the data of outputs and the blocks of disks (each section with its length first), then an image ([`twinstep_log::image`]) that holds the pages to replace, with a payload
@@ -9,19 +9,19 @@
 use minicbor::{Decode, Encode};
 use twinstep_log::{Compression, ImageItem, ImagePayload, ImageReader, ImageWriter};
 use twinstep_machine::{ConsumerId, Digest, Machine, Output, PAGE_SIZE, PageSet, Payload, Start};
-use twinstep_migrate::{Eras, changes as lists};
+use twinstep_migrate::Eras;
 use twinstep_pair::OutputId;
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::build::{self, Extra};
 use super::mirror;
+use super::told::Told;
 use crate::disk::Replica;
 use crate::error::{Context, Error, Result};
 
 /// Kind of the payload that lists the delta's pages.
 const KIND: &str = "resync";
 const VERSION: u16 = 1;
-const UNUSABLE: &str = "what the standby says cannot be used";
 /// Bytes of blocks in a delta at most: it lies in memory on both sides.
 const MAX_BLOCKS_BYTES: usize = 1 << 30;
 
@@ -63,54 +63,42 @@ impl Baseline {
         self.eras.clear();
         self.disks.iter().try_for_each(|disk| disk.equal(None))
     }
-    /// All that has changed.
-    fn changed(&mut self, machine: &mut Machine) -> PageSet {
-        self.eras.all(machine.take_dirty(self.consumer))
+    /// All pages that have changed.
+    pub(super) fn changed(&mut self, machine: &mut Machine) -> PageSet {
+        self.changed_since(machine);
+        self.eras.all(PageSet::none(machine.ram().flags().pages()))
+    }
+    /// The pages that have changed since this or [`Self::changed`] was asked last.
+    pub(super) fn changed_since(&mut self, machine: &mut Machine) -> PageSet {
+        let pages = machine.take_dirty(self.consumer);
+        self.eras.mark(machine.position(), pages.clone());
+        pages
+    }
+    /// The blocks that have changed, with their hashes, for each disk in order.
+    pub(super) fn changed_blocks(&self) -> Result<Vec<Vec<(usize, u128)>>> {
+        let hash = |disk: &Replica, block| Ok((block, xxh3_128(&disk.read_block(block)?)));
+        self.disks.iter().map(|disk| disk.changed().iter().map(|block| hash(disk, block)).collect()).collect()
     }
 }
 
-/// What a side has to say of its RAM and its disks.
-#[derive(Debug)]
-pub struct Changes {
-    /// For the other side: pages and blocks, and their hashes.
-    pub list: Vec<u8>,
-    /// Pages that changed though nobody wrote to them: this side's memory is bad.
-    pub damaged: Vec<usize>,
-}
-
-/// The pages in which a machine may differ from the other: those that were written to, and those that changed by themselves, which are told apart.
-/// All of RAM is read for the latter, unless `scrub` is false.
-fn suspects(machine: &mut Machine, baseline: &mut Baseline, scrub: bool) -> (PageSet, Vec<usize>) {
-    let damaged = if scrub { machine.scrub() } else { Vec::new() };
-    let mut pages = baseline.changed(machine);
-    damaged.iter().for_each(|&page| pages.insert(page));
-    (pages, damaged)
-}
-
-/// Looks what has changed in a machine that stands still.
-pub fn changes(machine: &mut Machine, baseline: &mut Baseline) -> Result<Changes> {
-    let (pages, damaged) = suspects(machine, baseline, true);
+/// The pages in which the secondary's RAM differs, given the pages that went bad here. The hashes have to be up to date.
+pub(super) fn differing_pages(machine: &mut Machine, baseline: &mut Baseline, told: &Told, damaged: &[usize]) -> PageSet {
+    let mut ours = baseline.changed(machine);
+    damaged.iter().for_each(|&page| ours.insert(page));
+    let mut pages = told.ram.suspects(&ours);
     let hashes = machine.page_hashes();
-    let mut list = Vec::new();
-    lists::put_region(pages.iter().map(|page| (page, hashes[page])), &mut list);
-    for disk in &baseline.disks {
-        let hash = |block| Ok((block, xxh3_128(&disk.read_block(block)?)));
-        let blocks: Vec<_> = disk.changed().iter().map(hash).collect::<Result<_>>()?;
-        lists::put_region(blocks, &mut list);
-    }
-    Ok(Changes { list, damaged })
+    let same: Vec<usize> = pages.iter().filter(|&page| told.ram.is(page, hashes[page])).collect();
+    same.into_iter().for_each(|page| pages.remove(page));
+    pages
 }
 
 /// The blocks of the disks in which the two sides differ, as pieces; and how many.
-fn differing_blocks(baseline: &Baseline, list: &mut &[u8]) -> Result<(Vec<u8>, usize)> {
+fn differing_blocks(baseline: &Baseline, told: &Told) -> Result<(Vec<u8>, usize)> {
     let (mut bytes, mut number) = (Vec::new(), 0);
-    for (index, disk) in baseline.disks.iter().enumerate() {
-        let theirs = lists::take_region(list, disk.blocks(), "block").what(UNUSABLE)?;
-        let mut suspects = disk.changed();
-        theirs.keys().for_each(|&block| suspects.insert(block));
-        for block in suspects.iter() {
+    for (index, (disk, theirs)) in baseline.disks.iter().zip(&told.disks).enumerate() {
+        for block in theirs.suspects(&disk.changed()).iter() {
             let ours = disk.read_block(block)?;
-            if theirs.get(&block) != Some(&xxh3_128(&ours)) {
+            if !theirs.is(block, xxh3_128(&ours)) {
                 mirror::put_block(index, block, &ours, &mut bytes);
                 number += 1;
             }
@@ -120,9 +108,6 @@ fn differing_blocks(baseline: &Baseline, list: &mut &[u8]) -> Result<(Vec<u8>, u
                 ));
             }
         }
-    }
-    if !list.is_empty() {
-        return Err(Error::new("the standby's list of changes goes on after its end"));
     }
     Ok((bytes, number))
 }
@@ -148,29 +133,23 @@ pub struct Delta {
     pub pages: usize,
     /// How many blocks of disks.
     pub blocks: usize,
-    /// See [`Changes::damaged`]; of the primary.
+    /// Pages of the primary that changed though nobody wrote to them.
     pub damaged: Vec<usize>,
+    /// How many such the secondary has.
+    pub theirs_damaged: u32,
 }
 
-/// Makes the delta from a machine that stands still to one that has sent `theirs`. Afterwards both count as equal.
-///
-/// `scrub`: whether to look for pages of this side that changed though nobody wrote to them. If the other side has found some of its own, it is
-/// known who is wrong, and the guest need not stand still for so long.
-pub fn delta(
+/// Makes the delta from a machine that stands still to one of which all was told. Afterwards both count as equal. `wanted` are the pages in which they differ.
+pub(super) fn delta(
     machine: &mut Machine,
     baseline: &mut Baseline,
-    mut theirs: &[u8],
+    told: &Told,
+    (wanted, damaged): (&PageSet, Vec<usize>),
     disk_bytes: &[u64],
     last_output: u64,
-    scrub: bool,
 ) -> Result<Delta> {
-    let total = machine.ram().flags().pages();
-    let list = &mut theirs;
-    let theirs = lists::take_region(list, total, "page").what(UNUSABLE)?;
-    let (block_bytes, blocks) = differing_blocks(baseline, list)?;
-    let (ours, damaged) = suspects(machine, baseline, scrub);
+    let (block_bytes, blocks) = differing_blocks(baseline, told)?;
     let digest = machine.digest();
-    let wanted = lists::differing(&ours, machine.page_hashes(), &theirs);
     let pages: Vec<usize> = wanted.iter().collect();
 
     let own = Own { pages: pages.iter().flat_map(|&page| (page as u32).to_le_bytes()).collect(), digest };
@@ -187,7 +166,8 @@ pub fn delta(
     let (image, _) = writer.finish().what(what)?;
     baseline.equal(machine)?;
     let image = [&(block_bytes.len() as u64).to_le_bytes()[..], &block_bytes, &image].concat();
-    Ok(Delta { image, pages: pages.len(), blocks, damaged })
+    let theirs_damaged = told.damaged.unwrap_or(0);
+    Ok(Delta { image, pages: pages.len(), blocks, damaged, theirs_damaged })
 }
 
 /// Makes a machine and its disks equal to those the delta is of. Says what the delta knows beyond the machine, and how many pages and blocks were replaced.
@@ -322,6 +302,8 @@ fn section(delta: &[u8]) -> Result<(&[u8], &[u8])> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::survey::Survey;
+    use super::super::told;
     use super::*;
     use twinstep_machine::Config;
     use twinstep_machine::faults::Bit;
@@ -344,10 +326,29 @@ mod tests {
         })
     }
 
+    /// What a secondary that stands still tells.
+    fn tell(machine: &mut Machine, baseline: &mut Baseline) -> Told {
+        let mut survey = Survey::default();
+        survey.finish(machine);
+        let mut pages = baseline.changed(machine);
+        survey.damaged.iter().for_each(|&page| pages.insert(page));
+        let pages: Vec<_> = pages.iter().map(|page| (page, machine.page_hashes()[page])).collect();
+        let mut told = Told::of(machine, &baseline.disks);
+        told::of_pages(&pages).iter().for_each(|message| told.take(message).unwrap());
+        for (disk, blocks) in baseline.changed_blocks().unwrap().iter().enumerate() {
+            told::of_blocks(disk, blocks).iter().for_each(|message| told.take(message).unwrap());
+        }
+        told.take(&told::of_search(survey.damaged.len())).unwrap();
+        told
+    }
+
     fn resync(pair: &mut [(Machine, Baseline); 2]) -> (Delta, usize) {
         let [(primary, ours), (secondary, theirs)] = pair;
-        let list = changes(secondary, theirs).unwrap().list;
-        let delta = delta(primary, ours, &list, &[], 5, true).unwrap();
+        let told = tell(secondary, theirs);
+        let mut survey = Survey::default();
+        survey.finish(primary);
+        let wanted = differing_pages(primary, ours, &told, &survey.damaged);
+        let delta = delta(primary, ours, &told, (&wanted, survey.damaged), &[], 5).unwrap();
         let (extra, pages, _) = apply(secondary, &theirs.disks, &delta.image).unwrap();
         theirs.equal(secondary).unwrap();
         assert_eq!(extra.last_output, 5);
@@ -400,12 +401,14 @@ mod tests {
     fn bits_that_flipped_are_found_and_whose_they_are() {
         let mut pair = pair();
         assert!(pair[1].0.flip(Bit::Ram(9 * 4096, 0)));
-        let found = changes(&mut pair[1].0, &mut Baseline::new(&mut machine(), Vec::new()).unwrap()).unwrap();
-        assert_eq!((found.damaged, found.list.len()), (vec![9], 4 + lists::ENTRY_BYTES));
+        let [_, (secondary, theirs)] = &mut pair;
+        let found = tell(secondary, theirs);
+        let none = PageSet::none(secondary.ram().flags().pages());
+        assert_eq!((found.damaged, found.ram.suspects(&none).iter().collect::<Vec<_>>()), (Some(1), vec![9]));
         let mut pair = self::pair();
         assert!(pair[0].0.flip(Bit::Ram(9 * 4096, 0)) && pair[1].0.flip(Bit::Ram(10 * 4096, 0)));
         let (delta, pages) = resync(&mut pair);
-        assert_eq!((delta.damaged, pages), (vec![9], 2));
+        assert_eq!((delta.damaged, delta.theirs_damaged, pages), (vec![9], 1, 2));
     }
 
     #[test]
@@ -444,16 +447,13 @@ mod tests {
     }
 
     #[test]
-    fn lists_and_deltas_of_strangers_are_refused() {
+    fn deltas_of_strangers_are_refused() {
         let [(mut primary, mut ours), (mut secondary, _)] = pair();
-        let mut list = [1u32.to_le_bytes(), u32::MAX.to_le_bytes()].concat();
-        list.extend([0; 16]);
-        let refused = delta(&mut primary, &mut ours, &list, &[], 0, true).unwrap_err().to_string();
-        assert!(refused.contains("has changed; there are 16384"), "{refused}");
-        assert!(delta(&mut primary, &mut ours, &list[..23], &[], 0, true).unwrap_err().to_string().contains("cut off"));
         // Something nobody told of differs: the digest finds it.
         secondary.write_ram_page(77, &[3; 4096]);
-        let delta = delta(&mut primary, &mut ours, &[0; 4], &[], 0, true).unwrap();
+        let none = PageSet::none(primary.ram().flags().pages());
+        let told = Told::of(&primary, &[]);
+        let delta = delta(&mut primary, &mut ours, &told, (&none, Vec::new()), &[], 0).unwrap();
         let refused = apply(&mut secondary, &[], &delta.image).unwrap_err().to_string();
         assert!(refused.contains("still differs in ram"), "{refused}");
         let mut other = Machine::new(Config { ram_mib: 128, ..Config::default() }, Vec::new()).unwrap();

@@ -13,8 +13,8 @@ use std::time::Duration;
 use serde_json::{Map, json};
 use twinstep_machine::{Config, Machine, Output};
 use twinstep_pair::{
-    Arbiter, Epoch, Healer, Nanos, OutputId, Primary, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup, Seq,
-    StopReason, Verdict, VmId,
+    Arbiter, Epoch, Healer, Nanos, OnMismatch, OutputId, Primary, Secondary, SecondaryAction, SecondaryEvent, SecondarySetup,
+    Seq, StopReason, Verdict, VmId,
 };
 
 use super::asker::Asker;
@@ -22,7 +22,6 @@ use super::build::Extra;
 use super::follow::{Follower, Replayed, ToReplay};
 use super::line::{Closing, Line};
 use super::mirror::Target;
-use super::resync::Changes;
 use super::spec::DiskSpec;
 use super::turns::{self, Post, Turn, Turns};
 use super::window::Window;
@@ -112,15 +111,22 @@ pub(super) enum ToStandby {
     Agreed(u64),
     /// The state differs there, though no output does, in these parts.
     StateDiffers(u64, String),
-    /// An output is not the primary's; the machine stands still.
+    /// An output is not the primary's.
     Mismatch {
         /// What is wrong, for people.
         text: String,
         output: OutputId,
         position: u64,
         detail: Vec<u8>,
-        changes: Changes,
     },
+    /// These pages changed though nobody wrote to them.
+    Damaged(Vec<usize>),
+    /// For the primary, of what has changed here ([`super::told`]).
+    Changed(Vec<u8>),
+    /// All that has changed was told.
+    Listed,
+    /// What the machine has made since it differed was reported.
+    Diverged,
     /// The machine is the primary's again: so many pages, and blocks of disks, were replaced.
     Resynced {
         position: u64,
@@ -331,19 +337,23 @@ impl Driver {
                 self.events.say_with("state-differs", text, figures);
                 return;
             }
-            ToStandby::Mismatch { text, output, position, detail, changes } => {
+            ToStandby::Mismatch { text, output, position, detail } => {
                 let figures = Map::from_iter([("output".to_owned(), json!(output)), ("position".to_owned(), json!(position))]);
                 self.events.say_with("mismatch", text, figures);
-                if let Some(first) = changes.damaged.first() {
-                    let n = changes.damaged.len();
-                    let text = format!(
-                        "memory of this standby's host is bad: {n} pages changed without being written, the first is page {first} of the guest's RAM"
-                    );
-                    self.events.say("damaged", text);
-                }
-                let damaged = changes.damaged.len() as u64;
-                SecondaryEvent::Mismatch { output, position, damaged, detail, changed: changes.list }
+                SecondaryEvent::Mismatch { output, position, detail }
             }
+            ToStandby::Damaged(pages) => {
+                let text = format!(
+                    "memory of this standby's host is bad: {} pages changed without being written, the first is page {} of the guest's RAM",
+                    pages.len(),
+                    pages[0]
+                );
+                self.events.say_with("damaged", text, Map::from_iter([("pages".to_owned(), json!(pages))]));
+                return;
+            }
+            ToStandby::Changed(message) => SecondaryEvent::Changed(message),
+            ToStandby::Listed => SecondaryEvent::Listed,
+            ToStandby::Diverged => SecondaryEvent::Diverged,
             ToStandby::Resynced { position, last_output, pages, blocks, took_ns } => {
                 let figures = Map::from_iter([
                     ("pages".to_owned(), json!(pages)),
@@ -400,6 +410,9 @@ impl Driver {
                 SecondaryAction::Prepare(hello) => {
                     self.board.set_vm(hello.vm.vm);
                     self.vm = hello.vm.vm;
+                    if hello.on_mismatch == OnMismatch::Stop {
+                        self.tell_replay(ToReplay::EndsAtMismatch);
+                    }
                     let (vm, name, mib, cpu_model) = (hello.vm.vm, hello.vm.name, hello.vm.ram_bytes >> 20, hello.vm.cpu_model);
                     // Before the image travels: a host that cannot run the model has no use for it.
                     match (Config { cpu_model: cpu_model.clone(), ..Config::default() }).cpu() {
@@ -419,6 +432,7 @@ impl Driver {
                     self.to_do.push(ToReplay::Records { first_seq, records });
                 }
                 SecondaryAction::RunAhead { position } => self.to_do.push(ToReplay::RunAhead { position }),
+                SecondaryAction::ListChanges { position } => self.tell_replay(ToReplay::List { position }),
                 SecondaryAction::Diverge => self.tell_replay(ToReplay::Diverge),
                 SecondaryAction::Discard { up_to } => self.tell_replay(ToReplay::Discard { up_to }),
                 SecondaryAction::AskArbiter(claim) => {

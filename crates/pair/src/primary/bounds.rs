@@ -3,7 +3,7 @@
 //! In: the figures of the backlog and of the outputs. Out: which bound is passed, and the throttle. Invariant: a guest that is held back runs on once what it was held back for has fallen
 //! to half its bound, and not before.
 
-use super::{Primary, PrimaryAction};
+use super::{Primary, PrimaryAction, PrimaryState};
 use crate::config::Commit;
 use crate::notice::Notice;
 use crate::types::Nanos;
@@ -24,12 +24,14 @@ impl Primary {
         let config = &self.setup.config;
         // The secondary can't replay before it has the image.
         let restored = self.image.restored;
-        let (soft, matched) = (restored && multiplier == 1, config.commit == Commit::Matched);
+        let soft = restored && multiplier == 1;
+        // A secondary that catches up is compared with nobody.
+        let matched = config.commit == Commit::Matched && self.state != PrimaryState::CatchingUp;
         let figures = self.backlog.as_ref().map(|backlog| {
             [
                 (true, backlog.unacked_bytes(), config.max_unacked_bytes, "too much log is not acknowledged"),
                 (true, backlog.unreplayed_bytes(), config.max_unreplayed_bytes, "too much log is not replayed"),
-                (soft, backlog.lag_instructions(), config.max_replay_lag, TOO_FAR_BEHIND),
+                (soft, backlog.lag_instructions(), self.max_lag(), TOO_FAR_BEHIND),
                 (soft && matched, backlog.lag_time().0, config.max_matched_lag.0, TOO_LATE),
                 (restored, self.outputs.held(), config.max_held_outputs, "too many outputs are held"),
             ]

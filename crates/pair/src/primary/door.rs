@@ -40,6 +40,17 @@ pub enum PrimaryEvent {
     },
     /// More bytes of the image; no more than [`PrimaryAction::WantImage`] has asked for.
     ImageChunk(Vec<u8>),
+    /// For a resync all has been done that can be done while the guest runs, on both sides. The guest is stopped once the secondary has caught up.
+    ResyncPrepared,
+    /// As asked for by [`PrimaryAction::StandStill`] the guest stands still at this position. All records so far were given in, and nothing enters the machine until it is
+    /// no longer throttled.
+    StandsStill {
+        /// The position.
+        position: u64,
+    },
+    /// Instead of the cut that [`PrimaryAction::MakeDelta`] asks for: more differs than can be sent while the guest stands still. It runs on, much of that is given in as chunks meanwhile, and
+    /// [`PrimaryEvent::ResyncPrepared`] is said again.
+    ResyncGoesOn,
     /// The image holds the machine as it is at this position: every record from here on goes to the secondary. May come before,
     /// between or after the chunks, but exactly once; the last output so far is `last_output`.
     ImageCut {
@@ -105,21 +116,29 @@ pub enum PrimaryAction {
     Beat,
     /// The standby can replay this machine. Begin to produce the image.
     StartImage,
-    /// The secondary has made another output. Tell people what differs, and begin to produce the image of a resync: whatever the
-    /// secondary's machine lacks, and the data of all outputs that have not certainly left. The cut and the chunks are reported as for [`PrimaryAction::StartImage`];
-    /// after the cut the guest does not run until it is no longer throttled.
+    /// The secondary has made another output. Tell people what differs, and prepare the resync while the guest runs: find out what has changed here since the
+    /// two machines were last known to be equal, then say [`PrimaryEvent::ResyncPrepared`].
     StartResync {
         /// The first output that is not matched.
         output: OutputId,
         /// The position of the secondary's machine.
         position: u64,
-        /// So many pages of the secondary's machine have changed though nobody wrote to them.
-        damaged: u64,
         /// What the secondary made, in the host's words.
         detail: Vec<u8>,
-        /// What has changed in the secondary since the two machines were last known to be equal, in the host's words.
-        changed: Vec<u8>,
     },
+    /// During a resync, some of what has changed in the secondary since the two machines were last known to be equal, in its host's words.
+    Changed(Vec<u8>),
+    /// During a resync, the guest is to lose so many hundredths of its time, so that the secondary catches up.
+    Slow {
+        /// Below 100.
+        percent: u8,
+    },
+    /// The guest is throttled: say where it stands, with [`PrimaryEvent::StandsStill`].
+    StandStill,
+    /// The secondary has replayed all there is, and `Changed` has said all. Produce the image of the resync: whatever the
+    /// secondary's machine lacks, and the data of all outputs that have not certainly left. The cut, where the guest stands, and the chunks are reported as for
+    /// [`PrimaryAction::StartImage`]. Or say [`PrimaryEvent::ResyncGoesOn`].
+    MakeDelta,
     /// What the secondary's host says of the initial copy, in its words.
     CopyReport(Vec<u8>),
     /// The two machines were equal there, in all of their state: what changed before needs not be remembered for a resync.
@@ -166,7 +185,10 @@ pub enum PrimaryState {
     Copying,
     /// Outputs are held until the secondary has what it needs to make them itself.
     Protected,
-    /// The secondary has made another output and gets what it lacks. The guest is throttled, outputs are held.
+    /// The secondary has made another output. It replays what it has not replayed yet, and both find out what has changed; the guest runs, perhaps slowed. Outputs leave by the rule, which
+    /// means that with [`Commit::Matched`](crate::Commit::Matched) none does.
+    CatchingUp,
+    /// The secondary gets what it lacks. The guest is throttled, outputs are held.
     Resyncing,
     /// The secondary is lost, the arbiter is asked, the guest is throttled, outputs are held.
     Deciding,
@@ -182,6 +204,7 @@ impl PrimaryState {
             PrimaryState::Greeting => "greeting",
             PrimaryState::Copying => "copying",
             PrimaryState::Protected => "protected",
+            PrimaryState::CatchingUp => "catching up",
             PrimaryState::Resyncing => "resyncing",
             PrimaryState::Deciding => "deciding",
             PrimaryState::Stopped => "stopped",

@@ -5,7 +5,7 @@
 //! - **Output rule.** From the moment protection starts until the primary goes alone by right, an output leaves only when the
 //!   secondary has acknowledged the record that notes it, and with it all records before; if so configured ([`Commit::Matched`]), only when the
 //!   secondary has said as well that it has made the same.
-//! - **Resync.** What is held when the two differ is held until the secondary has confirmed that it has become equal, outputs included.
+//! - **Resync.** What is held when the guest stands still for it is held until the secondary has confirmed that it has become equal, outputs included.
 //! - **No split brain.** Once protection has started the primary goes on alone only as the winner of the next epoch, or after
 //!   the secondary has said that it has stopped for good.
 //! - **Stalls.** A primary that was not woken for half of the peer's timeout lets nothing leave until it has heard a beat that answers one sent since: what it finds in
@@ -13,16 +13,16 @@
 //! - **Bounds.** Image, log and held outputs each have a limit; the guest is throttled before, the secondary given up beyond.
 //!
 //! ```text
-//!             PeerConnected          HelloReply       ImageReady, caught up
-//! Unprotected ─────────────▶ Greeting ─────────▶ Copying ────────────▶ Protected
-//!     ▲  ▲                      │                   │        Mismatch ┌───▶│◀───┐ ImageReady
-//!     │  │                      │                   │                 │    │    │
-//!     │  │                      │                   │             Resyncing ────┘
-//!     │  │                      │                   │                     │ peer lost
-//!     │  └──────────────────────┴───────────────────┘                     ▼
-//!     │        peer lost or refused: no arbiter                       Deciding ──▶ Stopped
-//!     └───────────────────────────────────────────────────────────────────┘  Lost
-//!                       Won: GoAlone in the next epoch
+//!             PeerConnected          HelloReply       ImageReady, level
+//! Unprotected ─────────────▶ Greeting ─────────▶ Copying ───────────────▶ Protected ◀───────────┐ ImageReady
+//!     ▲  ▲                      │                   │                         │ Mismatch        │
+//!     │  │                      │                   │                         ▼         level   │
+//!     │  │                      │                   │                    CatchingUp ◀──────▶ Resyncing
+//!     │  └──────────────────────┴───────────────────┘                         too much differs
+//!     │        peer lost or refused: no arbiter
+//!     │                                      peer lost in one of the three on the right
+//!     └───────────────────────────── Deciding ◀──────────────────────────────────
+//!       Won: GoAlone in the next epoch   └──▶ Stopped (Lost)
 //! ```
 //!
 //! When outputs are held, exactly: outputs made in `Unprotected`, `Greeting` and `Copying` leave at once (with [`Commit::Matched`], those made last in
@@ -40,6 +40,7 @@ mod backlog;
 mod bounds;
 mod door;
 mod handover;
+mod image;
 mod lookahead;
 mod outputs;
 mod resync;
@@ -56,27 +57,16 @@ use crate::detector::Grace;
 use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{Ack, Hello, HelloReply, LOG_BATCH_BYTES, MAX_IMAGE_CHUNK_BYTES, MAX_VERSION, MIN_VERSION, Message, encode};
+use crate::wire::{Ack, Hello, HelloReply, LOG_BATCH_BYTES, MAX_VERSION, MIN_VERSION, Message, VmIdentity, encode};
 
 use backlog::Backlog;
 use bounds::{TOO_FAR_BEHIND, TOO_LATE};
 pub use door::{PrimaryAction, PrimaryEvent, PrimarySetup, PrimaryState, PrimaryStatus};
 use handover::Handing;
+use image::Image;
 use lookahead::Lookahead;
 use outputs::HeldOutputs;
-
-/// The image on its way.
-#[derive(Debug, Clone, Default)]
-struct Image {
-    wanted_bytes: u64,
-    fed_bytes: u64,
-    acked_bytes: u64,
-    /// Position and last output of the machine in the image.
-    cut: Option<(u64, OutputId)>,
-    ended: bool,
-    /// The secondary has restored it.
-    restored: bool,
-}
+use resync::Resync;
 
 /// The primary of a pair; see the head of the module.
 #[derive(Debug, Clone)]
@@ -98,8 +88,8 @@ pub struct Primary {
     matched: OutputId,
     /// Outputs are held already, although protection has not started.
     holding: bool,
-    /// What came of the secondary's list of changes.
-    changed: Vec<u8>,
+    /// From a difference until the secondary is equal again.
+    resync: Option<Resync>,
     resyncs: u64,
     agreed_position: u64,
     arbitration: Option<Arbitration>,
@@ -141,7 +131,7 @@ impl Primary {
             outputs: HeldOutputs::new(setup.last_output, setup.last_left),
             matched: setup.last_output,
             holding: false,
-            changed: Vec::new(),
+            resync: None,
             resyncs: 0,
             agreed_position: 0,
             arbitration: None,
@@ -177,6 +167,11 @@ impl Primary {
         self.setup.config.commit
     }
 
+    /// The machine.
+    pub fn vm(&self) -> &VmIdentity {
+        &self.setup.vm
+    }
+
     /// In which epoch the machine runs.
     pub fn epoch(&self) -> Epoch {
         self.epoch
@@ -208,7 +203,7 @@ impl Primary {
         let link = self.link.as_ref().map(|link| link.deadline(self.peer_timeout(), self.grace()));
         let arbitration = self.arbitration.as_ref().map(Arbitration::deadline);
         let stall = self.may_stall().then(|| self.last_progress.plus(self.setup.config.stall_timeout));
-        [link, arbitration, stall, self.claim_at].into_iter().flatten().min()
+        [link, arbitration, stall, self.claim_at, self.resync_deadline()].into_iter().flatten().min()
     }
 
     /// Takes the next thing to do. Call until `None` after each batch of events.
@@ -250,11 +245,14 @@ impl Primary {
             PrimaryEvent::ImageChunk(bytes) => self.on_image_chunk(&bytes),
             PrimaryEvent::ImageCut { position } => self.on_image_cut(position),
             PrimaryEvent::ImageEnd => self.on_image_end(now),
+            PrimaryEvent::ResyncPrepared => self.on_resync_prepared(),
+            PrimaryEvent::StandsStill { position } => self.on_stands_still(position),
+            PrimaryEvent::ResyncGoesOn => self.on_resync_goes_on(now),
             PrimaryEvent::Lookahead { position } => self.on_lookahead(position),
             PrimaryEvent::Paused => self.disturbed(),
             PrimaryEvent::Progress { position } => self.position = self.position.max(position),
             PrimaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
-            PrimaryEvent::Shutdown { reason } => self.ending = Some(reason),
+            PrimaryEvent::Shutdown { reason } => self.on_shutdown(now, reason),
             PrimaryEvent::HandOver { reason } => self.on_hand_over(now, reason),
             PrimaryEvent::Beat => {
                 if let Some(link) = &mut self.link {
@@ -307,21 +305,20 @@ impl Primary {
     }
 
     fn on_message(&mut self, now: Nanos, message: Message) {
-        use PrimaryState::{Copying, Greeting, Protected, Resyncing};
+        use PrimaryState::{CatchingUp, Copying, Greeting, Protected, Resyncing};
         match (self.state, message) {
             (Greeting, Message::HelloReply(reply)) => self.on_hello_reply(now, reply),
             (Greeting, Message::Refuse { reason }) => self.refuse(now, reason),
-            (Copying | Protected | Resyncing, Message::Ack(ack)) => self.on_ack(now, &ack),
+            (Copying | Protected | CatchingUp | Resyncing, Message::Ack(ack)) => self.on_ack(now, &ack),
             (Copying | Resyncing, Message::ImageReady { position }) => self.on_image_ready(now, position),
-            (Copying | Protected | Resyncing, Message::Heartbeat { echo, .. }) => self.on_beat(echo),
+            (Copying | Protected | CatchingUp | Resyncing, Message::Heartbeat { echo, .. }) => self.on_beat(echo),
             (Copying, Message::CopyReport(bytes)) => self.actions.push_back(PrimaryAction::CopyReport(bytes)),
-            (Copying | Protected, Message::Changed(bytes)) => self.on_changed(now, &bytes),
+            (CatchingUp | Resyncing, Message::Changed(bytes)) => self.actions.push_back(PrimaryAction::Changed(bytes)),
+            (Resyncing, Message::Listed) => self.on_listed(now),
             (Copying, Message::Mismatch { output, .. }) => {
                 self.lose_peer(now, &format!("the standby makes another output {output} before protection has started"));
             }
-            (Protected, Message::Mismatch { output, position, damaged, detail }) => {
-                self.on_mismatch(now, output, position, damaged, detail);
-            }
+            (Protected, Message::Mismatch { output, position, detail }) => self.on_mismatch(now, output, position, detail),
             (_, Message::Goodbye { reason }) => self.on_goodbye(now, &reason),
             (state, message) => {
                 let (kind, state) = (message.kind(), state.name());
@@ -363,7 +360,7 @@ impl Primary {
 
     fn on_goodbye(&mut self, now: Nanos, reason: &str) {
         let reason = format!("the standby said goodbye: {reason}");
-        if !matches!(self.state, PrimaryState::Protected | PrimaryState::Resyncing) {
+        if !self.has_rival() {
             return self.lose_peer(now, &reason);
         }
         // It has stopped for good, so there is nobody to win an epoch against.
@@ -371,73 +368,7 @@ impl Primary {
         self.go_alone(self.epoch, reason);
     }
 
-    // ---- the image ----
-
-    fn want_image(&mut self) {
-        let window = self.image.acked_bytes + self.setup.config.image_window_bytes;
-        if window > self.image.wanted_bytes && !self.image.ended {
-            let bytes = window - self.image.wanted_bytes;
-            self.image.wanted_bytes = window;
-            self.actions.push_back(PrimaryAction::WantImage { bytes });
-        }
-    }
-
-    /// Whether an image is wanted: the first one, or that of a resync.
-    fn is_copying(&self) -> bool {
-        matches!(self.state, PrimaryState::Copying | PrimaryState::Resyncing)
-    }
-
-    fn on_image_chunk(&mut self, bytes: &[u8]) {
-        if !self.is_copying() {
-            return; // The standby was lost while the host read the image.
-        }
-        assert!(!self.image.ended, "the image goes on after its end");
-        self.image.fed_bytes += bytes.len() as u64;
-        assert!(self.image.fed_bytes <= self.image.wanted_bytes, "more image was fed than was asked for");
-        for chunk in bytes.chunks(MAX_IMAGE_CHUNK_BYTES) {
-            self.send(&Message::ImageChunk(chunk.to_vec()));
-        }
-    }
-
-    fn on_image_cut(&mut self, position: u64) {
-        if !self.is_copying() {
-            return;
-        }
-        assert!(self.image.cut.is_none(), "an image has one cut");
-        self.image.cut = Some((position, self.outputs.produced()));
-        self.position = self.position.max(position);
-        if self.state == PrimaryState::Copying {
-            self.backlog = Some(Backlog::new(position));
-        } else {
-            // The image stands for all records before it; and the secondary hears of what has left, which it does not carry.
-            self.flush();
-        }
-    }
-
-    fn on_image_end(&mut self, now: Nanos) {
-        if !self.is_copying() {
-            return;
-        }
-        assert!(!self.image.ended, "the image ends once");
-        let (position, _) = self.image.cut.expect("the cut is made before the image ends");
-        self.image.ended = true;
-        self.send(&Message::ImageEnd { position, total_bytes: self.image.fed_bytes });
-        if self.bugs.has(Bug::ResumeBeforeReady) && self.state == PrimaryState::Resyncing {
-            self.resynced(now);
-        }
-    }
-
-    fn on_image_ready(&mut self, now: Nanos, position: u64) {
-        if !self.image.ended || self.image.cut.is_none_or(|(cut, _)| cut != position) {
-            return self.lose_peer(now, &format!("the standby has restored another image, at position {position}"));
-        }
-        self.image.restored = true;
-        // Its machine made the outputs before the cut, for it is this one.
-        self.matched = self.matched.max(self.image.cut.map_or(0, |(_, last_output)| last_output));
-        if self.state == PrimaryState::Resyncing {
-            self.resynced(now);
-        }
-    }
+    // ---- releasing, and the start of protection ----
 
     fn release_what_may(&mut self) {
         if self.woken.is_some() && !self.bugs.has(Bug::ReleaseAfterStall) {
@@ -556,7 +487,7 @@ impl Primary {
         if match_news {
             self.last_progress = now;
         }
-        if self.state == PrimaryState::Protected {
+        if matches!(self.state, PrimaryState::Protected | PrimaryState::CatchingUp) {
             self.release_what_may();
         }
     }
@@ -602,7 +533,7 @@ impl Primary {
         self.drop_link();
         // Nobody will acknowledge these records any more.
         self.backlog = None;
-        self.changed = Vec::new();
+        self.resync = None;
         match self.state {
             PrimaryState::Greeting | PrimaryState::Copying => {
                 self.holding = false;
@@ -610,10 +541,12 @@ impl Primary {
                 self.enter(PrimaryState::Unprotected, reason);
                 self.release_all();
             }
-            PrimaryState::Protected | PrimaryState::Resyncing if self.bugs.has(Bug::AloneWithoutArbiter) => {
+            PrimaryState::Protected | PrimaryState::CatchingUp | PrimaryState::Resyncing
+                if self.bugs.has(Bug::AloneWithoutArbiter) =>
+            {
                 self.go_alone(self.epoch.next(), reason.to_owned());
             }
-            PrimaryState::Protected | PrimaryState::Resyncing => {
+            PrimaryState::Protected | PrimaryState::CatchingUp | PrimaryState::Resyncing => {
                 self.lost_reason = reason.to_owned();
                 self.enter(PrimaryState::Deciding, reason);
                 self.set_throttle(Some("the standby is lost and the arbiter is asked"));
@@ -675,9 +608,10 @@ impl Primary {
     }
 
     fn go_alone(&mut self, epoch: Epoch, reason: String) {
-        assert!(matches!(self.state, PrimaryState::Protected | PrimaryState::Resyncing | PrimaryState::Deciding));
+        assert!(self.has_rival() || self.state == PrimaryState::Deciding);
         self.epoch = epoch;
         self.backlog = None;
+        self.resync = None;
         self.arbitration = None;
         self.handing = None;
         self.claim_at = None;
@@ -743,6 +677,7 @@ impl Primary {
     /// What follows from the new state, whatever the event was.
     fn settle(&mut self, now: Nanos) {
         self.start_protection_if_ready(now);
+        self.go_on_with_resync(now);
         self.hand_over_if_even();
         if self.backlog.as_ref().is_some_and(Backlog::batch_full) {
             self.flush();

@@ -21,8 +21,7 @@ impl Primary {
 
     /// Whether it was not called for so long before `now` that its secondary may have given it up. The next event, whatever it is, makes it ask.
     pub fn was_stalled(&self, now: Nanos) -> bool {
-        let has_rival = matches!(self.state, PrimaryState::Protected | PrimaryState::Resyncing);
-        has_rival && now.since(self.called) >= Nanos(self.setup.config.peer_timeout.0 / 2)
+        self.has_rival() && now.since(self.called) >= Nanos(self.setup.config.peer_timeout.0 / 2)
     }
 
     /// Asks the secondary whether it still follows.
@@ -37,7 +36,7 @@ impl Primary {
     pub(super) fn on_beat(&mut self, echo: Nanos) {
         if self.woken.is_some_and(|woken| echo >= woken) {
             self.woken = None;
-            if self.state == PrimaryState::Protected {
+            if matches!(self.state, PrimaryState::Protected | PrimaryState::CatchingUp) {
                 self.release_what_may();
             }
         }

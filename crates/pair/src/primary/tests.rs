@@ -438,7 +438,7 @@ fn a_configuration_that_can_not_work_is_refused() {
 }
 
 fn mismatch() -> Message {
-    Message::Mismatch { output: 2, position: 12, damaged: 3, detail: vec![7] }
+    Message::Mismatch { output: 2, position: 12, detail: vec![7] }
 }
 
 #[test]
@@ -470,56 +470,97 @@ fn what_left_before_protection_is_matched_as_well() {
     assert_eq!(bench.hear(Message::Ack(Ack { matched: 2, ..ack })).actions, [release(2)]);
 }
 
+/// The guest runs, slowed, until the secondary has caught up; then it stands still, and nothing leaves until the secondary is equal.
 #[test]
 fn a_mismatch_is_repaired_before_anything_leaves() {
-    for commit in [Commit::Matched, Commit::Received] {
+    for (commit, slowed, early) in [(Commit::Matched, 90, &[][..]), (Commit::Received, 50, &[release(3)])] {
         let mut bench = Bench::ruled(commit, OnMismatch::Primary);
+        let ack = Ack { received_seq: 1, replayed_seq: 1, replayed_position: 11, image_bytes: 4, matched: 1, agreed_position: 0 };
         bench.output(11);
-        bench.hear(Message::Ack(Ack {
-            received_seq: 1,
-            replayed_seq: 1,
-            replayed_position: 11,
-            image_bytes: 4,
-            matched: 1,
-            agreed_position: 0,
-        }));
+        bench.hear(Message::Ack(ack));
         bench.tell(PrimaryEvent::OutputsLeft { up_to: 1 });
         bench.output(12);
-        bench.hear(Message::Changed(vec![1, 2]));
-        bench.hear(Message::Changed(vec![3]));
         let done = bench.hear(mismatch());
-        let (output, position, detail, changed) = (2, 12, vec![7], vec![1, 2, 3]);
         let bytes = config().image_window_bytes;
-        let start = PrimaryAction::StartResync { output, position, damaged: 3, detail, changed };
-        assert_eq!(done.actions, [PrimaryAction::Throttle(true), start, PrimaryAction::WantImage { bytes }]);
-        // What the guest did before it was stopped goes on to the log, and is in the image as well.
-        bench.output(13);
-        bench.tell(PrimaryEvent::ImageCut { position: 13 });
+        let start = PrimaryAction::StartResync { output: 2, position: 12, detail: vec![7] };
+        assert_eq!(done.actions, [start, PrimaryAction::WantImage { bytes }, PrimaryAction::Slow { percent: slowed }]);
+        assert_eq!(bench.hear(Message::Changed(vec![1, 2])).actions, [PrimaryAction::Changed(vec![1, 2])]);
+        // The guest runs on, and what leaves is what the rule lets leave. Some of the image may be on its way.
+        bench.now = bench.now.plus(Nanos(config().max_matched_lag.0 + 1));
+        bench.output(16);
+        let ack = Ack { received_seq: 3, image_bytes: 0, ..ack };
+        assert_eq!(bench.hear(Message::Ack(ack)).actions, early, "{commit:?}");
+        assert_eq!(bench.tell(PrimaryEvent::ImageChunk(vec![8])).sent, [Message::ImageChunk(vec![8])]);
+        assert_eq!(bench.tell(PrimaryEvent::ResyncPrepared).actions, [], "it is not level");
+        let done = bench.hear(Message::Ack(Ack { replayed_seq: 2, replayed_position: 13, ..ack }));
+        assert_eq!(done.actions, [PrimaryAction::Throttle(true), PrimaryAction::StandStill]);
+        assert_eq!(bench.primary.state(), PrimaryState::Resyncing);
+        // What the guest did before it was stopped goes to the log, and is in the image as well.
+        bench.output(17);
+        let done = bench.tell(PrimaryEvent::StandsStill { position: 17 });
+        assert_eq!(done.sent.last(), Some(&Message::StandStill { position: 17 }));
+        let ack = Ack { received_seq: 4, replayed_seq: 4, replayed_position: 17, ..ack };
+        assert_eq!(bench.hear(Message::Ack(ack)).actions, [], "{commit:?}: nothing leaves before the secondary is equal");
+        assert_eq!(bench.hear(Message::Listed).actions, [PrimaryAction::MakeDelta]);
+        bench.tell(PrimaryEvent::ImageCut { position: 17 });
         assert_eq!(bench.tell(PrimaryEvent::ImageChunk(vec![9; 2])).sent, [Message::ImageChunk(vec![9; 2])]);
         let done = bench.tell(PrimaryEvent::ImageEnd);
-        assert_eq!(done.sent, [Message::ImageEnd { position: 13, total_bytes: 2 }]);
-        let ack = Ack { received_seq: 3, replayed_seq: 1, replayed_position: 12, image_bytes: 2, matched: 1, agreed_position: 0 };
-        assert_eq!(bench.hear(Message::Ack(ack)).actions, [], "{commit:?}: nothing leaves before the secondary is equal");
-        let done = bench.hear(Message::ImageReady { position: 13 });
-        assert_eq!(done.actions, [release(3), PrimaryAction::Throttle(false)]);
+        assert_eq!(done.sent, [Message::ImageEnd { position: 17, total_bytes: 3 }]);
+        let ack = Ack { image_bytes: 3, ..ack };
+        assert!(!bench.hear(Message::Ack(ack)).actions.contains(&release(4)), "{commit:?}");
+        let done = bench.hear(Message::ImageReady { position: 17 });
+        assert_eq!(done.actions, [release(4), PrimaryAction::Throttle(false)]);
         let status = bench.primary.status();
         assert_eq!((status.state, status.resyncs, status.unreplayed_bytes), (PrimaryState::Protected, 1, 0));
-        assert_eq!(bench.hear(Message::Ack(Ack { replayed_seq: 3, replayed_position: 13, matched: 3, ..ack })).actions, []);
-        bench.output(14);
-        assert_eq!(
-            bench
-                .hear(Message::Ack(Ack {
-                    received_seq: 4,
-                    replayed_seq: 4,
-                    replayed_position: 14,
-                    image_bytes: 2,
-                    matched: 4,
-                    agreed_position: 0
-                }))
-                .actions,
-            [release(4)]
-        );
+        assert_eq!(bench.hear(Message::Ack(Ack { matched: 4, ..ack })).actions, []);
+        bench.output(18);
+        let ack = Ack { received_seq: 5, replayed_seq: 5, replayed_position: 18, matched: 5, ..ack };
+        assert_eq!(bench.hear(Message::Ack(ack)).actions, [release(5)]);
     }
+}
+
+/// However far the secondary is behind: the guest is slowed more and more, and stopped in the end.
+#[test]
+fn a_secondary_that_does_not_catch_up_is_waited_for_within_bounds() {
+    let mut bench = Bench::ruled(Commit::Received, OnMismatch::Primary);
+    for n in 0..20 {
+        bench.wait(bench.now.plus(millis(2)));
+        bench.output(11 + n);
+    }
+    let begin = bench.now;
+    assert!(bench.hear(mismatch()).actions.contains(&PrimaryAction::Slow { percent: 50 }));
+    bench.tell(PrimaryEvent::ResyncPrepared);
+    let mut all = Vec::new();
+    for step in 1..=45 {
+        all.extend(bench.wait(begin.plus(millis(100 * step))).actions.into_iter().map(|action| (step, action)));
+        bench.hear(beat(0, 0));
+    }
+    let slower = |percent| PrimaryAction::Slow { percent };
+    let stopped = [(40, PrimaryAction::Throttle(true)), (40, PrimaryAction::StandStill)];
+    assert_eq!(all, [&[(10, slower(75)), (20, slower(90))][..], &stopped].concat());
+}
+
+/// More differs than a pause has room for: the guest runs on while it is sent, and is stopped again.
+#[test]
+fn a_resync_may_need_several_attempts() {
+    let mut bench = Bench::ruled(Commit::Received, OnMismatch::Primary);
+    bench.output(11);
+    bench.output(12);
+    bench.hear(mismatch());
+    assert!(bench.tell(PrimaryEvent::ResyncPrepared).actions.contains(&PrimaryAction::StandStill), "it is close");
+    bench.tell(PrimaryEvent::StandsStill { position: 12 });
+    bench.hear(Message::Listed);
+    let done = bench.tell(PrimaryEvent::ResyncGoesOn);
+    assert_eq!(done.actions, [PrimaryAction::Slow { percent: 50 }, PrimaryAction::Throttle(false)]);
+    bench.output(13);
+    bench.tell(PrimaryEvent::ImageChunk(vec![9; 2]));
+    let done = bench.tell(PrimaryEvent::ResyncPrepared);
+    assert_eq!(done.actions, [PrimaryAction::Throttle(true), PrimaryAction::StandStill]);
+    assert_eq!(bench.tell(PrimaryEvent::StandsStill { position: 13 }).sent, [Message::StandStill { position: 13 }]);
+    assert_eq!(bench.hear(Message::Listed).actions, [PrimaryAction::MakeDelta]);
+    // It lists once, when it was asked.
+    bench.hear(Message::Listed);
+    assert_eq!(bench.primary.state(), PrimaryState::Deciding);
 }
 
 /// The secondary may go live, so its loss is decided by the arbiter, in the middle of a resync as well.
@@ -530,9 +571,29 @@ fn a_peer_lost_in_a_resync_is_a_matter_for_the_arbiter() {
     bench.output(12);
     bench.hear(mismatch());
     let done = bench.tell(PrimaryEvent::PeerClosed { reason: "reset".to_owned() });
-    assert_eq!(done.actions, [PrimaryAction::AskArbiter(claim(2))]);
+    assert_eq!(done.actions, [PrimaryAction::Throttle(true), PrimaryAction::AskArbiter(claim(2))]);
     let done = bench.tell(answer(Verdict::Won));
     assert!(done.actions.contains(&release(2)) && done.actions.contains(&PrimaryAction::Throttle(false)), "{done:?}");
+}
+
+/// What a guest did last leaves although its standby was not equal, once it is certain that nobody goes on with the VM.
+#[test]
+fn a_guest_may_end_during_a_resync() {
+    for stopped in [false, true] {
+        let mut bench = Bench::ruled(Commit::Matched, OnMismatch::Primary);
+        bench.output(11);
+        bench.output(12);
+        bench.hear(mismatch());
+        if stopped {
+            bench.tell(PrimaryEvent::ResyncPrepared);
+            bench.tell(PrimaryEvent::StandsStill { position: 12 });
+        }
+        let done = bench.tell(PrimaryEvent::Shutdown { reason: "off".to_owned() });
+        assert!(done.actions.contains(&PrimaryAction::AskArbiter(claim(2))), "{done:?}");
+        let done = bench.tell(answer(Verdict::Won));
+        assert!(done.actions.contains(&release(2)), "{done:?}");
+        assert_eq!(bench.primary.state(), PrimaryState::Stopped);
+    }
 }
 
 #[test]
@@ -546,12 +607,12 @@ fn nobody_is_believed_if_so_configured() {
 }
 
 #[test]
-fn a_secondary_that_lists_more_changes_than_there_is_ram_is_given_up() {
-    let mut bench = Bench::protected();
-    for _ in 0..280 {
-        bench.hear(Message::Changed(vec![0; 1 << 18]));
+fn a_secondary_that_lists_without_being_asked_is_given_up() {
+    for message in [Message::Changed(vec![0]), Message::Listed] {
+        let mut bench = Bench::protected();
+        bench.hear(message);
+        assert_eq!(bench.primary.state(), PrimaryState::Deciding);
     }
-    assert_eq!(bench.primary.state(), PrimaryState::Deciding);
 }
 
 /// The guest was idle for long, so there was no progress to be seen; that is not held against the secondary now.
@@ -596,7 +657,7 @@ fn how_far_the_machine_runs_is_told_behind_the_records() {
     assert_eq!(bench.output(31).sent, [log(4, 31)], "so does a pause");
     assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 31 }).sent, [], "no further than the log is nothing");
     assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 32 + MAX_LOOKAHEAD }).sent, [], "the standby would refuse it");
-    bench.hear(Message::Mismatch { output: 1, position: 20, damaged: 0, detail: vec![] });
+    bench.hear(Message::Mismatch { output: 1, position: 20, detail: vec![] });
     assert_eq!(bench.tell(PrimaryEvent::Lookahead { position: 40 }).sent, [], "a machine that stands still cannot use it");
     // Nobody can before there is a machine, or waits for it with the other rule.
     let mut bench = Bench::copied();

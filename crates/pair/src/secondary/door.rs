@@ -56,20 +56,23 @@ pub enum SecondaryEvent {
         /// Where.
         position: u64,
     },
-    /// Replay has made another output than the one noted, or none, or one too many. It stands still until [`SecondaryAction::Restore`] or
-    /// [`SecondaryAction::Diverge`]; records that come meanwhile are kept.
+    /// Replay has made another output than the one noted, or none, or one too many. It goes on as far as it can, and what it makes is not reported but kept, until
+    /// [`SecondaryAction::Restore`] or [`SecondaryAction::Diverge`].
     Mismatch {
         /// The first output that is not matched.
         output: OutputId,
         /// Where the machine is.
         position: u64,
-        /// So many pages of this machine have changed though nobody wrote to them.
-        damaged: u64,
         /// What was made instead, in the host's words.
         detail: Vec<u8>,
-        /// What has changed in this machine since it was last known to equal the primary's, in the host's words.
-        changed: Vec<u8>,
     },
+    /// After a mismatch, some of what has changed in this machine since it was last known to equal the primary's, in the host's words: at most
+    /// [`MAX_CHANGED_BYTES`](crate::wire::MAX_CHANGED_BYTES).
+    Changed(Vec<u8>),
+    /// All that has changed was said, as [`SecondaryAction::ListChanges`] has asked for.
+    Listed,
+    /// Since [`SecondaryAction::Diverge`], what the machine had made was reported as outputs.
+    Diverged,
     /// The arbiter's answer to [`SecondaryAction::AskArbiter`].
     ArbiterAnswer {
         /// Of the claim.
@@ -132,8 +135,14 @@ pub enum SecondaryAction {
         /// The position.
         position: u64,
     },
-    /// The primary is lost, and replay stands still since its outputs differed: it goes on without comparing, from the machine that is here. What the world has
-    /// seen under [`crate::Commit::Matched`] fits that machine.
+    /// During a resync the primary's guest stands still at this position, and all records before were handed over. Replay them as far as that goes, and run to the position; report what has
+    /// changed with [`SecondaryEvent::Changed`], and then [`SecondaryEvent::Listed`]. More may come to be replayed later, and this be asked again.
+    ListChanges {
+        /// The position.
+        position: u64,
+    },
+    /// The primary is lost, and outputs have differed: what the machine has made since then counts. Report it as [`SecondaryEvent::Output`], then
+    /// [`SecondaryEvent::Diverged`], and go on without comparing. What the world has seen under [`crate::Commit::Matched`] fits that machine.
     Diverge,
     /// Outputs up to this one have certainly left the primary; their data is not needed any more.
     Discard {

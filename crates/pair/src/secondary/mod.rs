@@ -16,8 +16,8 @@
 //!     └─────────────────┴──────────────────────┴──────────────▶ Stopped ◀──────┘
 //! ```
 //!
-//! An output that differs takes it from Following to Resyncing: the machine stands still until the primary's image has replaced it, and then follows on.
-//! If the primary is lost before, the machine that stands still is the one to go live with ([`SecondaryAction::Diverge`]): it has made every output that
+//! An output that differs takes it from Following to Resyncing: the machine replays on, and what it makes counts for nothing, until the primary's image has replaced it; then it follows on.
+//! If the primary is lost before, that machine is the one to go live with ([`SecondaryAction::Diverge`]), and what it has made counts: it has made every output that
 //! was matched.
 //!
 //! One `Secondary` serves one connection. A standby that is to wait for the next primary makes a new one.
@@ -37,10 +37,7 @@ use crate::link::Link;
 use crate::notice::{Notice, StopReason};
 use crate::primary::{Primary, PrimarySetup};
 use crate::types::{Epoch, Nanos, OutputId, Record, Seq};
-use crate::wire::{
-    Ack, Hello, HelloReply, LOG_BATCH_BYTES, MAX_CHANGED_BYTES, MAX_LOOKAHEAD, MAX_REPORT_BYTES, Message, encode,
-    greeting_version,
-};
+use crate::wire::{Ack, Hello, HelloReply, LOG_BATCH_BYTES, MAX_LOOKAHEAD, MAX_REPORT_BYTES, Message, encode, greeting_version};
 
 pub use door::{SecondaryAction, SecondaryEvent, SecondarySetup, SecondaryState, SecondaryStatus};
 
@@ -70,8 +67,10 @@ pub struct Secondary {
     primary_clock: Nanos,
     /// Outputs that the machine has made, its life before the cut included.
     produced: OutputId,
-    /// The machine stands still since it has made another output than the primary's.
+    /// The machine has made another output than the primary's, and what it has made since counts for nothing.
     diverged: bool,
+    /// It is the one to go live with, and the host has not said yet what it has made.
+    diverging: bool,
     /// An image of a resync is being restored: it may be too late to go on without it.
     restoring: bool,
     agreed_position: u64,
@@ -117,6 +116,7 @@ impl Secondary {
             primary_clock: Nanos(0),
             produced: 0,
             diverged: false,
+            diverging: false,
             restoring: false,
             agreed_position: 0,
             confirmed: 0,
@@ -190,8 +190,12 @@ impl Secondary {
             SecondaryEvent::ImageRestored { position, last_output } => self.on_restored(now, position, last_output),
             SecondaryEvent::Output { id } => self.on_output(id),
             SecondaryEvent::Agreed { position } => self.agreed_position = self.agreed_position.max(position),
-            SecondaryEvent::Mismatch { output, position, damaged, detail, changed } => {
-                self.on_mismatch(output, position, damaged, detail, &changed);
+            SecondaryEvent::Mismatch { output, position, detail } => self.on_mismatch(output, position, detail),
+            SecondaryEvent::Changed(bytes) => self.on_changed(bytes),
+            SecondaryEvent::Listed => self.on_listed(),
+            SecondaryEvent::Diverged => {
+                self.diverging = false;
+                self.go_live_if_consumed();
             }
             SecondaryEvent::Replayed { seq, position } => self.on_replayed(seq, position),
             SecondaryEvent::ArbiterAnswer { epoch, verdict } => self.on_arbiter_answer(now, epoch, verdict),
@@ -277,6 +281,7 @@ impl Secondary {
                 self.primary_clock = self.primary_clock.max(time);
                 self.primary_position = self.primary_position.max(position);
             }
+            (Resyncing, Message::StandStill { position }) => self.actions.push_back(SecondaryAction::ListChanges { position }),
             // As if it were lost: the arbiter decides, as always.
             (Following, Message::HandOver { reason }) => self.lose_peer(now, &format!("the primary hands over: {reason}")),
             (_, Message::Goodbye { reason }) => self.stop(StopReason::PeerEnded { reason }),
@@ -368,8 +373,8 @@ impl Secondary {
 
     // ---- outputs that differ ----
 
-    fn on_mismatch(&mut self, output: OutputId, position: u64, damaged: u64, detail: Vec<u8>, changed: &[u8]) {
-        assert!(!self.diverged, "a machine that stands still makes no output");
+    fn on_mismatch(&mut self, output: OutputId, position: u64, detail: Vec<u8>) {
+        assert!(!self.diverged, "what a machine makes after a difference is not compared");
         assert_eq!(output, self.produced + 1, "all outputs before the one that differs are matched");
         self.diverged = true;
         match self.state {
@@ -382,19 +387,31 @@ impl Secondary {
             self.produced = output;
             self.acknowledge();
         }
-        for piece in changed.chunks(MAX_CHANGED_BYTES) {
-            self.send(&Message::Changed(piece.to_vec()));
-        }
         self.image_bytes = 0;
         self.image_taken = 0;
         self.image_position = None;
-        self.send(&Message::Mismatch { output, position, damaged, detail });
+        self.send(&Message::Mismatch { output, position, detail });
         self.enter(SecondaryState::Resyncing, &format!("output {output} is not the primary's"));
+    }
+
+    fn on_changed(&mut self, bytes: Vec<u8>) {
+        // Once the primary is lost nobody wants to know.
+        if self.state == SecondaryState::Resyncing {
+            self.send(&Message::Changed(bytes));
+        }
+    }
+
+    fn on_listed(&mut self) {
+        // A list is of a machine that has replayed all there is. If more has come, the primary has gone on.
+        if self.state == SecondaryState::Resyncing && self.replayed_seq == self.received_seq {
+            self.send(&Message::Listed);
+        }
     }
 
     fn diverge(&mut self) {
         self.actions.push_back(SecondaryAction::Diverge);
         self.diverged = false;
+        self.diverging = !self.bugs.has(Bug::LiveBeforeDiverged);
     }
 
     fn on_restored(&mut self, now: Nanos, position: u64, last_output: OutputId) {
@@ -421,7 +438,7 @@ impl Secondary {
     /// The image stands for all records received so far, and came with the data of all outputs that may not have left. The primary may be lost by now;
     /// then this is the machine to go live with.
     fn on_resynced(&mut self, position: u64, last_output: OutputId) {
-        assert!(self.diverged, "only a machine that stands still is made equal");
+        assert!(self.diverged, "only a machine that differs is made equal");
         self.diverged = false;
         self.replayed_seq = self.received_seq;
         self.replayed_position = position;
@@ -630,7 +647,8 @@ impl Secondary {
     }
 
     fn go_live_if_consumed(&mut self) {
-        let consumed = self.replayed_seq == self.received_seq && !self.restoring || self.bugs.has(Bug::LiveBeforeConsuming);
+        let consumed = self.replayed_seq == self.received_seq && !self.restoring && !self.diverging
+            || self.bugs.has(Bug::LiveBeforeConsuming);
         if self.state != SecondaryState::Consuming || !consumed {
             return;
         }

@@ -318,18 +318,21 @@ fn every_message_in_every_state_is_survived() {
 }
 
 fn differs() -> SecondaryEvent {
-    SecondaryEvent::Mismatch { output: 8, position: 12, damaged: 3, detail: vec![7], changed: vec![1, 2] }
+    SecondaryEvent::Mismatch { output: 8, position: 12, detail: vec![7] }
 }
 
 #[test]
 fn an_output_that_differs_waits_for_the_primarys_machine() {
     let mut bench = Bench::behind();
     let done = bench.tell(differs());
-    let mismatch = Message::Mismatch { output: 8, position: 12, damaged: 3, detail: vec![7] };
-    assert_eq!(done.sent, [Message::Changed(vec![1, 2]), mismatch]);
+    assert_eq!(done.sent, [Message::Mismatch { output: 8, position: 12, detail: vec![7] }]);
     assert_eq!(bench.secondary.state(), SecondaryState::Resyncing);
-    // What was on its way is taken in and handed over; the image stands for it.
+    assert_eq!(bench.tell(SecondaryEvent::Changed(vec![1, 2])).sent, [Message::Changed(vec![1, 2])]);
+    // What was on its way is taken in and replayed; the image stands for it.
     assert_eq!(bench.log(4, &[14]).actions.len(), 1);
+    assert_eq!(bench.hear(Message::StandStill { position: 15 }).actions, [SecondaryAction::ListChanges { position: 15 }]);
+    bench.tell(SecondaryEvent::Replayed { seq: 4, position: 14 });
+    assert_eq!(bench.tell(SecondaryEvent::Listed).sent, [Message::Listed]);
     let done = bench.hear(Message::ImageChunk(vec![5; 9]));
     assert_eq!(done.actions, [SecondaryAction::ImageChunk(vec![5; 9])]);
     let done = bench.tell(SecondaryEvent::ImageTaken { bytes: 9 });
@@ -352,9 +355,18 @@ fn without_the_primary_it_goes_on_with_its_own() {
     bench.hear(Message::ImageChunk(vec![5; 9]));
     assert_eq!(bench.close().actions, [ask()]);
     assert_eq!(bench.tell(answer(Verdict::Won)).actions, [SecondaryAction::Diverge]);
-    bench.tell(SecondaryEvent::Output { id: 8 });
-    let done = bench.tell(SecondaryEvent::Replayed { seq: 3, position: 13 });
+    bench.tell(SecondaryEvent::Replayed { seq: 3, position: 13 });
+    // What it has made since the difference counts from now on.
+    assert_eq!(bench.tell(SecondaryEvent::Output { id: 8 }).actions, []);
+    let done = bench.tell(SecondaryEvent::Diverged);
     assert_eq!(done.actions, [SecondaryAction::GoLive { epoch: Epoch(2), reissue: 7..9 }]);
+}
+
+#[test]
+fn a_list_of_a_machine_that_has_not_replayed_all_is_none() {
+    let mut bench = Bench::behind();
+    bench.tell(differs());
+    assert_eq!(bench.tell(SecondaryEvent::Listed), Done::default());
 }
 
 /// Restoring has begun, so the old machine is gone: the new one goes live.
@@ -393,7 +405,7 @@ fn the_machine_may_run_ahead_of_the_log_within_a_bound() {
     bench.tell(SecondaryEvent::Replayed { seq: 2, position: 21 });
     assert_eq!(bench.secondary.status().replayed_position, 21);
     // While it stands still it cannot.
-    bench.tell(SecondaryEvent::Mismatch { output: 6, position: 21, damaged: 0, detail: vec![1], changed: vec![2] });
+    bench.tell(SecondaryEvent::Mismatch { output: 6, position: 21, detail: vec![1] });
     assert_eq!(bench.hear(Message::Lookahead { position: 22 }).actions, []);
     for position in [11, 12 + MAX_LOOKAHEAD, u64::MAX] {
         let mut bench = Bench::entitled();

@@ -105,6 +105,7 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
         Message::ImageEnd { position, total_bytes } => put_all(&[*position, *total_bytes], frame),
         Message::ImageReady { position: number }
         | Message::ProtectionStart { last_seq: number }
+        | Message::StandStill { position: number }
         | Message::Released { up_to: number }
         | Message::Lookahead { position: number } => varint::put(*number, frame),
         Message::Log { first_seq, records } => put_log(*first_seq, records, frame),
@@ -120,9 +121,10 @@ fn put_payload(message: &Message, frame: &mut Vec<u8>) {
             assert!(!bytes.is_empty() && bytes.len() <= MAX_REPORT_BYTES, "a report of {} bytes", bytes.len());
             frame.extend(bytes);
         }
-        Message::Mismatch { output, position, damaged, detail } => {
+        Message::Listed => {}
+        Message::Mismatch { output, position, detail } => {
             assert!(detail.len() <= MAX_DETAIL_BYTES, "a detail of {} bytes", detail.len());
-            put_all(&[*output, *position, *damaged], frame);
+            put_all(&[*output, *position], frame);
             frame.extend(detail);
         }
         Message::Heartbeat { time, position, echo } => put_all(&[time.0, *position, echo.0], frame),
@@ -251,14 +253,19 @@ pub(super) fn decode_payload(header: &CheckedHeader, payload: &[u8]) -> Result<M
         Kind::CopyReport if payload.is_empty() => return Err(bad("it is empty")),
         Kind::CopyReport if payload.len() > MAX_REPORT_BYTES => return Err(bad("it is too long")),
         Kind::CopyReport => Message::CopyReport(payload.to_vec()),
+        Kind::StandStill => Message::StandStill { position: numbers::<1>(payload).map_err(bad)?[0] },
+        Kind::Listed => {
+            let [] = numbers(payload).map_err(bad)?;
+            Message::Listed
+        }
         Kind::Mismatch => {
             let mut reader = Reader(payload);
-            let [output, position, damaged] = take_all(&mut reader).map_err(bad)?;
+            let [output, position] = take_all(&mut reader).map_err(bad)?;
             let detail = reader.0;
             if detail.len() > MAX_DETAIL_BYTES {
                 return Err(bad("it is too long"));
             }
-            Message::Mismatch { output, position, damaged, detail: detail.to_vec() }
+            Message::Mismatch { output, position, detail: detail.to_vec() }
         }
         Kind::Heartbeat => {
             let [time, position, echo] = numbers(payload).map_err(bad)?;

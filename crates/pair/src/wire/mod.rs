@@ -53,7 +53,7 @@ pub const MAX_PAYLOAD_BYTES: usize = 2 << 20;
 /// The longest text in a message.
 pub const MAX_TEXT_BYTES: usize = 1024;
 
-/// The largest piece of a list of changed pages in one message.
+/// The most that is said of what has changed in one message.
 pub const MAX_CHANGED_BYTES: usize = 1 << 18;
 /// The largest piece of a report on the initial copy in one message.
 pub const MAX_REPORT_BYTES: usize = 1 << 18;
@@ -124,16 +124,14 @@ pub enum Message {
         /// The last one.
         up_to: OutputId,
     },
-    /// Secondary, before a `Mismatch`: a piece of what has changed here since the two machines were last known to be equal. Opaque here.
+    /// Secondary, after a `Mismatch`: some of what has changed here since the two machines were last known to be equal. Opaque here.
     Changed(Vec<u8>),
-    /// Secondary: I have made another output than the one noted, or none, or one too many. I stand still and wait for an image.
+    /// Secondary: I have made another output than the one noted, or none, or one too many. I replay on without comparing, and wait for an image.
     Mismatch {
         /// The first output that is not matched.
         output: OutputId,
         /// The position of the secondary's machine.
         position: u64,
-        /// So many pages of the secondary's machine have changed though nobody wrote to them.
-        damaged: u64,
         /// What the secondary made. Opaque here.
         detail: Vec<u8>,
     },
@@ -144,6 +142,13 @@ pub enum Message {
         /// For people.
         reason: String,
     },
+    /// Primary, after a `Mismatch`: my guest stands still, and all records before are with you.
+    StandStill {
+        /// The position.
+        position: u64,
+    },
+    /// Secondary: I have replayed all there is before the `StandStill`, and said in `Changed` all that has changed.
+    Listed,
     /// Either side: I am alive.
     Heartbeat {
         /// The sender's clock.
@@ -213,13 +218,17 @@ pub enum Kind {
     HandOver = 15,
     /// [`Message::CopyReport`]
     CopyReport = 16,
+    /// [`Message::StandStill`]
+    StandStill = 17,
+    /// [`Message::Listed`]
+    Listed = 18,
     /// [`Message::Lookahead`]
     Lookahead = 19,
 }
 
 impl Kind {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Kind; 17] = [
+    pub const ALL: [Kind; 19] = [
         Kind::Hello,
         Kind::HelloReply,
         Kind::Refuse,
@@ -236,6 +245,8 @@ impl Kind {
         Kind::Mismatch,
         Kind::HandOver,
         Kind::CopyReport,
+        Kind::StandStill,
+        Kind::Listed,
         Kind::Lookahead,
     ];
 
@@ -270,6 +281,8 @@ impl Message {
             Message::Mismatch { .. } => Kind::Mismatch,
             Message::HandOver { .. } => Kind::HandOver,
             Message::CopyReport(_) => Kind::CopyReport,
+            Message::StandStill { .. } => Kind::StandStill,
+            Message::Listed => Kind::Listed,
             Message::Lookahead { .. } => Kind::Lookahead,
         }
     }

@@ -1,7 +1,7 @@
-//! What the pair's thread does for the bytes of an image: the mirror of the disks, then the copy of the machine; or a delta.
+//! What the pair's thread does for the bytes of the initial copy's image: the mirror of the disks, then the copy of the machine.
 //!
-//! *In*: bytes that were made, word of the cut and of the end. *Out*: events for the protocol; room for those who make the bytes. *Invariant*: of a mirror, a copy or a
-//! delta for a standby that was lost, nothing is listened to.
+//! *In*: bytes that were made, word of the cut and of the end. *Out*: events for the protocol; room for those who make the bytes. *Invariant*: of a mirror or a
+//! copy for a standby that was lost, nothing is listened to.
 use super::*;
 use crate::vm::mirror::{Mirror, Mirrored};
 use crate::vm::precopy::{CopyNews, CopyWiring, MirroredDisks};
@@ -77,37 +77,6 @@ impl Driver {
         None
     }
 
-    /// The delta that was asked for is here, of the machine at `position`.
-    pub(super) fn on_delta(&mut self, position: u64, delta: &Delta, took_ns: u64) {
-        self.say_damaged("primary", &delta.damaged);
-        if !delta.damaged.is_empty() && self.standby_damaged == 0 {
-            // It is known who is wrong. What was held is never to leave; the standby has made what is right, and goes on with it.
-            self.tell_vm(ToVm::Fail("its memory is bad, and the standby's is not: the standby takes over".into()));
-            return;
-        }
-        let outputs = self.held.iter().map(|(id, _, output)| (*id, output));
-        let bytes = resync::with_outputs(outputs, &delta.image);
-        let figures = Map::from_iter([
-            ("pages".to_owned(), json!(delta.pages)),
-            ("blocks".to_owned(), json!(delta.blocks)),
-            ("bytes".to_owned(), json!(bytes.len())),
-            ("outputs".to_owned(), json!(self.held.len())),
-            ("took_ns".to_owned(), json!(took_ns)),
-        ]);
-        let text = format!(
-            "{} pages and {} blocks of disks differ; with {} outputs that are held they make {} KiB",
-            delta.pages,
-            delta.blocks,
-            self.held.len(),
-            bytes.len().div_ceil(1024)
-        );
-        self.events.say_with("delta", text, figures);
-        self.feed.pieces(bytes, false);
-        self.feed.end();
-        self.primary.handle(now(), PrimaryEvent::ImageCut { position });
-        self.feed_image();
-    }
-
     /// Disks, if there are any, are mirrored but for what is written from now on.
     fn start_copy(&mut self, disks: Option<MirroredDisks>) {
         self.copies += 1;
@@ -127,19 +96,6 @@ impl Driver {
         self.feed_image();
     }
 
-    /// Has the machine's thread make a delta, of which nothing is wanted or fed yet.
-    pub(super) fn ask_for_delta(&mut self, question: ToVm) {
-        self.feed = Feed::default();
-        self.deltas_awaited += 1;
-        self.tell_vm(question);
-    }
-
-    /// A delta that was asked for is here. Says whether it is wanted: not if the standby it is for was lost.
-    pub(super) fn is_newest_delta(&mut self) -> bool {
-        self.deltas_awaited -= 1;
-        self.deltas_awaited == 0 && self.primary.state() == PrimaryState::Resyncing
-    }
-
     /// Feeds as much of the image as is wanted and there, and has more made if there is room.
     pub(super) fn feed_image(&mut self) {
         while let Some(chunk) = self.feed.next() {
@@ -157,6 +113,10 @@ impl Driver {
             && let room @ 1.. = self.feed.grant()
         {
             copying.room(room);
+        } else if self.ahead
+            && let room @ 1.. = self.feed.grant()
+        {
+            self.tell_vm(ToVm::Room(room));
         }
     }
 }

@@ -35,7 +35,7 @@ impl Driver {
             self.given = id;
             let held = now_ns.saturating_sub(made_ns);
             // One that may leave at once was not held.
-            if matches!(self.last_state, PrimaryState::Protected | PrimaryState::Deciding) {
+            if self.last_state >= PrimaryState::Protected {
                 self.meter.committed(now_ns, held);
             }
             self.report.held_max_ns = self.report.held_max_ns.max(held);

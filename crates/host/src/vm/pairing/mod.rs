@@ -8,6 +8,7 @@ mod image;
 #[cfg(test)]
 mod image_tests;
 mod leaving;
+mod resync;
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender};
@@ -29,7 +30,8 @@ use super::line::{Closing, Line};
 use super::live::{Outlet, ToVm};
 use super::mirror::{Mirror, Mirrored};
 use super::precopy::{self, CopyId, CopyNews, Copying};
-use super::resync::{self, Delta};
+use super::resync::{Delta, take_outputs, with_outputs};
+use super::told::{self, Told};
 use super::turns::{self, Post, Turn, Turns};
 use crate::channel::{Beats, Channel, Reached};
 use crate::disk::{Replica, Writer};
@@ -82,6 +84,17 @@ pub enum ToPair {
         /// What it came to.
         outcome: std::result::Result<Mirrored, String>,
     },
+    /// For a resync all has been done that can be done while the guest runs.
+    ResyncPrepared,
+    /// The guest stands still at this position, as it was to.
+    StandsStill {
+        /// The position.
+        position: u64,
+    },
+    /// Pieces of a resync that are sent while the guest runs.
+    Ahead(Vec<u8>),
+    /// Instead of a delta: too much differs, and the guest has to run on.
+    ResyncGoesOn,
     /// The delta that was asked for, of the machine at this position.
     Delta {
         /// The position.
@@ -93,6 +106,8 @@ pub enum ToPair {
     },
     /// It cannot be made.
     NoDelta(String),
+    /// Nor can anything be prepared for it.
+    NoResync(String),
     /// A sign of life beside the connection of this number.
     Beat(u64),
     /// The arbiter's answer.
@@ -199,8 +214,11 @@ impl PairThread {
             events: wiring.events,
             held: VecDeque::new(),
             unmatched: Unmatched::default(),
-            standby_damaged: 0,
-            resync_ns: 0,
+            told: None,
+            ahead: false,
+            mismatch_ns: 0,
+            stopped_ns: 0,
+            stood_ns: 0,
             feed: Feed::default(),
             deltas_awaited: 0,
             report: PairReport::default(),
@@ -330,10 +348,14 @@ struct Driver {
     /// Outputs that the secondary has not matched yet, with their positions, so that a difference can be shown.
     unmatched: Unmatched,
     board: Board,
-    /// Pages of the standby's machine that went bad by themselves, when it differed last.
-    standby_damaged: u64,
-    /// When the guest was stopped for a resync.
-    resync_ns: u64,
+    /// What the standby has told of its machine, during a resync.
+    told: Option<Arc<Mutex<Told>>>,
+    /// Pieces of the resync are sent while the guest runs.
+    ahead: bool,
+    /// When the difference was found, when the guest was stopped for the resync, and how long it had stood still for it before.
+    mismatch_ns: u64,
+    stopped_ns: u64,
+    stood_ns: u64,
     /// What goes to the standby as its image.
     feed: Feed,
     /// Deltas asked for that have not come.
@@ -460,7 +482,11 @@ impl Driver {
             ToPair::Lookahead { position } => PrimaryEvent::Lookahead { position },
             ToPair::Paused => PrimaryEvent::Paused,
             ToPair::Progress { position } => PrimaryEvent::Progress { position },
-            ToPair::Delta { .. } | ToPair::NoDelta(_) if !self.is_newest_delta() => return,
+            ToPair::Delta { .. } | ToPair::NoDelta(_) | ToPair::ResyncGoesOn if !self.is_newest_delta() => return,
+            ToPair::ResyncPrepared => PrimaryEvent::ResyncPrepared,
+            ToPair::StandsStill { position } => PrimaryEvent::StandsStill { position },
+            ToPair::Ahead(bytes) => return self.on_ahead(bytes),
+            ToPair::ResyncGoesOn => return self.on_resync_goes_on(),
             ToPair::Copy(id, news) => match self.on_copy(id, news) {
                 Some(event) => event,
                 None => return,
@@ -471,7 +497,7 @@ impl Driver {
                 None => return,
             },
             ToPair::Delta { position, delta, took_ns } => return self.on_delta(position, &delta, took_ns),
-            ToPair::NoDelta(reason) => {
+            ToPair::NoDelta(reason) | ToPair::NoResync(reason) => {
                 // As if the standby had hung up: it is of no use like this.
                 self.disconnect();
                 PrimaryEvent::PeerClosed { reason }
@@ -557,11 +583,19 @@ impl Driver {
                         mirror.report(bytes);
                     }
                 }
-                PrimaryAction::StartResync { output, position, damaged, detail, changed } => {
-                    self.standby_damaged = damaged;
-                    self.resync_ns = now_ns();
+                PrimaryAction::StartResync { output, position, detail } => {
                     self.say_mismatch(output, position, &detail);
-                    self.ask_for_delta(ToVm::MakeDelta { changed, scrub: damaged == 0 });
+                    self.start_resync();
+                }
+                PrimaryAction::Changed(bytes) => self.on_changed(&bytes),
+                PrimaryAction::Slow { percent } => self.tell_vm(ToVm::Slow(percent)),
+                PrimaryAction::StandStill => {
+                    self.stopped_ns = now_ns();
+                    self.tell_vm(ToVm::StandStill);
+                }
+                PrimaryAction::MakeDelta => {
+                    self.deltas_awaited += 1;
+                    self.tell_vm(ToVm::MakeDelta);
                 }
                 PrimaryAction::Agreed { position } => self.tell_vm(ToVm::Agreed { position }),
                 PrimaryAction::WantImage { bytes } => {
@@ -606,11 +640,7 @@ impl Driver {
         if state != self.last_state {
             let before = std::mem::replace(&mut self.last_state, state);
             if state == PrimaryState::Protected && before == PrimaryState::Resyncing {
-                let pause_ns = now_ns() - self.resync_ns;
-                let figures = Map::from_iter([("pause_ns".to_owned(), json!(pause_ns))]);
-                let text = format!("the standby is equal again; the guest stood still for {:.1} ms", pause_ns as f64 / 1e6);
-                self.events.say_with("resynced", text, figures);
-                self.board.resynced();
+                self.say_resynced();
             } else if state == PrimaryState::Protected {
                 self.report.protected = true;
                 self.events.say("protected", "every output now waits for the secondary");
@@ -618,6 +648,7 @@ impl Driver {
             if state == PrimaryState::Unprotected {
                 self.unmatched = Unmatched::default();
                 self.feed = Feed::default();
+                self.told = None;
                 self.tell_vm(ToVm::Unprotected);
                 (self.mirror, self.copying) = (None, None);
                 // Whatever a mirror had begun is over.
@@ -639,7 +670,7 @@ impl Driver {
 
     /// Tells people what differs.
     fn say_mismatch(&self, output: OutputId, position: u64, detail: &[u8]) {
-        let theirs = resync::take_outputs(detail).unwrap_or_default();
+        let theirs = take_outputs(detail).unwrap_or_default();
         let theirs = theirs.first().map(|(position, output)| (*position, output));
         let text = difference::describe(output, self.unmatched.get(output), theirs);
         let figures = Map::from_iter([("output".to_owned(), json!(output)), ("position".to_owned(), json!(position))]);
