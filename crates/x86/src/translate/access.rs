@@ -153,7 +153,7 @@ impl Translator<'_> {
         at
     }
 
-    /// Checks all of a group's bytes. The current instruction accesses some of them, at `place`; where the check fails for good it runs alone.
+    /// Checks all of a group's bytes. The current instruction accesses some of them, at `place`; where the check fails for good each access is checked by itself.
     pub(super) fn check_group(&mut self, place: Place, cover: Cover, manner: Manner) -> At {
         self.clobber_flags();
         let at = match place.index {

@@ -10,7 +10,7 @@
 //!
 //! Invariant: what a check covers stays accessible until the trace is left: while a trace runs nothing empties a site but helpers, and
 //! those do not go back to a trace after they did ([`crate::engine`]). Whether a group's check fails decides only *how* its instruction is
-//! executed: it then runs alone, and only what it accesses itself is accessed.
+//! executed: it then runs in ungrouped code ([`super::Mode::UNGROUPED`]), and only what it accesses itself is accessed.
 use super::trace::Step;
 use super::{Manner, full_number, in_frame, writes};
 use crate::classify::Kind;
