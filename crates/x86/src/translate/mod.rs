@@ -571,13 +571,19 @@ impl Translator<'_> {
         self.flags = flags;
         self.settle_flags();
         self.emit.refund((self.len - k) as i32);
-        let at = self.emit.jmp_out();
-        let stub = self.emit.here() as u32;
-        self.emit.leave(exit::LINK, (self.src.first_link as usize + self.links.len()) as i32);
+        let (patch, stub) = self.link_out();
         let target = self.src.rip & !0xfff | u64::from(self.points[k].guest);
-        let patch = (self.src.cold + at) as u32;
         self.links.push(Link { patch, stub, target, owing: None, ungrouped: true });
         self.emit.bind(on_one);
+    }
+
+    /// The way out by the next link, in cold code: a jump to be patched, which leads just behind itself while it is not (a displacement of 0, as emitted), where the block is left.
+    /// The link's `patch` and `stub`.
+    fn link_out(&mut self) -> (u32, u32) {
+        let patch = (self.src.cold + self.emit.jmp_out()) as u32;
+        let stub = self.emit.here() as u32;
+        self.emit.leave(exit::LINK, (self.src.first_link as usize + self.links.len()) as i32);
+        (patch, stub)
     }
 
     /// Emits what was put apart and leads the hot code's jumps there.
@@ -592,19 +598,21 @@ impl Translator<'_> {
             let mut here = self.emit.here();
             let from = match self.cold[i] {
                 Cold::Slow { from, site, counter, ea, write, arg, retry, flags } => {
-                    if arg & helper_arg::GROUP != 0 {
+                    let group = arg & helper_arg::GROUP != 0;
+                    if group || site.is_some() {
                         self.checked_address(ea, arg as usize & 0xffff);
+                    }
+                    if group {
                         self.across_pages(arg, flags);
                     }
                     if let Some((address, constant)) = site {
-                        self.checked_address(ea, arg as usize & 0xffff);
                         self.emit.site_miss(address, write, constant);
                         let index = (address as u32 - self.src.first_site) as usize / size_of::<Site>();
                         self.sites[index].slow = self.emit.here() as u32;
                     }
                     self.flags = flags;
                     if site.is_none() && self.flags.settled() {
-                        if arg & helper_arg::GROUP == 0 {
+                        if !group {
                             self.emit.unchecked(write);
                         }
                     } else {
@@ -637,13 +645,9 @@ impl Translator<'_> {
                     let owing = self.can_link(target).then(|| flags.inputs()).flatten();
                     self.settle_flags();
                     if self.can_link(target) {
-                        let at = self.emit.jmp_out();
-                        let link = self.links.len();
-                        let stub = self.emit.here() as u32;
-                        self.emit.leave(exit::LINK, (self.src.first_link + link as u32) as i32);
-                        // Unlinked, the jump leads just behind itself: a displacement of 0, as emitted.
+                        let (patch, stub) = self.link_out();
                         let owing = owing.map(|needs| self.owing_exit(from, here as u32, rest, flags, needs));
-                        self.links.push(Link { patch: (self.src.cold + at) as u32, stub, target, owing, ungrouped: false });
+                        self.links.push(Link { patch, stub, target, owing, ungrouped: false });
                     } else if self.alone() {
                         self.emit.imm(T0, target);
                         self.emit.leave_lookup();
