@@ -148,6 +148,11 @@ impl Running {
     fn compared(&self) -> u64 {
         self.vm.position().min(self.log_position)
     }
+    /// What the machine has made that was not matched, in order.
+    fn compare_no_more(&mut self) -> Vec<Output> {
+        let made = self.comparer.take().map_or(Vec::new(), Comparer::into_made);
+        made.into_iter().chain(std::mem::take(&mut self.ahead).into_iter().map(|(_, output)| output)).collect()
+    }
 }
 
 /// A machine that has made another output than its primary's.
@@ -390,10 +395,9 @@ impl Follower {
             window.end(&mut running.vm.0);
         }
         running.uneven = None;
-        let made = running.comparer.take().map_or(Vec::new(), Comparer::into_made);
-        let ahead = std::mem::take(&mut running.ahead).into_iter().map(|(_, output)| output);
+        let made = running.compare_no_more();
         let aside = running.astray.take().map_or(Vec::new(), |astray| astray.aside);
-        made.into_iter().chain(ahead).chain(aside).for_each(|output| self.made(output));
+        made.into_iter().chain(aside).for_each(|output| self.made(output));
         self.tell(ToStandby::Diverged);
     }
 
@@ -577,8 +581,7 @@ impl Follower {
         {
             resync::put_output(*position, output, &mut detail);
         }
-        let mut aside = running.comparer.take().map_or(Vec::new(), Comparer::into_made);
-        aside.extend(std::mem::take(&mut running.ahead).into_iter().map(|(_, output)| output));
+        let aside = running.compare_no_more();
         let unsaid = Some(running.baseline.changed(&mut running.vm.0));
         running.astray = Some(Astray { aside, unsaid, ..Astray::default() });
         running.uneven = None;
@@ -679,8 +682,7 @@ impl Follower {
     }
 
     fn finish(&mut self, reissue: Range<OutputId>) -> Result<Replayed> {
-        let Running { mut vm, extra, comparer, ahead, baseline, .. } =
-            self.running.take().ok_or_else(|| Error::new("there is no machine to go live with"))?;
+        let mut running = self.running.take().ok_or_else(|| Error::new("there is no machine to go live with"))?;
         let kept = std::mem::take(&mut self.held).into_iter();
         let mut outputs: Vec<Output> = kept.filter(|(id, _)| reissue.contains(id)).map(|(_, output)| output).collect();
         assert_eq!(
@@ -689,8 +691,8 @@ impl Follower {
             "every output that may not have left is kept"
         );
         // What it made and the primary never noted is new to the world.
-        outputs.extend(comparer.map_or(Vec::new(), Comparer::into_made));
-        outputs.extend(ahead.into_iter().map(|(_, output)| output));
+        outputs.extend(running.compare_no_more());
+        let Running { mut vm, extra, baseline, .. } = running;
         baseline.end(&mut vm.0);
         if let Some(window) = self.window.take() {
             window.end(&mut vm.0);
